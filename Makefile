@@ -1,0 +1,29 @@
+# Targets set up what they need from a bare python3: a .venv, the pinned dependencies, the package.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install train test test-all lint clean
+help: ## show this
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+.venv/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: .venv/.ready ## set up .venv
+
+train: .venv/.ready ## learn the demo with half of the frames dropped (generates its videos once)
+	$(BIN)/python -m stts_lightning.train experiment=demo
+
+test: .venv/.ready ## the normal tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: .venv/.ready ## all tests
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready ## ruff and pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+clean: ## remove what these targets made (not runs/ and data/)
+	rm -rf .venv build src/*.egg-info .pytest_cache .ruff_cache

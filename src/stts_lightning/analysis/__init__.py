@@ -1,0 +1,1 @@
+"""Facts about models and runs: cost, results on disk. No Lightning here."""

@@ -1,0 +1,122 @@
+"""From a composed configuration to built objects. Front doors call it; nothing below ever sees a DictConfig."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from stts_lightning.backbones.checkpoints import CheckpointError
+from stts_lightning.classifier import VideoClassifier, create_model
+from stts_lightning.data.annotations import AnnotationError
+from stts_lightning.data.datamodule import LoaderOptions, VideoDataModule
+from stts_lightning.data.decode import DecodeError
+from stts_lightning.selection.spec import SelectionError
+from stts_lightning.training.module import ClassificationModule
+from stts_lightning.training.optim import OptimSpec, PartSpec
+
+CONFIG = "config.yaml"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: names the key."""
+
+
+def plain(node: Any) -> Any:
+    """A configuration node as plain containers, interpolations resolved. Raises ConfigError for a value not given."""
+    try:
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = str(error).split(": ")[-1].splitlines()[0]
+        raise ConfigError(f"{key}: must be given, as in {key}=...") from error
+
+
+def resumed_config(run: str | Path, overrides: list[str]) -> tuple[DictConfig, Path]:
+    """Configuration and last checkpoint of a run to go on with; `a.b=c` overrides apply on top.
+
+    Raises:
+        ConfigError: if the folder has no configuration or no checkpoint.
+    """
+    run = Path(run)
+    file, checkpoint = run / CONFIG, run / "checkpoints" / "last.ckpt"
+    for needed in (file, checkpoint):
+        if not needed.is_file():
+            raise ConfigError(f"resume={run}: there is no {needed}; give the folder of a run that wrote a checkpoint")
+    cfg = OmegaConf.load(file)
+    OmegaConf.set_struct(cfg, True)
+    values = OmegaConf.from_dotlist([o for o in overrides if not o.startswith("resume=")])
+    merged = OmegaConf.merge(cfg, values)
+    assert isinstance(merged, DictConfig)
+    return merged, checkpoint
+
+
+def save_config(cfg: DictConfig) -> None:
+    """Write the resolved configuration into the run's folder, for all later commands."""
+    folder = Path(cfg.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        OmegaConf.save(OmegaConf.create(plain(cfg)), folder / CONFIG)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn errors that are the user's to mend into one line and exit status 2; set HYDRA_FULL_ERROR=1 to see more."""
+    try:
+        yield
+    except (ConfigError, SelectionError, CheckpointError, AnnotationError, DecodeError, MisconfigurationException) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def build_model_shape(cfg: DictConfig) -> tuple[int, int, int]:
+    """Clip size of the configured model, from a weightless copy. Raises SelectionError for an impossible selection."""
+    values: dict[str, Any] = plain(cfg.backbone)
+    with torch.device("meta"):
+        return create_model(values.pop("name"), plain(cfg.selection), **values).backbone.clip_size  # type: ignore[return-value]
+
+
+def build_model(cfg: DictConfig, num_classes: int) -> tuple[VideoClassifier, dict[str, Any]]:
+    """The classifier, and the plain values that build it again."""
+    values: dict[str, Any] = plain(cfg.backbone)
+    recipe = {"backbone": values.pop("name"), "selection": plain(cfg.selection), "num_classes": num_classes, **values}
+    return create_model(**recipe, pretrained=cfg.pretrained, head=cfg.head), recipe
+
+
+def build_data(cfg: DictConfig, clip_size: tuple[int, int, int]) -> VideoDataModule:
+    """The datamodule for clips of a size."""
+    plain(cfg.dataset)  # A missing value is named before anything is built.
+    return VideoDataModule(
+        source=instantiate(cfg.dataset), clip_size=clip_size, loader=LoaderOptions(**plain(cfg.loader)), **plain(cfg.clip)
+    )
+
+
+def build_optim(cfg: DictConfig) -> OptimSpec:
+    """Learning rates, decay and schedule."""
+    values = plain(cfg.optim)
+    parts = {name: PartSpec(**part) for name, part in (values.pop("parts", None) or {}).items()}
+    betas = tuple(values.pop("betas"))
+    return OptimSpec(**values, betas=betas, parts=parts)
+
+
+def build_module(cfg: DictConfig, model: VideoClassifier, recipe: dict[str, Any]) -> ClassificationModule:
+    """The LightningModule around a model."""
+    return ClassificationModule(
+        model, build_optim(cfg), recipe["num_classes"], cfg.label_smoothing, cfg.seed, recipe_of_model=recipe
+    )
+
+
+def build_trainer(cfg: DictConfig) -> pl.Trainer:
+    """Lightning's Trainer with the configured callbacks and loggers; keys under `trainer` are its arguments."""
+    callbacks = [instantiate(node) for node in cfg.callbacks.values() if node]
+    loggers = [instantiate(node) for node in cfg.logger.values() if node]
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)

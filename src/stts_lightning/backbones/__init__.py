@@ -1,0 +1,7 @@
+"""Backbones, each one file from stem to named sizes, and the doors for published weights."""
+
+from stts_lightning.backbones import mvit
+from stts_lightning.backbones.checkpoints import CheckpointError
+from stts_lightning.backbones.registry import create_backbone, list_backbones, register_backbone
+
+__all__ = ["CheckpointError", "create_backbone", "list_backbones", "mvit", "register_backbone"]

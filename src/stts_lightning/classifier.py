@@ -1,0 +1,105 @@
+"""A backbone and a head: clip in, logits out. `create_model` is the way in for every command and for users."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from stts_lightning.backbones.checkpoints import load_checkpoint, read_checkpoint
+from stts_lightning.backbones.registry import create_backbone
+from stts_lightning.selection.selector import Selection
+from stts_lightning.selection.slots import SlotBank
+from stts_lightning.selection.spec import SelectionSpec
+
+
+class VideoClassifier(nn.Module):
+    """Backbone, dropout and one linear layer. Always logits.
+
+    Args:
+        backbone: any registered backbone: has `slots`, `out_dim`, `mean`, `std`, `clip_size`.
+        num_classes: number of classes.
+        dropout: rate before the linear layer.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, num_classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(backbone.out_dim, num_classes)  # type: ignore[arg-type]
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1, 1), persistent=False)
+
+    @property
+    def slots(self) -> SlotBank:
+        """The selectors."""
+        assert isinstance(self.backbone.slots, SlotBank)
+        return self.backbone.slots
+
+    def normalize(self, clip: Tensor) -> Tensor:
+        """uint8 `(B, 3, T, H, W)` -> float, by the backbone's mean and standard deviation."""
+        return (clip.to(self.mean.dtype) / 255 - self.mean) / self.std
+
+    @overload
+    def forward(self, clip: Tensor, return_selection: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, clip: Tensor, return_selection: Literal[True]) -> tuple[Tensor, dict[str, Selection]]: ...
+    def forward(self, clip: Tensor, return_selection: bool = False) -> Tensor | tuple[Tensor, dict[str, Selection]]:
+        """Classify clips.
+
+        Args:
+            clip: `(B, 3, T, H, W)`, uint8, or float and already normalised by the backbone's mean and deviation.
+            return_selection: also tell what each slot kept.
+
+        Returns:
+            logits `(B, num_classes)`; with `return_selection` also a `Selection` for each slot by name.
+        """
+        if clip.dtype == torch.uint8:
+            clip = self.normalize(clip)
+        kept: list[Selection] = []
+        logits = self.head(self.dropout(self.backbone(clip, kept)))
+        return (logits, {selection.slot: selection for selection in kept}) if return_selection else logits
+
+
+def create_model(
+    backbone: str,
+    selection: SelectionSpec | str | Mapping[str, Any] | None = None,
+    num_classes: int = 400,
+    pretrained: str | Path | None = None,
+    head: str = "keep",
+    dropout: float = 0.0,
+    **backbone_kwargs: Any,
+) -> VideoClassifier:
+    """Build a model, with token selection and published weights if wanted.
+
+    A file that holds the official code's selectors sets `scorer="official"`, whatever the selection says.
+
+    Args:
+        backbone: a registered name, as "mvit_b16".
+        selection: "t0_0.6_s4_0.9", None or "none" for the plain model, or a mapping (see `SelectionSpec.of`).
+        num_classes: number of classes.
+        pretrained: a checkpoint in any known layout, or None.
+        head: "keep", or "reset" to leave the file's classifier head aside.
+        dropout: rate before the head.
+        **backbone_kwargs: go to the backbone's constructor.
+
+    Raises:
+        SelectionError: a selection that cannot be honoured.
+        CheckpointError: a file that cannot be read or does not fit.
+        ValueError: an unknown backbone or argument.
+    """
+    spec = SelectionSpec.of(selection)
+    checkpoint = read_checkpoint(pretrained) if pretrained else None
+    if checkpoint:
+        spec = spec.with_scorer(checkpoint.scorer() or spec.scorer)
+        backbone_kwargs = {**checkpoint.layout.backbone, **backbone_kwargs}
+    model = VideoClassifier(create_backbone(backbone, selection=spec, **backbone_kwargs), num_classes, dropout)
+    if checkpoint:
+        load_checkpoint(model, checkpoint, spec, head)
+    return model

@@ -1,0 +1,130 @@
+"""A list of videos as a map-style dataset of clips."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from stts_lightning.data.annotations import VideoList
+from stts_lightning.data.decode import DecodeError, open_video
+from stts_lightning.data.sampling import train_indices, view_indices
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class Failure(NamedTuple):
+    """A file that did not decode, and why."""
+
+    path: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """Clips of one step.
+
+    Attributes:
+        clip: `(B, V, 3, T, H, W)` uint8; V is 1 in training.
+        label: `(B,)` int64.
+        index: `(B,)` int64, the video's number in its list.
+        valid: `(B,)` bool; False where an evaluation was allowed to go on without the video.
+        failures: files that did not decode on the way.
+    """
+
+    clip: Tensor
+    label: Tensor
+    index: Tensor
+    valid: Tensor
+    failures: tuple[Failure, ...]
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """How a clip is cut: frames of it, source frames from one to the next, evenly spread views of a video."""
+
+    frames: int
+    stride: int
+    views: int = 1
+
+
+class ClipDataset(Dataset[Batch]):
+    """Clips of videos: random offsets in training, evenly spread views in evaluation.
+
+    Args:
+        videos: the list.
+        clip: how clips are cut.
+        transform: from `(T, 3, H, W)` uint8 to the same at the model's size.
+        train: random offset and transform, undecodable files replaced by another sample; else fixed views.
+        decoder: "decord" or "pyav".
+        on_error: evaluation: "raise", or "skip" to mark the video invalid and go on.
+    """
+
+    max_replacements = 20
+
+    def __init__(
+        self,
+        videos: VideoList,
+        clip: ClipSpec,
+        transform: Transform,
+        train: bool,
+        decoder: str = "decord",
+        on_error: str = "raise",
+    ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"dataset.on_error={on_error!r}: allowed are raise, skip")
+        self.videos, self.clip, self.transform = videos, clip, transform
+        self.train, self.decoder, self.on_error = train, decoder, on_error
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, item: int) -> Batch:
+        """One video as a batch of size 1. Raises DecodeError in evaluation, or when no replacement decodes."""
+        failures: list[Failure] = []
+        index = item
+        for _ in range(self.max_replacements):
+            video = self.videos.videos[index]
+            try:
+                return self._item(index, self._decode(index), video.label, True, failures)
+            except DecodeError as error:
+                if not self.train and self.on_error == "raise":
+                    raise
+                failures.append(Failure(str(video.path), str(error)))
+                if not self.train:
+                    return self._item(index, None, video.label, False, failures)
+                index = int(torch.randint(len(self), ()))
+        raise DecodeError(f"{len(failures)} training files in a row cannot be decoded; the last: {failures[-1].reason}")
+
+    def _decode(self, index: int) -> Tensor:
+        with open_video(self.videos.videos[index].path, self.decoder) as reader:
+            if self.train:
+                # torch's generator is the one that workers seed apart from each other, epochs and ranks.
+                rng = np.random.default_rng(int(torch.randint(2**62, ())))
+                views = train_indices(len(reader), self.clip.frames, self.clip.stride, rng)[None]
+            else:
+                views = view_indices(len(reader), self.clip.frames, self.clip.stride, self.clip.views)
+            pixels = reader.frames(views.ravel())
+        frames = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (V T, 3, H, W)
+        return self.transform(frames).unflatten(0, views.shape).transpose(1, 2)  # (V, 3, T, H, W)
+
+    def _item(self, index: int, clip: Tensor | None, label: int, valid: bool, failures: list[Failure]) -> Batch:
+        if clip is None:
+            blank = torch.zeros(self.clip.views * self.clip.frames, 3, 8, 8, dtype=torch.uint8)
+            clip = self.transform(blank).unflatten(0, (self.clip.views, self.clip.frames)).transpose(1, 2)
+        return Batch(clip.contiguous(), torch.tensor(label), torch.tensor(index), torch.tensor(valid), tuple(failures))
+
+
+def collate(items: list[Batch]) -> Batch:
+    """Stack items; failures are strung together."""
+    stacked = (default_collate([item[i] for item in items]) for i in range(4))
+    return Batch(*stacked, tuple(failure for item in items for failure in item.failures))
+
+
+def list_hash(videos: VideoList) -> str:
+    """Twelve hexadecimal digits that tell two lists apart: of file names and labels, in order."""
+    text = "\n".join(f"{video.path.name} {video.label}" for video in videos.videos)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

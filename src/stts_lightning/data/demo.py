@@ -1,0 +1,169 @@
+"""Demo videos from a seed: real H.264 files in which only some frames and one part of the picture tell the class.
+
+A warm-coloured disk shows for a third of the video, somewhere, and makes one of eight motions. All the while cool-coloured
+disks of the same kind wander over a drifting texture and make motions of their own, so that a model must find *when* and
+*where* to look. The truth of both lies beside each video as JSON.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+
+from stts_lightning.data.decode import write_mp4
+
+MOTIONS = ("right", "left", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")
+
+Image = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class DemoSpec:
+    """Size of the demo.
+
+    Attributes:
+        seed: everything follows from it.
+        train: training videos a class.
+        val: validation videos a class.
+        side: height and width in pixels, even.
+        frames: frames of a video.
+        action: frames in which the action shows.
+        distractors: number of cool-coloured disks.
+    """
+
+    seed: int = 0
+    train: int = 80
+    val: int = 20
+    side: int = 80
+    frames: int = 36
+    action: int = 12
+    distractors: int = 3
+
+
+def motion(name: str, phase: float, reach: float) -> tuple[float, float, float]:
+    """Where a disk of a motion is: offset right and down in pixels, and factor of its radius, at phase 0 to 1."""
+    along = (2 * phase - 1) * reach
+    angle = 2 * math.pi * phase
+    match name:
+        case "right":
+            return along, 0.0, 1.0
+        case "left":
+            return -along, 0.0, 1.0
+        case "down":
+            return 0.0, along, 1.0
+        case "up":
+            return 0.0, -along, 1.0
+        case "clockwise":
+            return reach * math.cos(angle), reach * math.sin(angle), 1.0
+        case "counterclockwise":
+            return reach * math.cos(angle), -reach * math.sin(angle), 1.0
+        case "grow":
+            return 0.0, 0.0, 0.4 + 1.2 * phase
+        case "shrink":
+            return 0.0, 0.0, 1.6 - 1.2 * phase
+    raise ValueError(f"motion {name!r}: allowed are {', '.join(MOTIONS)}")
+
+
+def _texture(rng: np.random.Generator, side: int, cells: int) -> Image:
+    """Smooth noise `(side, side, 1)` in -1..1: a coarse random grid, enlarged."""
+    coarse = rng.uniform(-1, 1, (cells + 1, cells + 1))
+    at = np.linspace(0, cells, side, endpoint=False)
+    low, part = at.astype(int), at % 1
+    rows = coarse[low] * (1 - part)[:, None] + coarse[low + 1] * part[:, None]
+    image = rows[:, low] * (1 - part) + rows[:, low + 1] * part
+    return image[..., None].astype(np.float32)
+
+
+class _Disk:
+    def __init__(self, rng: np.random.Generator, side: int, warm: bool) -> None:
+        self.radius = side * rng.uniform(0.08, 0.11)
+        self.reach = side * rng.uniform(0.12, 0.16)
+        margin = self.reach + 1.2 * self.radius
+        self.x, self.y = rng.uniform(margin, side - margin, 2)
+        low, high = ((0.75, 0.3, 0.0), (1.0, 0.55, 0.25)) if warm else ((0.1, 0.4, 0.5), (0.45, 0.75, 0.9))
+        self.colour = rng.uniform(low, high).astype(np.float32) * 255
+        self.texture = _texture(rng, side, 16) * 25
+
+    def paint(self, image: Image, name: str, phase: float) -> tuple[float, float, float]:
+        dx, dy, scale = motion(name, phase, self.reach)
+        x, y, radius = self.x + dx, self.y + dy, self.radius * scale
+        rows, cols = np.mgrid[: image.shape[0], : image.shape[1]]
+        cover = np.clip(radius - np.hypot(cols - x, rows - y) + 0.5, 0, 1)[..., None].astype(np.float32)
+        image += cover * (self.colour + self.texture - image)
+        return x, y, radius
+
+
+def render(spec: DemoSpec, split: str, label: int, number: int) -> tuple[list[NDArray[np.uint8]], dict[str, Any]]:
+    """One video and its truth.
+
+    Returns:
+        Frames `(H, W, 3)` uint8, and {"label", "motion", "frames": [first, end), "boxes": [[x0, y0, x1, y1], ...]} with a
+        box in pixels for each action frame.
+    """
+    rng = np.random.default_rng((spec.seed, ["train", "val"].index(split), label, number))
+    side = spec.side
+    background = _texture(rng, 2 * side, 12) * 40 + _texture(rng, 2 * side, 40) * 25 + rng.uniform(90, 150)
+    tint = rng.uniform(0.85, 1.1, 3).astype(np.float32)
+    drift = rng.uniform(-0.8, 0.8, 2)
+    hero = _Disk(rng, side, warm=True)
+    others = [(_Disk(rng, side, warm=False), rng.integers(len(MOTIONS)), rng.uniform()) for _ in range(spec.distractors)]
+    # Inside the span that any clip of 16 frames at a stride of 2 sees.
+    room = max(spec.frames - 31, 0)
+    first = int(rng.integers(room, max(31 - spec.action, room) + 1))
+    images, boxes = [], []
+    for t in range(spec.frames):
+        top, left = (int(side / 2 + d * (t - spec.frames / 2)) for d in drift)
+        image = background[top : top + side, left : left + side] * tint
+        for disk, kind, start in others:
+            disk.paint(image, MOTIONS[kind], (start + t / spec.action) % 1)
+        if first <= t < first + spec.action:
+            x, y, r = hero.paint(image, MOTIONS[label], (t - first) / (spec.action - 1))
+            boxes.append([round(v, 1) for v in (x - r, y - r, x + r, y + r)])
+        noisy = image + rng.normal(0, 4, image.shape)
+        images.append(np.clip(noisy, 0, 255).astype(np.uint8))
+    truth = {"label": label, "motion": MOTIONS[label], "frames": [first, first + spec.action], "boxes": boxes}
+    return images, truth
+
+
+def _jobs(spec: DemoSpec) -> Iterator[tuple[str, int, int]]:
+    for split, count in (("train", spec.train), ("val", spec.val)):
+        yield from ((split, label, number) for label in range(len(MOTIONS)) for number in range(count))
+
+
+def make_demo(root: str | Path, spec: DemoSpec) -> None:
+    """Generate the videos, lists and class names in a folder, unless they are there already.
+
+    A folder made from other values is made anew; a broken-off generation is taken up where it stopped.
+    """
+    root = Path(root)
+    stamp = root / "demo.json"
+    wanted = json.dumps(asdict(spec))
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    building = root / "building.json"
+    resumed = building.is_file() and building.read_text() == wanted
+    root.mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)
+    building.write_text(wanted)
+    lists: dict[str, list[str]] = {"train": [], "val": []}
+    jobs = list(_jobs(spec))
+    for split, label, number in track(jobs, description=f"Making {len(jobs)} demo videos"):
+        file = root / split / MOTIONS[label] / f"{number:04d}.mp4"
+        lists[split].append(f"{file.relative_to(root)} {label}")
+        if resumed and file.is_file() and file.with_suffix(".json").is_file():
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        images, truth = render(spec, split, label, number)
+        file.with_suffix(".json").write_text(json.dumps(truth))
+        write_mp4(file, images)
+    for split, lines in lists.items():
+        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    (root / "classes.txt").write_text("\n".join(MOTIONS) + "\n")
+    building.unlink()
+    stamp.write_text(wanted)

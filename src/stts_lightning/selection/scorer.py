@@ -1,0 +1,108 @@
+"""Scorers: how important each candidate is, in [0, 1] (paper Sec. 3.2, Eq. 2-3).
+
+Letters: B rows, N candidates, E channels of a candidate's descriptor, C channels of the grid.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class Scorer(nn.Module, ABC):
+    """A small network from candidates to raw scores, with the way its family describes frames and normalises scores.
+
+    A subclass gives the three parts that the paper and the official code do differently.
+    """
+
+    frame_width: int
+    """Channels of a frame's descriptor, as a multiple of the grid's channels."""
+    normalizes_tokens: bool
+    """Spatial selection: normalise the scores of tokens before averaging them in an anchor, or the anchors' after."""
+
+    @staticmethod
+    @abstractmethod
+    def describe_frames(grid: Tensor) -> Tensor:
+        """Grid `(B, T, H, W, C)` -> one descriptor a frame, `(B, T, frame_width * C)`."""
+
+    @staticmethod
+    @abstractmethod
+    def normalize(scores: Tensor) -> Tensor:
+        """Raw scores `(B, N)` -> `(B, N)` between 0 and 1; finite where all scores are equal."""
+
+    @abstractmethod
+    def forward(self, candidates: Tensor) -> Tensor:
+        """Candidates `(B, N, E)` -> raw scores `(B, N)`."""
+
+
+class PaperScorer(Scorer):
+    """Two fully connected layers over [local, global] features (Eq. 2-3), E' = E / 2.
+
+    The global feature is the mean of the local ones. A GELU stands between the layers, as in any two-layer perceptron
+    (Sec. 1 calls the scorer one; Eq. 2-3 write the affine maps only). As Eq. 3 has a single output layer, the global
+    half moves all scores of a row alike, and its min-max normalisation takes that out again.
+    """
+
+    frame_width = 1
+    normalizes_tokens = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.local = nn.Linear(dim, dim // 2)
+        self.activation = nn.GELU()
+        self.score = nn.Linear(2 * (dim // 2), 1)
+
+    @staticmethod
+    def describe_frames(grid: Tensor) -> Tensor:
+        """Mean over space (Sec. 3.3): `(B, T, H, W, C)` -> `(B, T, C)`."""
+        return grid.mean(dim=(2, 3))
+
+    @staticmethod
+    def normalize(scores: Tensor) -> Tensor:
+        """Min-max over the row (Eq. 3): `(B, N)` -> `(B, N)`; equal scores give 0, with finite gradients."""
+        low = scores.amin(-1, keepdim=True)
+        return (scores - low) / (scores.amax(-1, keepdim=True) - low).clamp_min(1e-5)
+
+    def forward(self, candidates: Tensor) -> Tensor:
+        """Candidates `(B, N, E)` -> raw scores `(B, N)`."""
+        local = self.activation(self.local(candidates))
+        context = local.mean(dim=1, keepdim=True).expand_as(local)
+        return self.score(torch.cat((local, context), dim=-1)).squeeze(-1)
+
+
+class OfficialScorer(Scorer):
+    """The released code's scorer, which published checkpoints hold (reference: wangjk666/STTS, `score_network`).
+
+    Differs from the paper: LayerNorm first, five layers with GELU, the global feature is the mean of the second half of
+    the channels, frames are described by mean and maximum, scores are normalised after averaging in anchors.
+    """
+
+    frame_width = 2
+    normalizes_tokens = False
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.LayerNorm(dim, eps=1e-5), nn.Linear(dim, dim), nn.GELU())
+        self.score = nn.Sequential(
+            nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 1)
+        )
+
+    @staticmethod
+    def describe_frames(grid: Tensor) -> Tensor:
+        """Mean and maximum over space: `(B, T, H, W, C)` -> `(B, T, 2 C)`."""
+        return torch.cat((grid.mean(dim=(2, 3)), grid.amax(dim=(2, 3))), dim=-1)
+
+    @staticmethod
+    def normalize(scores: Tensor) -> Tensor:
+        """Min-max with 1e-5 in the denominator: `(B, N)` -> `(B, N)`."""
+        low = scores.amin(-1, keepdim=True)
+        return (scores - low) / (scores.amax(-1, keepdim=True) - low + 1e-5)
+
+    def forward(self, candidates: Tensor) -> Tensor:
+        """Candidates `(B, N, E)` -> raw scores `(B, N)`."""
+        local, context = self.features(candidates).chunk(2, dim=-1)
+        context = context.mean(dim=1, keepdim=True).expand_as(local)
+        return self.score(torch.cat((local, context), dim=-1)).squeeze(-1)
+
+
+SCORERS: dict[str, type[Scorer]] = {"paper": PaperScorer, "official": OfficialScorer}

@@ -1,0 +1,88 @@
+"""The one contract of every selector: a grid in, a smaller grid out, and a record of what was kept."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from stts_lightning.selection.scorer import SCORERS, Scorer
+from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec
+from stts_lightning.selection.topk import ESTIMATORS, MonteCarlo
+
+T = TypeVar("T")
+
+GridSize = tuple[int, int, int]
+"""Frames, height and width of a grid, in tokens."""
+
+
+class Selection(NamedTuple):
+    """What one slot kept of one batch.
+
+    Attributes:
+        slot: name of the slot, as `t0`.
+        indices: temporal: kept frames `(B, K)`, ascending; spatial: kept anchor `(B, T)`.
+        windows: spatial: `(B, T, 4)` top, left, height, width of the kept window in tokens; temporal: None.
+        scores: normalised scores, temporal `(B, T)`, spatial `(B, T, G)` for G anchors.
+        indicator: in training the soft indicator of Eq. 7, `(B, K, T)` or `(B, T, G)`; in evaluation None.
+    """
+
+    slot: str
+    indices: Tensor
+    windows: Tensor | None
+    scores: Tensor
+    indicator: Tensor | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a selector stands: all it may know of the backbone."""
+
+    slot: SlotSpec
+    size: GridSize
+    dim: int
+    selection: SelectionSpec
+
+
+class Selector(nn.Module, ABC):
+    """Base of all selectors. A new one is a subclass in a file of its own, named by `_target_` in a slot."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.slot = place.slot.name
+        self.in_size = place.size
+
+    @property
+    @abstractmethod
+    def out_size(self) -> GridSize:
+        """Size of the grid that comes out."""
+
+    @abstractmethod
+    def forward(self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Selection]:
+        """Select. Training and evaluation differ only in the Top-K operator.
+
+        Args:
+            grid: `(B, T, H, W, C)`.
+            sigma: 0-d, standard deviation of the noise.
+            generator: source of the noise on the grid's device; None is torch's default.
+
+        Returns:
+            The smaller grid `(B, T', H', W', C)` and what was kept.
+        """
+
+
+def build_scorer(selection: SelectionSpec) -> type[Scorer]:
+    """The scorer's class by name. Raises SelectionError for an unknown one."""
+    return _named(SCORERS, "scorer", selection.scorer)
+
+
+def build_estimator(selection: SelectionSpec) -> MonteCarlo:
+    """The Top-K's estimator by name. Raises SelectionError for an unknown one."""
+    return _named(ESTIMATORS, "estimator", selection.estimator)(selection.samples)
+
+
+def _named(table: dict[str, type[T]], key: str, name: str) -> type[T]:
+    if name not in table:
+        raise SelectionError(f"selection.{key}={name!r}: allowed are {', '.join(table)}")
+    return table[name]

@@ -1,0 +1,90 @@
+"""The seam: `grid = self.slots(i, grid)` in a backbone's loop, before block i. An empty bank is the plain model."""
+
+import torch
+from torch import Tensor, nn
+
+from stts_lightning.selection.selector import GridSize, Place, Selection, Selector
+from stts_lightning.selection.spatial import SpatialSelector
+from stts_lightning.selection.spec import SelectionError, SelectionSpec
+from stts_lightning.selection.temporal import TemporalSelector
+
+LEARNED: dict[str, type[Selector]] = {"t": TemporalSelector, "s": SpatialSelector}
+
+
+class SlotBank(nn.Module):
+    """All selectors of a model, by the block before which they act. Temporal comes before spatial at one place.
+
+    A backbone calls `attach` for each block while it builds itself and `forward` while it runs.
+    """
+
+    sigma: Tensor
+
+    def __init__(self, selection: SelectionSpec) -> None:
+        super().__init__()
+        self.selection = selection
+        self.selectors = nn.ModuleDict()
+        self.at_block: dict[int, list[str]] = {}
+        # A tensor, so that a new value neither recompiles a graph nor waits for a device. Not part of a checkpoint:
+        # the schedule knows it from the step.
+        self.register_buffer("sigma", torch.tensor(float(selection.sigma)), persistent=False)
+        self._seed: int | None = None
+
+    def attach(self, block: int, size: GridSize, dim: int) -> GridSize:
+        """Build the selectors that stand before a block.
+
+        Args:
+            block: number of the self-attention block, from 0.
+            size: frames, height and width of the grid that reaches the slot.
+            dim: its channels.
+
+        Returns:
+            Size of the grid that reaches the block.
+
+        Raises:
+            SelectionError: if a ratio or size cannot be honoured here.
+        """
+        here = sorted((slot for slot in self.selection.slots if slot.block == block), key=lambda slot: "ts".index(slot.axis))
+        for slot in here:
+            selector = (slot.selector or LEARNED[slot.axis])(Place(slot, size, dim, self.selection))
+            self.selectors[slot.name] = selector
+            self.at_block.setdefault(block, []).append(slot.name)
+            size = selector.out_size
+        return size
+
+    def check_all_attached(self, blocks: int) -> None:
+        """Raise SelectionError if a slot names a block that the backbone does not have."""
+        for slot in self.selection.slots:
+            if slot.name not in self.selectors:
+                raise SelectionError(f"selection.slots.{slot.name}: no block {slot.block}; this backbone has 0 to {blocks - 1}")
+
+    def seed_noise(self, seed: int | None) -> None:
+        """Draw the next forward pass's noise from this seed (one for each rank and step); None is torch's default."""
+        self._seed = seed
+
+    def forward(self, block: int, grid: Tensor, kept: list[Selection] | None = None) -> Tensor:
+        """Apply the slots before a block.
+
+        Args:
+            block: number of the block.
+            grid: `(B, T, H, W, C)`.
+            kept: where to append what each slot kept, if that is wanted.
+
+        Returns:
+            `(B, T', H', W', C)`; the grid itself where no slot stands.
+        """
+        for number, name in enumerate(self.at_block.get(block, ())):
+            selector = self.selectors[name]
+            grid, selection = selector(grid, self.sigma, self._generator(grid.device, block, number))
+            if kept is not None:
+                kept.append(selection)
+        return grid
+
+    def _generator(self, device: torch.device, block: int, number: int) -> torch.Generator | None:
+        if self._seed is None or not self.training:
+            return None
+        # Distinct for any seed, block and axis; manual_seed mixes neighbouring seeds well enough for Philox and MT.
+        return torch.Generator(device).manual_seed((self._seed * 1009 + block * 2 + number) % (2**63))
+
+    def describe(self) -> dict[str, str]:
+        """What each slot keeps, in integers, by name: {"t0": "5 of 8 frames", "s4": "13x13 of 14x14, 4 anchors"}."""
+        return {name: selector.extra_repr() for name, selector in self.selectors.items()}

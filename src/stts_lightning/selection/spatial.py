@@ -1,0 +1,109 @@
+"""Spatial selection (paper Sec. 3.3): of each frame keep the one window ("anchor") with the highest mean score."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stts_lightning.selection.selector import GridSize, Place, Selection, Selector, build_estimator, build_scorer
+
+
+def anchor_starts(length: int, window: int) -> list[int]:
+    """First token of each anchor along one side: stride max((length - window) // 2, 1), as in the official code.
+
+    For margins of 5 and more that are odd the last token lies in no anchor.
+    """
+    return list(range(0, length - window + 1, anchor_stride(length, window)))
+
+
+def anchor_stride(length: int, window: int) -> int:
+    return max((length - window) // 2, 1)
+
+
+class _WeightedWindows(torch.autograd.Function):
+    """Sum over anchors of weight times window, without unfolding the grid: neither pass holds more than one window."""
+
+    @staticmethod
+    def forward(ctx: Any, grid: Tensor, weights: Tensor, corners: tuple[tuple[int, int], ...], size: tuple[int, int]) -> Tensor:
+        h, w = size
+        ctx.save_for_backward(grid, weights)
+        ctx.corners, ctx.size = corners, size
+        out = grid.new_zeros(*grid.shape[:2], h, w, grid.shape[-1])
+        for g, (top, left) in enumerate(corners):
+            out.addcmul_(grid[:, :, top : top + h, left : left + w], weights[:, :, g, None, None, None])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grid, weights = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        h, w = ctx.size
+        grad_grid = torch.zeros_like(grid) if ctx.needs_input_grad[0] else None
+        grad_weights = torch.empty_like(weights)
+        for g, (top, left) in enumerate(ctx.corners):
+            window = grid[:, :, top : top + h, left : left + w]
+            grad_weights[:, :, g] = torch.einsum("bthwc,bthwc->bt", grad, window)
+            if grad_grid is not None:
+                view = grad_grid[:, :, top : top + h, left : left + w]
+                view.addcmul_(grad, weights[:, :, g, None, None, None])
+        return grad_grid, grad_weights, None, None
+
+
+class SpatialSelector(Selector):
+    """Scores each token, averages the scores in every anchor and keeps the best anchor of each frame (Top-1).
+
+    Because a window of a grid is a grid, everything downstream simply works on the smaller one.
+    """
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        frames, height, width = place.size
+        self.window = place.slot.window(height, width)
+        self._out_size = (frames, *self.window)
+        self.strides = (anchor_stride(height, self.window[0]), anchor_stride(width, self.window[1]))
+        self.corners = tuple(
+            (top, left) for top in anchor_starts(height, self.window[0]) for left in anchor_starts(width, self.window[1])
+        )
+        self.scorer = build_scorer(place.selection)(place.dim)
+        self.estimator = build_estimator(place.selection)
+
+    @property
+    def out_size(self) -> GridSize:
+        return self._out_size
+
+    def _anchor_scores(self, grid: Tensor) -> Tensor:
+        """Mean score of each anchor: `(B, T, H, W, C)` -> `(B * T, G)`."""
+        batch, frames, height, width, _ = grid.shape
+        tokens = self.scorer(grid.flatten(2, 3).flatten(0, 1)).float()
+        if self.scorer.normalizes_tokens:
+            tokens = self.scorer.normalize(tokens)
+        score_map = tokens.view(batch * frames, 1, height, width)
+        anchors = F.avg_pool2d(score_map, self.window, self.strides).flatten(1)
+        return anchors if self.scorer.normalizes_tokens else self.scorer.normalize(anchors)
+
+    def forward(self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Selection]:
+        """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""
+        batch, frames = grid.shape[:2]
+        h, w = self.window
+        scores = self._anchor_scores(grid)
+        best = scores.detach().argmax(-1).view(batch, frames)
+        # Corner of an anchor from its number, not from a table: a table on another device would cost a copy a step.
+        columns = (self.in_size[2] - w) // self.strides[1] + 1
+        top = best.div(columns, rounding_mode="floor") * self.strides[0]
+        left = best.remainder(columns) * self.strides[1]
+        windows = torch.stack((top, left, torch.full_like(top, h), torch.full_like(top, w)), dim=-1)
+        if self.training:
+            weights = self.estimator(scores, 1, sigma, generator).view(batch, frames, -1)
+            kept = _WeightedWindows.apply(grid, weights.to(grid.dtype), self.corners, self.window)
+        else:
+            weights = None
+            rows = (top.unsqueeze(-1) + torch.arange(h, device=grid.device)).unsqueeze(-1)  # (B, T, h, 1)
+            cols = (left.unsqueeze(-1) + torch.arange(w, device=grid.device)).unsqueeze(-2)  # (B, T, 1, w)
+            b = torch.arange(batch, device=grid.device).view(-1, 1, 1, 1)
+            t = torch.arange(frames, device=grid.device).view(1, -1, 1, 1)
+            kept = grid[b, t, rows, cols]
+        return kept, Selection(self.slot, best, windows, scores.view(batch, frames, -1), weights)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return f"{self.window[0]}x{self.window[1]} of {self.in_size[1]}x{self.in_size[2]}, {len(self.corners)} anchors"

@@ -1,0 +1,172 @@
+"""What to select and where: the paper's notation (T_R^L, S_R^L) as plain data, and what a ratio means as an integer."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from typing import Any, Self
+
+_SLOT_NAME = re.compile(r"([ts])(\d+)")
+_NOTATION = re.compile(r"([ts]\d+)_(\d+(?:\.\d+)?)(?:_|$)")
+
+
+class SelectionError(ValueError):
+    """A selection that cannot be honoured: names the key, the value found and what is allowed."""
+
+
+def frames_kept(frames: int, ratio: float) -> int:
+    """Number of frames that a temporal ratio keeps: round(M * ratio), Sec. 4.1; `round` sends halves to even."""
+    return round(frames * ratio)
+
+
+def side_kept(side: int, ratio: float) -> int:
+    """Side of the window that a spatial ratio (a share of the tokens) keeps: round(H * sqrt(ratio))."""
+    return round(side * math.sqrt(ratio))
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """One selector at one place.
+
+    Attributes:
+        name: `t` (temporal) or `s` (spatial) and the self-attention block, from 0, before which it acts: `t0`, `s4`.
+        ratio: share of the frames (t) or of the tokens of a frame (s) to keep, in (0, 1].
+        keep: number of frames to keep, instead of what the ratio says (temporal only).
+        side: side of the window to keep, in tokens, instead of what the ratio says (spatial only).
+        selector: class of the selector; None is the learned selector of the axis.
+    """
+
+    name: str
+    ratio: float | None = None
+    keep: int | None = None
+    side: int | None = None
+    selector: type | None = None
+
+    def __post_init__(self) -> None:
+        if not _SLOT_NAME.fullmatch(self.name):
+            raise SelectionError(f"selection.slots.{self.name}: a slot is called t<block> or s<block>, as in t0 or s4")
+        if self.keep is not None and self.axis != "t":
+            raise SelectionError(f"selection.slots.{self.name}.keep={self.keep}: only a temporal slot keeps frames; use side")
+        if self.side is not None and self.axis != "s":
+            raise SelectionError(f"selection.slots.{self.name}.side={self.side}: only a spatial slot has a side; use keep")
+        if self.ratio is None and self.keep is None and self.side is None:
+            raise SelectionError(f"selection.slots.{self.name}: give ratio, or {'keep' if self.axis == 't' else 'side'}")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise SelectionError(f"selection.slots.{self.name}.ratio={self.ratio}: must lie in (0, 1]")
+
+    @property
+    def axis(self) -> str:
+        return self.name[0]
+
+    @property
+    def block(self) -> int:
+        return int(self.name[1:])
+
+    def _check(self, key: str, value: int, limit: int, what: str) -> int:
+        if not 1 <= value <= limit:
+            given = f"ratio={self.ratio} (that is {value} {what})" if getattr(self, key) is None else f"{key}={value}"
+            raise SelectionError(f"selection.slots.{self.name}.{given}: must keep 1 to {limit} {what} at this place")
+        return value
+
+    def frames(self, available: int) -> int:
+        """Frames kept of those available. Raises SelectionError where that is impossible."""
+        value = self.keep if self.keep is not None else frames_kept(available, float(self.ratio or 0))
+        return self._check("keep", value, available, "frames")
+
+    def window(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width, in tokens, of the window kept of a frame. Raises SelectionError where that is impossible."""
+        if self.side is not None:
+            side = self._check("side", self.side, min(height, width), "tokens a side")
+            return side, side
+        ratio = float(self.ratio or 0)
+        return (
+            self._check("side", side_kept(height, ratio), height, "tokens a side"),
+            self._check("side", side_kept(width, ratio), width, "tokens a side"),
+        )
+
+
+@dataclass(frozen=True)
+class SelectionSpec:
+    """All slots of a model, and the operator they share.
+
+    Attributes:
+        slots: the slots; an empty tuple is the plain model.
+        sigma: standard deviation of the noise of Eq. 7, on scores that lie in [0, 1].
+        scorer: `paper` (Eq. 2-3) or `official` (the released code's, which published checkpoints hold).
+        estimator: `monte_carlo` (Eq. 7-8) or `official` (Eq. 7 with only the diagonal of the Jacobian of Eq. 8).
+        samples: number n of noise samples.
+    """
+
+    slots: tuple[SlotSpec, ...] = ()
+    sigma: float = 0.1
+    scorer: str = "paper"
+    estimator: str = "monte_carlo"
+    samples: int = 500
+
+    def __post_init__(self) -> None:
+        if self.sigma < 0:
+            raise SelectionError(f"selection.sigma={self.sigma}: must be 0 or more")
+        if self.samples < 2:
+            raise SelectionError(f"selection.samples={self.samples}: must be 2 or more")
+        names = [slot.name for slot in self.slots]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise SelectionError(f"selection.slots: {', '.join(twice)} named twice; a place has one slot an axis")
+
+    def with_scorer(self, scorer: str) -> Self:
+        return replace(self, scorer=scorer)
+
+    @classmethod
+    def of(cls, selection: "SelectionSpec | str | Mapping[str, Any] | None") -> "SelectionSpec":
+        """Read a selection given as the paper's notation, as a mapping (`selection` of a configuration), or as itself.
+
+        Args:
+            selection: "none" or None; "t0_0.6_s4_0.9"; or {"slots": {"t0": {"ratio": 0.6}}, "sigma": 0.1, ...}.
+
+        Raises:
+            SelectionError: on unknown keys, unreadable notation or values out of range.
+        """
+        if isinstance(selection, SelectionSpec):
+            return selection
+        if selection is None or isinstance(selection, str):
+            return cls(slots=_parse(selection or "none"))
+        return cls._of_mapping(selection)
+
+    @classmethod
+    def _of_mapping(cls, selection: Mapping[str, Any]) -> "SelectionSpec":
+        values = {key: value for key, value in selection.items() if key != "name"}
+        allowed = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - allowed):
+            raise SelectionError(f"selection.{unknown[0]}: unknown key; allowed are {', '.join(sorted(allowed))}")
+        slots = values.pop("slots", None) or {}
+        return cls(slots=tuple(_slot(name, slot) for name, slot in slots.items()), **values)
+
+    def __str__(self) -> str:
+        parts = (f"{s.name}_{s.ratio if s.keep is None and s.side is None else s.keep or s.side}" for s in self.slots)
+        return "_".join(parts) or "none"
+
+
+def _slot(name: str, values: Mapping[str, Any] | float | int) -> SlotSpec:
+    if isinstance(values, int | float):
+        return SlotSpec(name, ratio=float(values))
+    values = dict(values)
+    target = values.pop("_target_", None)
+    if unknown := sorted(set(values) - {"ratio", "keep", "side"}):
+        raise SelectionError(f"selection.slots.{name}.{unknown[0]}: unknown key; allowed are ratio, keep, side, _target_")
+    return SlotSpec(name, selector=_import(target) if target else None, **values)
+
+
+def _import(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SelectionError(f"selection: no selector class {path!r} ({error})") from error
+
+
+def _parse(text: str) -> tuple[SlotSpec, ...]:
+    if text == "none":
+        return ()
+    if "".join(m.group(0) for m in _NOTATION.finditer(text)) != text:
+        raise SelectionError(f"selection={text!r}: expected none, or slots as in t0_0.6_s4_0.9 (axis, block, ratio)")
+    return tuple(SlotSpec(name, ratio=float(ratio)) for name, ratio in _NOTATION.findall(text))

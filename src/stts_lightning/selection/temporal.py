@@ -1,0 +1,43 @@
+"""Temporal selection (paper Sec. 3.3, Eq. 9): keep the K most informative of the M frames, in their order."""
+
+import torch
+from torch import Tensor
+
+from stts_lightning.selection.selector import GridSize, Place, Selection, Selector, build_estimator, build_scorer
+from stts_lightning.selection.topk import hard_topk
+
+
+class TemporalSelector(Selector):
+    """Scores each frame by its pooled tokens and keeps the best K.
+
+    In training the frames that come out are weighted sums of all frames, Y^T x (Eq. 9); in evaluation they are the
+    frames of one hard Top-K.
+    """
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        frames, height, width = place.size
+        self.keep = place.slot.frames(frames)
+        self._out_size = (self.keep, height, width)
+        scorer = build_scorer(place.selection)
+        self.scorer = scorer(scorer.frame_width * place.dim)
+        self.estimator = build_estimator(place.selection)
+
+    @property
+    def out_size(self) -> GridSize:
+        return self._out_size
+
+    def forward(self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Selection]:
+        """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
+        raw = self.scorer(self.scorer.describe_frames(grid)).float()
+        scores = self.scorer.normalize(raw)
+        indices = hard_topk(scores.detach(), self.keep)
+        if self.training:
+            indicator = self.estimator(scores, self.keep, sigma, generator)
+            kept = torch.matmul(indicator.to(grid.dtype), grid.flatten(2)).unflatten(2, grid.shape[2:])
+            return kept, Selection(self.slot, indices, None, scores, indicator)
+        rows = torch.arange(grid.shape[0], device=grid.device).unsqueeze(1)
+        return grid[rows, indices], Selection(self.slot, indices, None, scores, None)
+
+    def extra_repr(self) -> str:
+        return f"{self.keep} of {self.in_size[0]} frames"

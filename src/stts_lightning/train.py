@@ -1,0 +1,132 @@
+"""`python -m stts_lightning.train`: compose, build, train, test, leave `result.json`."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from stts_lightning.conf_dir import conf_dir
+from stts_lightning.doctor import check_installation
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from stts_lightning.data.datamodule import VideoDataModule
+    from stts_lightning.training.module import ClassificationModule
+
+log = logging.getLogger(__name__)
+
+
+def facts(cfg: DictConfig, trainer: "pl.Trainer", module: "ClassificationModule", data: "VideoDataModule") -> dict[str, Any]:
+    """What is known of a run before it starts; goes into the table and into `result.json`."""
+    from stts_lightning.analysis.flops import count_gflops
+
+    model = module.model
+    spec = model.slots.selection
+    return {
+        "backbone": cfg.backbone.name,
+        "selection": str(spec),
+        "slots": model.slots.describe(),
+        "scorer": spec.scorer,
+        "estimator": f"{spec.estimator}, {spec.samples} samples",
+        "sigma": spec.sigma,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "gflops_per_view": round(count_gflops(model), 4),
+        "views": data.test_views,
+        "clip": list(model.backbone.clip_size),  # type: ignore[arg-type]
+        "dataset": data.summary(),
+        "batch_size": data.loader.batch_size,
+        "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
+        "precision": trainer.precision,
+        "seed": cfg.seed,
+    }
+
+
+def table(known: dict[str, Any], cfg: DictConfig, steps: int, pretrained: str | None) -> dict[str, str]:
+    """The start-up table's lines."""
+    dataset = known["dataset"]
+    slots = "; ".join(f"{name.upper()}: {text}" for name, text in known["slots"].items())
+    frames, height, width = known["clip"]
+    return {
+        "model": f"{known['backbone']} {known['selection']}, {frames}x{height}x{width}, weights: {pretrained or 'random'}",
+        "slots": f"{slots} ({known['scorer']} scorer, {known['estimator']})" if slots else "none: the plain model",
+        "parameters": f"{known['parameters']:,}",
+        "GFLOPs": f"{known['gflops_per_view']:.2f} a view, {known['views']} views a test video",
+        "data": f"{dataset['name']}: {dataset['train_videos']} + {dataset['val_videos']} videos, {dataset['classes']} classes",
+        "batch": f"{known['batch_size']} over {known['devices']}, {known['precision']}",
+        "schedule": f"{steps} steps, lr {cfg.optim.lr}",
+        "sigma": f"{known['sigma']} -> 0, linear over {steps} steps" if slots else "-",
+        "run folder": cfg.run_dir,
+    }
+
+
+def run(cfg: DictConfig, resume: Path | None) -> float | None:
+    """Train, test and write the result of one configuration."""
+    import lightning.pytorch as pl
+
+    from stts_lightning import assembly
+    from stts_lightning.analysis.results import commit, versions, write_result
+    from stts_lightning.training.callbacks import FailureLog
+    from stts_lightning.training.summary import print_summary
+
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    assembly.save_config(cfg)
+    # Before any data is read or made: the model's own clip size, and every refusal of an impossible selection.
+    clip_size = assembly.build_model_shape(cfg)
+    data = assembly.build_data(cfg, clip_size)
+    trainer = assembly.build_trainer(cfg)
+    data.prepare_data()
+    data.setup()
+    model, recipe = assembly.build_model(cfg, len(data.classes))
+    module = assembly.build_module(cfg, model, recipe)
+    known = facts(cfg, trainer, module, data)
+    if trainer.is_global_zero:
+        epochs = trainer.max_epochs or 0
+        steps = len(data.splits["train"]) // data.loader.batch_size * epochs if trainer.max_steps < 0 else trainer.max_steps
+        print_summary(table(known, cfg, steps, cfg.pretrained))
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    metrics = dict(trainer.callback_metrics)
+    if cfg.test:
+        metrics |= trainer.test(module, data, verbose=False)[0]
+    failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]
+    result = {
+        **{name: float(metrics[f"test/{name}"]) for name in ("top1", "top5") if f"test/{name}" in metrics},
+        **{f"last/{name}": float(value) for name, value in sorted(metrics.items()) if name.startswith(("val/", "train/"))},
+        **known,
+        "sigma_last": float(model.slots.sigma),
+        "steps": trainer.global_step,
+        "undecodable_files": failures,
+        "versions": versions(),
+        "commit": commit(),
+    }
+    if trainer.is_global_zero:
+        write_result(Path(cfg.run_dir) / "result.json", result)
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {"gflops": result["gflops_per_view"], **({"test/top1": result["top1"]} if "top1" in result else {})}
+            )
+            logger.finalize("success")
+        shown = ", ".join(f"{name} {result[name]:.1%}" for name in ("top1", "top5") if name in result)
+        log.info("%s at %.2f GFLOPs a view; %s", shown or "trained", result["gflops_per_view"], Path(cfg.run_dir) / "result.json")
+    return result.get("top1")
+
+
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """Train one model; returns its test top-1 for sweepers."""
+    check_installation()
+    # Imported late: --help and a misspelt key are answered without waiting for torch.
+    from stts_lightning import assembly
+
+    checkpoint = None
+    if cfg.resume:
+        cfg, checkpoint = assembly.resumed_config(cfg.resume, list(HydraConfig.get().overrides.task))
+    with assembly.one_line_errors():
+        return run(cfg, checkpoint)
+
+
+if __name__ == "__main__":
+    main()

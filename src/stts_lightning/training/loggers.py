@@ -1,0 +1,39 @@
+"""Loggers that need a decision at run time."""
+
+import netrc
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+
+
+def wandb_logger(run_dir: str, project: str, **kwargs: Any) -> WandbLogger:
+    """A W&B logger that never waits for a login: online with a key, offline into the run folder without.
+
+    The run's id is kept in `wandb_id.txt` of the run folder, so that a resumed run continues the same one.
+    """
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "wandb_id.txt"
+    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled") or not _has_key()
+    logger = WandbLogger(
+        project=project,
+        save_dir=run_dir,
+        offline=offline,
+        id=kept.read_text().strip() if kept.is_file() else None,
+        resume=None if offline else "allow",
+        **kwargs,
+    )
+    if (run_id := logger.version) is not None or (run_id := getattr(logger.experiment, "id", None)):
+        kept.write_text(str(run_id))
+    return logger
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

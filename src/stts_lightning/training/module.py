@@ -1,0 +1,94 @@
+"""The LightningModule: loss, metrics, noise seeds; everything else is passed in."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from stts_lightning.classifier import VideoClassifier
+from stts_lightning.data.dataset import Batch
+from stts_lightning.training.optim import OptimSpec, build_optimizer
+
+
+class ClassificationModule(pl.LightningModule):
+    """Trains and tests a video classifier.
+
+    Args:
+        model: backbone, selectors and head.
+        optim: learning rates, decay and schedule.
+        num_classes: number of classes.
+        label_smoothing: of the cross-entropy.
+        seed: seeds the selectors' noise, with rank and step.
+        recipe_of_model: plain values that rebuild the model; stored in checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: VideoClassifier,
+        optim: OptimSpec,
+        num_classes: int,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+        recipe_of_model: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optim = optim
+        self.seed = seed
+        self.recipe_of_model = recipe_of_model or {}
+        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        accuracy = {f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in (1, 5) if k <= num_classes}
+        metrics = MetricCollection(accuracy)  # type: ignore[arg-type]
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
+
+    def noise_seed(self, batch_idx: int) -> int:
+        """A seed for each rank, optimiser step and micro-batch, the same in a resumed run."""
+        micro = batch_idx % max(self.trainer.accumulate_grad_batches, 1)
+        return ((self.seed * 65_537 + self.global_rank) * 10_000_019 + self.global_step) * 1_009 + micro
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy of one clip a video."""
+        self.model.slots.seed_noise(self.noise_seed(batch_idx))
+        logits = self.model(batch.clip.flatten(0, 1))
+        loss = self.loss(logits, batch.label)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.label))
+        self.log("train/top1", (logits.argmax(-1) == batch.label).float().mean(), batch_size=len(batch.label))
+        return loss
+
+    def view_probabilities(self, clip: Tensor) -> Tensor:
+        """Mean over views of the softmax: `(B, V, 3, T, H, W)` -> `(B, num_classes)`."""
+        logits = self.model(clip.flatten(0, 1)).float()
+        return logits.softmax(-1).unflatten(0, clip.shape[:2]).mean(1)
+
+    def _evaluate(self, batch: Batch, metrics: MetricCollection) -> None:
+        probabilities = self.view_probabilities(batch.clip)
+        if bool(batch.valid.any()):
+            metrics.update(probabilities[batch.valid], batch.label[batch.valid])
+        self.log_dict(dict(metrics.items()), prog_bar=True, on_epoch=True, batch_size=len(batch.label))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Top-1 and top-5 of the centre clip."""
+        self._evaluate(batch, self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Top-1 and top-5 of the mean softmax over a video's views."""
+        self._evaluate(batch, self.test_metrics)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule a step."""
+        optimizer, schedule = build_optimizer(self.model, self.optim, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add how to rebuild the model, as plain values."""
+        checkpoint["model"] = self.recipe_of_model
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop at once on a loss that is no number."""
+        if not bool(torch.isfinite(outputs["loss"])):
+            videos = batch.index.tolist()
+            raise FloatingPointError(f"training loss is {float(outputs['loss'])} at step {self.global_step}, videos {videos}")

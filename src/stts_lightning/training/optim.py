@@ -1,0 +1,121 @@
+"""Named parameter groups, AdamW, and learning rates by optimiser step."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from stts_lightning.classifier import VideoClassifier
+
+PARTS = ("selectors", "backbone", "head")
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """How one part of the model learns.
+
+    Attributes:
+        lr_scale: peak learning rate as a multiple of `OptimSpec.lr`.
+        lr_cap: upper limit of the scheduled rate, as a multiple of `OptimSpec.lr`.
+        warmup_epochs: linear warm-up from 0.
+        frozen_epochs: epochs at rate 0 before anything else.
+        decay_all: weight decay on norms, biases and embeddings too.
+        decay_embeddings: weight decay on embeddings too.
+    """
+
+    lr_scale: float = 1.0
+    lr_cap: float = math.inf
+    warmup_epochs: float = 0.0
+    frozen_epochs: float = 0.0
+    decay_all: bool = False
+    decay_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """AdamW with a cosine schedule a step.
+
+    Attributes:
+        lr: learning rate of the selectors; the other parts scale it.
+        weight_decay: of weights; norms, biases and embeddings have none unless a part says so.
+        betas: of AdamW.
+        final_lr: rate at the last step as a share of the peak.
+        epochs: length of the schedule in epochs, for `warmup_epochs` and `frozen_epochs`.
+        parts: see `PartSpec`; of selectors, backbone, head.
+    """
+
+    lr: float
+    weight_decay: float
+    epochs: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    final_lr: float = 0.0
+    parts: dict[str, PartSpec] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.parts) - set(PARTS)):
+            raise ValueError(f"optim.parts.{unknown[0]}: unknown; the parts are {', '.join(PARTS)}")
+
+    def part(self, name: str) -> PartSpec:
+        """How a part learns."""
+        return self.parts.get(name, PartSpec())
+
+
+def lr_factor(part: PartSpec, spec: OptimSpec, progress: float) -> float:
+    """Learning rate of a part as a multiple of `spec.lr`, when a share `progress` of all steps is done."""
+    epoch = progress * spec.epochs
+    if epoch < part.frozen_epochs:
+        return 0.0
+    epoch -= part.frozen_epochs
+    if epoch < part.warmup_epochs:
+        return min(part.lr_scale * epoch / part.warmup_epochs, part.lr_cap)
+    # After a frozen start the cosine is the one of the whole run; after a warm-up it is one of what is left.
+    done = progress if part.frozen_epochs else (epoch - part.warmup_epochs) / max(spec.epochs - part.warmup_epochs, 1e-9)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return min(part.lr_scale * (spec.final_lr + (1 - spec.final_lr) * cosine), part.lr_cap)
+
+
+def parameter_groups(model: VideoClassifier, spec: OptimSpec) -> list[dict[str, object]]:
+    """AdamW's groups, named `<part>/decay` and `<part>/no_decay`; each parameter lies in exactly one.
+
+    Parts are modules: the slots, the rest of the backbone, the head. No decay for parameters of norms, for biases, and
+    for the embeddings that the backbone names.
+    """
+    parts: dict[int, str] = {id(p): "head" for p in model.head.parameters()}
+    parts |= {id(p): "backbone" for p in model.backbone.parameters()}
+    parts |= {id(p): "selectors" for p in model.slots.parameters()}
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    biases = {id(p) for name, p in model.named_parameters() if name.endswith(".bias")}
+    named = dict(model.backbone.named_parameters())
+    embeddings = {id(named[name]) for name in model.backbone.no_weight_decay()}  # type: ignore[operator]
+
+    def decays(parameter: nn.Parameter) -> bool:
+        part = spec.part(parts[id(parameter)])
+        if part.decay_all:
+            return True
+        return id(parameter) not in norms | biases and (part.decay_embeddings or id(parameter) not in embeddings)
+
+    groups = {f"{part}/{kind}": [] for part in PARTS for kind in ("decay", "no_decay")}
+    for parameter in model.parameters():
+        groups[f"{parts[id(parameter)]}/{'decay' if decays(parameter) else 'no_decay'}"].append(parameter)
+    return [
+        {"name": name, "params": params, "lr": spec.lr, "weight_decay": spec.weight_decay if name.endswith("/decay") else 0.0}
+        for name, params in groups.items()
+        if params
+    ]
+
+
+def build_optimizer(
+    model: VideoClassifier, spec: OptimSpec, total_steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW over the named groups, and its schedule over `total_steps` optimiser steps."""
+    groups = parameter_groups(model, spec)
+    fused = next(model.parameters()).is_cuda
+    optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=fused)
+
+    def schedule(part: PartSpec) -> Callable[[int], float]:
+        return lambda step: lr_factor(part, spec, step / max(total_steps, 1))
+
+    lambdas = [schedule(spec.part(str(group["name"]).partition("/")[0])) for group in groups]
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas)
