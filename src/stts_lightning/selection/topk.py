@@ -41,8 +41,10 @@ class _PerturbedTopK(torch.autograd.Function):
         perturbed = torch.addcmul(scores.unsqueeze(1), noise, sigma.to(noise.dtype))
         indices = hard_topk(perturbed, k)  # (B, S, K)
         bins = _bins(indices, candidates)
-        share = scores.new_full((1, 1), 1.0 / samples).expand_as(bins)
-        indicator = scores.new_zeros(rows, k * candidates).scatter_add_(1, bins, share).view(rows, k, candidates)
+        # Counts are exact in floating point, sums of 1/S are not.
+        one = scores.new_ones(1, 1).expand_as(bins)
+        counts = scores.new_zeros(rows, k * candidates).scatter_add_(1, bins, one)
+        indicator = counts.div_(samples).view(rows, k, candidates)
         ctx.save_for_backward(indices, noise, sigma)
         ctx.diagonal = diagonal
         return indicator

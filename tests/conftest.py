@@ -1,0 +1,35 @@
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference numbers and real videos, kept beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared with reference data beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def load_rule(shared: Path) -> Callable[[str], ModuleType]:
+    """Import golden/<family>/rule.py, the written rule that gives every weight and input."""
+
+    def load(family: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"rule_{family}", shared / "golden" / family / "rule.py")
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

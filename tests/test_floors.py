@@ -1,0 +1,69 @@
+"""Imports only go down: the table of floors, kept true."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "stts_lightning"
+
+# What each room may import from the package, besides itself.
+ALLOWED: dict[str, set[str]] = {
+    "selection": set(),
+    "data": set(),
+    "backbones": {"selection"},
+    "classifier": {"backbones", "selection"},
+    "analysis": {"classifier", "backbones", "selection", "data"},
+    "training": {"classifier", "backbones", "selection", "data"},
+    "conf_dir": set(),
+    "doctor": set(),
+    "assembly": {"classifier", "backbones", "selection", "data", "training", "analysis"},
+}
+DOORS = {"train", "evaluate", "predict", "flops", "benchmark", "report", "export", "prepare_data"}
+BANNED_NAMES = {"utils", "helpers", "common", "core", "misc", "components"}
+
+
+def imported_rooms(file: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            module = node.module or ""
+            names = [f"{module}.{a.name}" for a in node.names] if module == "stts_lightning" else [module]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("stts_lightning.")}
+    return rooms
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda f: str(f.relative_to(SOURCE)))
+def test_imports_go_down(file: Path) -> None:
+    room = room_of(file)
+    if room == "__init__":
+        return
+    imported = imported_rooms(file) - {room, "__init__"}
+    assert not imported & DOORS, "nobody imports a front door"
+    if room not in DOORS:
+        assert imported <= ALLOWED[room], f"{room} must not import {imported - ALLOWED[room]}"
+
+
+def test_lower_floors_know_no_lightning_and_no_hydra() -> None:
+    for room, banned in {
+        "selection": {"lightning", "hydra", "omegaconf", "timm"},
+        "backbones": {"lightning", "hydra", "omegaconf"},
+        "analysis": {"lightning", "hydra", "omegaconf"},
+        "training": {"hydra", "omegaconf"},
+        "data": {"hydra", "omegaconf"},
+    }.items():
+        for file in (SOURCE / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not {n.split(".")[0] for n in names} & banned, f"{file} imports one of {banned}"
+
+
+def test_rooms_are_named_for_what_they_hold() -> None:
+    assert not {part for f in SOURCE.rglob("*") for part in (f.stem,)} & BANNED_NAMES
