@@ -238,5 +238,5 @@ def mvit_b16(**kwargs: Any) -> MViT:
 
 @register_backbone
 def mvit_tiny(**kwargs: Any) -> MViT:
-    """A small MViT for quick work: 16x96x96, 6 blocks, 0.9 M parameters. Other clips of 8-16 frames at 64-112 px fit."""
-    return MViT(**{"frames": 16, "size": 96, "dim": 32, "heads": 1, "depth": 6, "stages": (1, 3), "kv_stride": 4, **kwargs})
+    """A small MViT for quick work: 16x64x64, 6 blocks, 0.8 M parameters. Other clips of 8-16 frames at 64-112 px fit."""
+    return MViT(**{"frames": 16, "size": 64, "dim": 32, "heads": 1, "depth": 6, "stages": (1, 3), "kv_stride": 4, **kwargs})

@@ -82,8 +82,8 @@ def _texture(rng: np.random.Generator, side: int, cells: int) -> Image:
 
 class _Disk:
     def __init__(self, rng: np.random.Generator, side: int, warm: bool) -> None:
-        self.radius = side * rng.uniform(0.08, 0.11)
-        self.reach = side * rng.uniform(0.12, 0.16)
+        self.radius = side * rng.uniform(0.1, 0.13)
+        self.reach = side * rng.uniform(0.16, 0.2)
         margin = self.reach + 1.2 * self.radius
         self.x, self.y = rng.uniform(margin, side - margin, 2)
         low, high = ((0.75, 0.3, 0.0), (1.0, 0.55, 0.25)) if warm else ((0.1, 0.4, 0.5), (0.45, 0.75, 0.9))

@@ -1,0 +1,97 @@
+"""What every registered backbone must do."""
+
+import pytest
+import torch
+
+from stts_lightning import create_model
+from stts_lightning.backbones import list_backbones, register_backbone
+
+SMALL = {"mvit_b16": {"size": 64, "dim": 24}, "mvit_tiny": {"size": 64}}
+SELECTIONS = ["none", "t0_0.5", "s0_0.5", "t1_0.6_s1_0.6", "t0_0.6_s4_0.9", "t2_0.5_s3_0.5", "t0_0.9_s0_0.9_t4_0.7_s4_0.7"]
+
+
+@pytest.fixture(params=list_backbones())
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def clip_for(model: torch.nn.Module, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, *model.backbone.clip_size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_shapes_and_a_gradient_for_every_parameter(name: str, selection: str) -> None:
+    model = create_model(name, selection, 7, **SMALL[name]).train()
+    logits, kept = model(clip_for(model), return_selection=True)
+    assert logits.shape == (2, 7)
+    assert "_".join(kept) == "_".join(s for s in selection.split("_") if s[0] in "ts")
+    logits.square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{key} dropped out of the graph"
+        assert torch.isfinite(parameter.grad).all(), key
+        # Eq. 3 removes what moves all scores of a row alike: the last bias, and (paper) the global half and its way in.
+        if ".scorer.score" not in key and not key.endswith((".attn.qkv.bias", "pool_k.norm.bias", ".scorer.local.bias")):
+            assert parameter.grad.abs().sum() > 0, f"{key} got no gradient"
+
+
+@pytest.mark.parametrize("selection", ["none", "t0_0.6_s4_0.9"])
+def test_batch_independence_and_determinism_in_evaluation(name: str, selection: str) -> None:
+    model = create_model(name, selection, 7, **SMALL[name]).eval()
+    clip = clip_for(model, 3)
+    with torch.inference_mode():
+        together = model(clip)
+        torch.testing.assert_close(together, model(clip), atol=0, rtol=0)
+        alone = torch.cat([model(one[None]) for one in clip])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_empty_bank_is_the_plain_model_and_keeping_all_changes_nothing(name: str) -> None:
+    plain = create_model(name, None, 7, **SMALL[name]).eval()
+    assert not list(plain.slots.parameters())
+    full = create_model(name, "t0_1.0_s3_1.0", 7, **SMALL[name]).eval()
+    full.load_state_dict(plain.state_dict(), strict=False)
+    clip = clip_for(plain)
+    with torch.inference_mode():
+        assert torch.equal(plain(clip), full(clip))
+
+
+def test_autocast(name: str) -> None:
+    model = create_model(name, "t0_0.6_s4_0.9", 7, **SMALL[name]).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(clip_for(model)).float().square().sum()
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_uint8_clips_are_normalized_by_the_backbone(name: str) -> None:
+    model = create_model(name, None, 7, **SMALL[name]).eval()
+    raw = torch.randint(0, 256, (1, 3, *model.backbone.clip_size), dtype=torch.uint8)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(raw), model((raw / 255 - 0.45) / 0.225))
+
+
+def test_wrong_clip_size_is_refused(name: str) -> None:
+    model = create_model(name, None, 7, **SMALL[name])
+    with pytest.raises(ValueError, match="this backbone takes"):
+        model(torch.zeros(1, 3, 4, 64, 64))
+
+
+def test_noise_follows_the_seed() -> None:
+    model = create_model("mvit_tiny", "t0_0.5", 7, size=64).train()
+    clip, outputs = clip_for(model), []
+    for seed in (1, 1, 2):
+        model.slots.seed_noise(seed)
+        outputs.append(model(clip))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_unknown_names_and_duplicates() -> None:
+    with pytest.raises(ValueError, match="'mvit_b61' is unknown; known are .*mvit_b16"):
+        create_model("mvit_b61")
+    with pytest.raises(ValueError, match="unexpected keyword argument 'sise'"):
+        create_model("mvit_tiny", sise=3)
+    with pytest.raises(ValueError, match="registered twice"):
+
+        @register_backbone
+        def mvit_tiny() -> torch.nn.Module: ...

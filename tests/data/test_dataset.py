@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stts_lightning.data.annotations import Video, VideoList
+from stts_lightning.data.dataset import ClipDataset, ClipSpec, collate
+from stts_lightning.data.decode import DecodeError, write_mp4
+from stts_lightning.data.transforms import EvalTransform, TrainTransform
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> VideoList:
+    write_mp4(tmp_path / "good.mp4", (np.full((48, 64, 3), 8 * i, np.uint8) for i in range(24)))
+    (tmp_path / "bad.mp4").write_text("no video")
+    return VideoList((Video(tmp_path / "good.mp4", 1), Video(tmp_path / "bad.mp4", 0)), ("a", "b"))
+
+
+def test_training_replaces_and_reports(videos: VideoList) -> None:
+    torch.manual_seed(0)
+    dataset = ClipDataset(videos, ClipSpec(8, 2), TrainTransform(32), train=True)
+    item = dataset[1]
+    assert int(item.index) == 0
+    assert int(item.label) == 1
+    assert len(item.failures) >= 1
+    assert {Path(f.path).name for f in item.failures} == {"bad.mp4"}
+    batch = collate([dataset[0], item])
+    assert batch.clip.shape == (2, 1, 3, 8, 32, 32)
+    assert batch.clip.dtype == torch.uint8
+    assert batch.failures == item.failures
+
+
+def test_evaluation_raises_unless_allowed(videos: VideoList) -> None:
+    with pytest.raises(DecodeError, match=r"bad.mp4: cannot be decoded"):
+        ClipDataset(videos, ClipSpec(8, 2), EvalTransform(32), train=False)[1]
+    item = ClipDataset(videos, ClipSpec(8, 2, 3), EvalTransform(32), train=False, on_error="skip")[1]
+    assert not bool(item.valid)
+    assert item.clip.shape == (3, 3, 8, 32, 32)
+
+
+def test_all_files_broken_is_an_error(videos: VideoList) -> None:
+    broken = VideoList(videos.videos[1:], videos.classes)
+    with pytest.raises(DecodeError, match="20 training files in a row cannot be decoded; the last: .*bad.mp4"):
+        ClipDataset(broken, ClipSpec(8, 2), TrainTransform(32), train=True)[0]
+
+
+def test_one_draw_for_all_frames_of_a_clip() -> None:
+    frame = torch.randint(0, 256, (1, 3, 60, 80), dtype=torch.uint8)
+    for transform in (TrainTransform(32), TrainTransform(32, randaugment=7)):
+        out = transform(frame.expand(8, -1, -1, -1))
+        assert (out == out[:1]).all()
+
+
+def test_evaluation_resizes_the_short_side_and_crops_the_centre() -> None:
+    frame = torch.zeros(1, 3, 256, 340, dtype=torch.uint8)
+    frame[:, :, :, 160:180] = 255
+    out = EvalTransform(224)(frame)
+    assert out.shape == (1, 3, 224, 224)
+    assert out[0, 0, 100].float().argmax() == pytest.approx(102, abs=1)
+    with pytest.raises(ValueError, match="short_side=100: must be at least the crop, 224"):
+        EvalTransform(224, 100)

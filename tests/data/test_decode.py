@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stts_lightning.data.decode import DECODERS, DecodeError, open_video, write_mp4
+
+GOOD = {  # file: frames that decode
+    "ucf101_v_SoccerJuggling_g23_c01.avi": 240,
+    "k400_SOX5yA1l24A_audio.mp4": 332,
+    "ssv2_sample_vp9.webm": 47,
+    "torchcodec_h265_10bits.mp4": 30,
+    "torchcodec_odd_wh_mpeg2.mp4": 10,
+    "torchcodec_non_zero_start.mp4": 12,
+    "decord_rot90.mov": 3,
+    "mp4parser_MOV00006.3gp": 222,
+    "derived_vfr.mp4": 62,
+    "imageio_realshort.mp4": 36,
+    "basketball_tiny_portrait_56x98_7frames.mp4": 7,
+    "derived_1frame.mp4": 1,
+    "derived_bitflips.avi": 240,
+}
+BROKEN = [
+    "decord_corrupted.mp4",
+    "derived_truncated_faststart.mp4",
+    "derived_truncated60pct.mp4",
+    "derived_audio_only.mp4",
+    "derived_empty.mp4",
+    "derived_lfs_pointer.mp4",
+    "mp4parse_encrypted_cenc.mp4",
+]
+
+
+@pytest.fixture
+def clips(shared: Path) -> Path:
+    return shared / "data" / "clips"
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", sorted(GOOD))
+def test_clips_from_the_wild_decode_alike(clips: Path, name: str) -> None:
+    wanted = np.linspace(0, GOOD[name] - 1, 16).round().astype(np.int64)
+    frames = {}
+    for decoder in DECODERS:
+        with open_video(clips / name, decoder) as reader:
+            assert len(reader) == GOOD[name]
+            frames[decoder] = reader.frames(wanted)
+    first, second = frames.values()
+    assert first.shape == second.shape
+    assert first.dtype == np.uint8
+    if name != "derived_bitflips.avi":  # Two libraries conceal damage differently.
+        difference = np.abs(first.astype(int) - second.astype(int)).mean(axis=(1, 2, 3))
+        # 10 bits and MPEG-2's ranges are converted by different routines; a wrong frame differs by 10 levels and more.
+        assert difference.max() < 6, difference
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("decoder", sorted(DECODERS))
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_give_one_error_that_names_them(clips: Path, name: str, decoder: str) -> None:
+    with pytest.raises(DecodeError) as caught, open_video(clips / name, decoder) as reader:
+        reader.frames(np.arange(0, len(reader), max(len(reader) // 16, 1)))
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_missing_file_and_unknown_decoder(tmp_path: Path) -> None:
+    with pytest.raises(DecodeError, match="no.mp4: no such file"), open_video(tmp_path / "no.mp4"):
+        pass
+    with pytest.raises(ValueError, match="decoder='x': allowed are decord, pyav"), open_video(tmp_path / "no.mp4", "x"):
+        pass
+
+
+@pytest.mark.parametrize("decoder", sorted(DECODERS))
+def test_written_files_come_back(tmp_path: Path, decoder: str) -> None:
+    path = tmp_path / "a.mp4"
+    write_mp4(path, (np.full((48, 64, 3), 10 * i, np.uint8) for i in range(20)))
+    with open_video(path, decoder) as reader:
+        assert len(reader) == 20
+        frames = reader.frames(np.array([19, 0, 7, 7]))
+    assert np.abs(frames.mean(axis=(1, 2, 3)) - [190, 0, 70, 70]).max() < 4
+    assert list(tmp_path.iterdir()) == [path]
