@@ -1,7 +1,9 @@
 """From a composed configuration to built objects. Front doors call it; nothing below ever sees a DictConfig."""
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ from omegaconf.errors import MissingMandatoryValue
 from stts_lightning.backbones.checkpoints import CheckpointError
 from stts_lightning.classifier import VideoClassifier, create_model
 from stts_lightning.data.annotations import AnnotationError
-from stts_lightning.data.datamodule import LoaderOptions, VideoDataModule
+from stts_lightning.data.datamodule import LoaderError, LoaderOptions, VideoDataModule
 from stts_lightning.data.decode import DecodeError
 from stts_lightning.selection.spec import SelectionError
 from stts_lightning.training.module import ClassificationModule
@@ -28,6 +30,17 @@ CONFIG = "config.yaml"
 
 class ConfigError(ValueError):
     """A configuration that cannot be used: names the key."""
+
+
+USER_ERRORS = (
+    ConfigError,
+    SelectionError,
+    CheckpointError,
+    AnnotationError,
+    DecodeError,
+    LoaderError,
+    MisconfigurationException,
+)
 
 
 def plain(node: Any) -> Any:
@@ -52,6 +65,9 @@ def resumed_config(run: str | Path, overrides: list[str]) -> tuple[DictConfig, P
             raise ConfigError(f"resume={run}: there is no {needed}; give the folder of a run that wrote a checkpoint")
     cfg = OmegaConf.load(file)
     OmegaConf.set_struct(cfg, True)
+    # The CSV logger starts its file anew; what it wrote so far is kept under another name.
+    if (metrics := run / "metrics.csv").is_file():
+        metrics.rename(run / f"metrics_{len(list(run.glob('metrics*.csv')))}.csv")
     values = OmegaConf.from_dotlist([o for o in overrides if not o.startswith("resume=")])
     merged = OmegaConf.merge(cfg, values)
     assert isinstance(merged, DictConfig)
@@ -71,11 +87,21 @@ def one_line_errors() -> Iterator[None]:
     """Turn errors that are the user's to mend into one line and exit status 2; set HYDRA_FULL_ERROR=1 to see more."""
     try:
         yield
-    except (ConfigError, SelectionError, CheckpointError, AnnotationError, DecodeError, MisconfigurationException) as error:
+    except USER_ERRORS as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def quiet_libraries() -> None:
+    """Keep what is not the user's to mend off the screen: tips, device inventories, libraries' own deprecations."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*torch.jit.*", ".*treespec.*", ".*does not have many workers.*", ".*Experiment logs directory.*"):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
 
 
 def build_model_shape(cfg: DictConfig) -> tuple[int, int, int]:

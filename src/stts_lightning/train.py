@@ -72,6 +72,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     from stts_lightning.training.callbacks import FailureLog
     from stts_lightning.training.summary import print_summary
 
+    assembly.quiet_libraries()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     assembly.save_config(cfg)
     # Before any data is read or made: the model's own clip size, and every refusal of an impossible selection.

@@ -139,7 +139,7 @@ def test_paper_scorer_is_equations_2_and_3() -> None:
     raw = (f @ scorer.score.weight.T + scorer.score.bias)[..., 0]
     torch.testing.assert_close(scorer(q), raw)
     normalized = scorer.normalize(raw)
-    torch.testing.assert_close(normalized, (raw - raw.min(1, keepdim=True)[0]) / (raw.max(1) [0] - raw.min(1)[0])[:, None])
+    torch.testing.assert_close(normalized, (raw - raw.min(1, keepdim=True)[0]) / (raw.max(1)[0] - raw.min(1)[0])[:, None])
 
 
 @pytest.mark.parametrize(("dim", "parameters"), [(192, 60_673), (96, 15_361), (384, 241_153)])

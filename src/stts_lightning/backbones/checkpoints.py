@@ -103,6 +103,7 @@ class Checkpoint:
 
     @property
     def selector_keys(self) -> list[str]:
+        """Keys of selectors, in the file's own words."""
         return [key for key in self.state if re.match(r"(time|space)_score_predictor\.|backbone\.slots\.", key)]
 
     def scorer(self) -> str | None:

@@ -20,7 +20,7 @@ class Source(ABC):
 
     name: str
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 (most sources have nothing to prepare)
         """Make or fetch what is needed, once a machine, before `videos` is called."""
 
     @abstractmethod
@@ -86,6 +86,10 @@ class DemoSource(Source):
         return read_list(self.root / f"{split}.csv")
 
 
+class LoaderError(ValueError):
+    """Loader options that cannot be honoured: names the key, the value and what is allowed."""
+
+
 @dataclass(frozen=True)
 class LoaderOptions:
     """Batches and workers.
@@ -101,6 +105,12 @@ class LoaderOptions:
     num_workers: int
     eval_batch_size: int | None = None
     timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise LoaderError(f"loader.{name}={value}: must be {least} or more")
 
 
 class VideoDataModule(pl.LightningDataModule):
@@ -163,10 +173,10 @@ class VideoDataModule(pl.LightningDataModule):
         }
 
     def per_device(self, batch_size: int) -> int:
-        """Share of a device in a global batch. Raises ValueError if the devices cannot share it evenly."""
+        """Share of a device in a global batch. Raises LoaderError if the devices cannot share it evenly."""
         devices = self.trainer.world_size if self.trainer else 1
         if batch_size % devices:
-            raise ValueError(
+            raise LoaderError(
                 f"loader.batch_size={batch_size}: is for all devices and must be a multiple of their number, {devices}"
             )
         return batch_size // devices

@@ -18,6 +18,7 @@ def anchor_starts(length: int, window: int) -> list[int]:
 
 
 def anchor_stride(length: int, window: int) -> int:
+    """Tokens from one anchor to the next along one side."""
     return max((length - window) // 2, 1)
 
 
@@ -70,6 +71,7 @@ class SpatialSelector(Selector):
 
     @property
     def out_size(self) -> GridSize:
+        """See `Selector.out_size`."""
         return self._out_size
 
     def _anchor_scores(self, grid: Tensor) -> Tensor:
@@ -106,4 +108,5 @@ class SpatialSelector(Selector):
         return kept, Selection(self.slot, best, windows, scores.view(batch, frames, -1), weights)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
+        """What is kept, in integers."""
         return f"{self.window[0]}x{self.window[1]} of {self.in_size[1]}x{self.in_size[2]}, {len(self.corners)} anchors"

@@ -57,10 +57,12 @@ class SlotSpec:
 
     @property
     def axis(self) -> str:
+        """`t` or `s`."""
         return self.name[0]
 
     @property
     def block(self) -> int:
+        """Number of the self-attention block before which the slot acts."""
         return int(self.name[1:])
 
     def _check(self, key: str, value: int, limit: int, what: str) -> int:
@@ -114,6 +116,7 @@ class SelectionSpec:
             raise SelectionError(f"selection.slots: {', '.join(twice)} named twice; a place has one slot an axis")
 
     def with_scorer(self, scorer: str) -> Self:
+        """Return the same selection with another scorer."""
         return replace(self, scorer=scorer)
 
     @classmethod

@@ -25,6 +25,7 @@ class TemporalSelector(Selector):
 
     @property
     def out_size(self) -> GridSize:
+        """See `Selector.out_size`."""
         return self._out_size
 
     def forward(self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Selection]:
@@ -40,4 +41,5 @@ class TemporalSelector(Selector):
         return grid[rows, indices], Selection(self.slot, indices, None, scores, None)
 
     def extra_repr(self) -> str:
+        """What is kept, in integers."""
         return f"{self.keep} of {self.in_size[0]} frames"

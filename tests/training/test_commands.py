@@ -1,0 +1,172 @@
+"""Real commands on small data."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+FAST = [
+    "experiment=demo",
+    "dataset.train=4",
+    "dataset.val=2",
+    "loader.batch_size=8",
+    "callbacks.progress=null",
+    "trainer.accelerator=cpu",
+]
+
+
+def command(tmp: Path, *overrides: str, check: bool = True, base: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    args = [sys.executable, "-m", "stts_lightning.train", *(FAST if base is None else base), *overrides]
+    done = subprocess.run(args, cwd=tmp, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> Path:
+    done = command(place, "trainer.max_epochs=2", "hydra.run.dir=runs/full", "selection=t0_0.6_s4_0.9")
+    assert "T0: 5 of 8 frames; S4: 4x4 of 4x4" in done.stdout.replace("\n", " ")
+    assert "linear over 8 steps" in done.stdout
+    return place / "runs" / "full"
+
+
+def test_result_says_everything(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert result["selection"] == "t0_0.6_s4_0.9"
+    assert result["slots"] == {"t0": "5 of 8 frames", "s4": "4x4 of 4x4, 1 anchors"}
+    assert 0 <= result["top1"] <= result["top5"] <= 1
+    assert result["gflops_per_view"] > 0.01
+    assert result["dataset"]["val_videos"] == 16
+    assert result["steps"] == 8
+    assert result["undecodable_files"] == {}
+    assert {"torch", "lightning", "python"} <= set(result["versions"])
+    assert (finished / "config.yaml").is_file()
+
+
+def test_checkpoint_holds_plain_containers_and_rebuilds_the_model(finished: Path) -> None:
+    from stts_lightning import create_model
+
+    content = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
+    model = create_model(**content["model"], pretrained=finished / "checkpoints" / "last.ckpt")
+    assert model.slots.describe()["t0"] == "5 of 8 frames"
+
+
+def losses(run: Path) -> dict[int, tuple[float, float]]:
+    found = {}
+    for file in sorted(run.glob("metrics*.csv")):
+        with file.open() as lines:
+            for row in csv.DictReader(lines):
+                if row.get("train/loss"):
+                    found[int(row["step"])] = (float(row["train/loss"]), float(row["sigma"]))
+    return found
+
+
+def test_killed_run_goes_on_where_it_was(place: Path) -> None:
+    options = ["trainer.max_epochs=6", "trainer.log_every_n_steps=1", "loader.num_workers=0"]
+    command(place, *options, "hydra.run.dir=runs/whole", "test=false")
+    args = [sys.executable, "-m", "stts_lightning.train", *FAST, *options, "hydra.run.dir=runs/killed", "test=false"]
+    process = subprocess.Popen(args, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = place / "runs" / "killed" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = command(place, "resume=runs/killed", base=[])
+    result = json.loads((place / "runs" / "killed" / "result.json").read_text())
+    assert result["steps"] == 24, done.stdout
+    whole, killed = losses(place / "runs" / "whole"), losses(place / "runs" / "killed")
+    assert max(whole) == max(killed) == 23
+    for step in (19, 23):  # sigma is exact whatever the moment of the kill
+        assert killed[step][1] == pytest.approx(whole[step][1], rel=1e-5) == pytest.approx(0.1 * (1 - step / 24), rel=1e-3)
+
+
+def test_sweep_over_sigma_and_a_ratio(place: Path) -> None:
+    command(place, "selection.sigma=0.05,0.1", "selection.slots.t0.ratio=0.25,0.5", "debug=fast", "hydra.sweep.dir=runs/sweep")
+    results = [json.loads(f.read_text()) for f in (place / "runs" / "sweep").glob("*/result.json")]
+    assert sorted((r["sigma"], r["slots"]["t0"]) for r in results) == [
+        (0.05, "2 of 8 frames"),
+        (0.05, "4 of 8 frames"),
+        (0.1, "2 of 8 frames"),
+        (0.1, "4 of 8 frames"),
+    ]
+
+
+def test_wandb_without_a_key_stays_offline(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(place))
+    command(place, "logger=wandb", "debug=fast", "hydra.run.dir=runs/wandb")
+    assert list((place / "runs" / "wandb" / "wandb").glob("offline-run-*"))
+    assert (place / "runs" / "wandb" / "wandb_id.txt").read_text()
+
+
+def test_undecodable_training_file_is_counted(place: Path) -> None:
+    folder = place / "own"
+    for split in ("train", "val"):
+        for name in ("left", "right"):
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            for file in (place / "data" / "demo" / split / name).glob("*.mp4"):
+                (folder / split / name / file.name).write_bytes(file.read_bytes())
+    (folder / "train" / "left" / "rotten.mp4").write_text("rotten")
+    own = [
+        "backbone=mvit_tiny",
+        "selection=t0_0.5",
+        "dataset=folder",
+        f"dataset.root={folder}",
+        "recipe=scratch",
+        "callbacks.progress=null",
+    ]
+    done = command(place, *own, "loader.batch_size=4", "trainer.max_epochs=3", "hydra.run.dir=runs/own", base=[])
+    result = json.loads((place / "runs" / "own" / "result.json").read_text())
+    assert [Path(f).name for f in result["undecodable_files"]] == ["rotten.mp4"]
+    assert (done.stdout + done.stderr).count("cannot decode") == 1
+    # The same in evaluation is an error that names the file.
+    (folder / "val" / "left" / "rotten.mp4").write_text("rotten")
+    failed = command(place, *own, "loader.batch_size=4", "trainer.max_epochs=1", base=[], check=False)
+    assert failed.returncode == 2
+    assert failed.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "rotten.mp4: cannot be decoded" in failed.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["selction.sigma=0.1"], "Key 'selction' is not in struct"),
+        (["selection.sigm=0.1"], "Key 'sigm' is not in struct"),
+        (["backbone=mvit_b61"], "Could not find 'backbone/mvit_b61'"),
+        (["selection.slots.t0.ratio=0"], "selection.slots.t0.ratio=0: must lie in (0, 1]"),
+        (["selection.slots.t0.ratio=1.2"], "selection.slots.t0.ratio=1.2: must lie in (0, 1]"),
+        (["+selection.slots.t99.ratio=0.5"], "selection.slots.t99: no block 99; this backbone has 0 to 5"),
+        (["dataset=folder", "dataset.root=/no/such/folder"], "data folder /no/such/folder/train: does not exist"),
+        (["dataset=folder"], "dataset.root: must be given, as in dataset.root=..."),
+        (["pretrained=/no/such.pt"], "checkpoint /no/such.pt: no such file"),
+        (["resume=/no/such/run"], "resume=/no/such/run: there is no"),
+        (["loader.batch_size=0"], "loader.batch_size=0: must be 1 or more"),
+    ],
+)
+def test_bad_input_gets_one_clear_error(tmp_path: Path, overrides: list[str], message: str) -> None:
+    done = command(tmp_path, *overrides, check=False)
+    assert done.returncode != 0
+    assert message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_list_with_a_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("nowhere.mp4 0\n")
+    lists = ["dataset=list", "dataset.train=list.txt", "dataset.val=list.txt"]
+    done = command(tmp_path, *lists, check=False, base=["backbone=mvit_tiny", "selection=none"])
+    assert done.returncode == 2
+    assert "1 of 1 listed videos do not exist, first " in done.stderr

@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from stts_lightning import create_model
+from stts_lightning.training.callbacks import annealed_sigma
+from stts_lightning.training.optim import OptimSpec, PartSpec, build_optimizer, lr_factor, parameter_groups
+
+PAPER = OptimSpec(
+    lr=1e-4,
+    weight_decay=0.05,
+    epochs=20,
+    parts={
+        "selectors": PartSpec(warmup_epochs=3),
+        "backbone": PartSpec(lr_scale=0.01, warmup_epochs=3),
+        "head": PartSpec(lr_scale=0.01, warmup_epochs=3),
+    },
+)
+OFFICIAL = OptimSpec(
+    lr=1e-4,
+    weight_decay=0.05,
+    epochs=20,
+    final_lr=0.01,
+    parts={
+        "selectors": PartSpec(decay_all=True),
+        "backbone": PartSpec(lr_cap=0.1, frozen_epochs=3, decay_embeddings=True),
+        "head": PartSpec(lr_cap=0.1, frozen_epochs=3),
+    },
+)
+
+
+def named(model: torch.nn.Module, spec: OptimSpec) -> dict[str, list[str]]:
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {str(g["name"]): [names[id(p)] for p in g["params"]] for g in parameter_groups(model, spec)}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spec", [PAPER, OFFICIAL])
+@pytest.mark.parametrize("selection", ["none", "t0_0.6_s4_0.9"])
+def test_each_parameter_lies_in_exactly_one_group(spec: OptimSpec, selection: str) -> None:
+    model = create_model("mvit_tiny", selection, 5, size=64)
+    listed = [name for names in named(model, spec).values() for name in names]
+    assert sorted(listed) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_decay_spares_norms_biases_and_embeddings() -> None:
+    groups = named(create_model("mvit_tiny", "t0_0.6", 5, size=64), PAPER)
+    assert all(
+        n.endswith("weight") and "norm" not in n for part in ("selectors", "backbone", "head") for n in groups[f"{part}/decay"]
+    )
+    assert {"backbone.cls_token", "backbone.pos_embed_spatial"} <= set(groups["backbone/no_decay"])
+    assert all(".slots." in n for kind in ("decay", "no_decay") for n in groups[f"selectors/{kind}"])
+    official = named(create_model("mvit_tiny", {"slots": {"t0": 0.6}, "scorer": "official"}, 5, size=64), OFFICIAL)
+    assert "selectors/no_decay" not in official
+    assert "backbone.cls_token" in official["backbone/decay"]
+
+
+def test_paper_schedule() -> None:
+    model = create_model("mvit_tiny", "t0_0.6", 5, size=64)
+    optimizer, schedule = build_optimizer(model, PAPER, total_steps=200)
+    rates = []
+    for _ in range(200):
+        rates.append({g["name"]: g["lr"] for g in optimizer.param_groups})
+        optimizer.step()
+        schedule.step()
+    assert rates[0]["selectors/decay"] == 0
+    assert rates[15]["selectors/decay"] == pytest.approx(0.5e-4)
+    assert rates[30]["selectors/decay"] == pytest.approx(1e-4)
+    assert rates[30]["backbone/decay"] == pytest.approx(1e-6)
+    assert rates[115]["selectors/decay"] == pytest.approx(0.5e-4)
+    assert rates[199]["selectors/decay"] < 1e-7
+
+
+def test_official_schedule() -> None:
+    rate = lambda part, epoch: 1e-4 * lr_factor(OFFICIAL.part(part), OFFICIAL, epoch / 20)  # noqa: E731
+    assert rate("selectors", 0) == pytest.approx(1e-4)
+    assert rate("selectors", 20) == pytest.approx(1e-6)
+    assert rate("backbone", 2.99) == 0
+    assert rate("backbone", 3) == pytest.approx(1e-5)
+    assert rate("backbone", 19.9) == pytest.approx(1e-4 * lr_factor(OFFICIAL.part("selectors"), OFFICIAL, 19.9 / 20))
+
+
+def test_unknown_part() -> None:
+    with pytest.raises(ValueError, match="optim.parts.bacbone: unknown; the parts are selectors, backbone, head"):
+        OptimSpec(lr=1, weight_decay=0, epochs=1, parts={"bacbone": PartSpec()})
+
+
+def test_sigma_falls_linearly_to_zero() -> None:
+    values = [annealed_sigma(0.1, step, 10) for step in range(12)]
+    assert values[0] == 0.1
+    assert values[5] == pytest.approx(0.05)
+    assert values[9] == pytest.approx(0.01)
+    assert values[10] == values[11] == 0
