@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
@@ -130,8 +130,8 @@ def build_optim(cfg: DictConfig) -> OptimSpec:
     """Learning rates, decay and schedule."""
     values = plain(cfg.optim)
     parts = {name: PartSpec(**part) for name, part in (values.pop("parts", None) or {}).items()}
-    betas = tuple(values.pop("betas"))
-    return OptimSpec(**values, betas=betas, parts=parts)
+    first, second = values.pop("betas")
+    return OptimSpec(**values, betas=(first, second), parts=parts)
 
 
 def build_module(cfg: DictConfig, model: VideoClassifier, recipe: dict[str, Any]) -> ClassificationModule:

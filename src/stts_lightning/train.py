@@ -89,9 +89,9 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         steps = len(data.splits["train"]) // data.loader.batch_size * epochs if trainer.max_steps < 0 else trainer.max_steps
         print_summary(table(known, cfg, steps, cfg.pretrained))
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    metrics = dict(trainer.callback_metrics)
+    metrics: dict[str, Any] = dict(trainer.callback_metrics)
     if cfg.test:
-        metrics |= trainer.test(module, data, verbose=False)[0]
+        metrics |= dict(trainer.test(module, data, verbose=False)[0])
     failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]
     result = {
         **{name: float(metrics[f"test/{name}"]) for name in ("top1", "top5") if f"test/{name}" in metrics},

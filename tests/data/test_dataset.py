@@ -21,7 +21,7 @@ def test_training_replaces_and_reports(videos: VideoList) -> None:
     torch.manual_seed(0)
     dataset = ClipDataset(videos, ClipSpec(8, 2), TrainTransform(32), train=True)
     item = dataset[1]
-    assert int(item.index) == 0
+    assert int(item.video) == 0
     assert int(item.label) == 1
     assert len(item.failures) >= 1
     assert {Path(f.path).name for f in item.failures} == {"bad.mp4"}

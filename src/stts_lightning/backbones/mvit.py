@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, trunc_normal_
+from timm.layers.drop import DropPath
+from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,7 +60,8 @@ class PooledAttention(nn.Module):
 
     def forward(self, cls: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
         """Args: cls `(B, 1, C)`, grid `(B, T, H, W, C)`. Returns: the same, the grid pooled by `q_stride`."""
-        size = grid.shape[1:4]
+        t, h, w = grid.shape[1:4]
+        size: GridSize = (t, h, w)
         q_cls, k_cls, v_cls = self.qkv(cls).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q_grid, k_grid, v_grid = self.qkv(grid).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         k = self.pool_k(k_cls, k_grid)
@@ -68,7 +70,7 @@ class PooledAttention(nn.Module):
             q = torch.cat((q_cls, q_grid.flatten(1, 3).transpose(1, 2)), dim=2)
         else:
             q = self.pool_q(q_cls, q_grid)
-            size = pooled(tuple(size), self.q_stride)
+            size = pooled(size, self.q_stride)
         out = F.scaled_dot_product_attention(q, k, v)
         out = self.proj(out.transpose(1, 2).flatten(2))
         return out[:, :1], out[:, 1:].unflatten(1, size)

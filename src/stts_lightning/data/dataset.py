@@ -30,14 +30,14 @@ class Batch(NamedTuple):
     Attributes:
         clip: `(B, V, 3, T, H, W)` uint8; V is 1 in training.
         label: `(B,)` int64.
-        index: `(B,)` int64, the video's number in its list.
+        video: `(B,)` int64, the video's number in its list.
         valid: `(B,)` bool; False where an evaluation was allowed to go on without the video.
         failures: files that did not decode on the way.
     """
 
     clip: Tensor
     label: Tensor
-    index: Tensor
+    video: Tensor
     valid: Tensor
     failures: tuple[Failure, ...]
 
@@ -120,8 +120,8 @@ class ClipDataset(Dataset[Batch]):
 
 def collate(items: list[Batch]) -> Batch:
     """Stack items; failures are strung together."""
-    stacked = (default_collate([item[i] for item in items]) for i in range(4))
-    return Batch(*stacked, tuple(failure for item in items for failure in item.failures))
+    clip, label, video, valid = (default_collate([item[i] for item in items]) for i in range(4))
+    return Batch(clip, label, video, valid, tuple(failure for item in items for failure in item.failures))
 
 
 def list_hash(videos: VideoList) -> str:

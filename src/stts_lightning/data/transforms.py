@@ -26,7 +26,8 @@ class TrainTransform:
         flip: float = 0.5,
         randaugment: int | None = None,
     ) -> None:
-        steps: list[torch.nn.Module] = [v2.RandomResizedCrop(_pair(size), tuple(scale), tuple(ratio), antialias=True)]
+        crop = v2.RandomResizedCrop(_pair(size), (scale[0], scale[1]), (ratio[0], ratio[1]), antialias=True)
+        steps: list[torch.nn.Module] = [crop]
         if flip > 0:
             steps.append(v2.RandomHorizontalFlip(flip))
         if randaugment is not None:

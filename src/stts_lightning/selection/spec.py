@@ -141,7 +141,7 @@ class SelectionSpec:
         allowed = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - allowed):
             raise SelectionError(f"selection.{unknown[0]}: unknown key; allowed are {', '.join(sorted(allowed))}")
-        slots = values.pop("slots", None) or {}
+        slots: Mapping[str, Any] = values.pop("slots", None) or {}
         return cls(slots=tuple(_slot(name, slot) for name, slot in slots.items()), **values)
 
     def __str__(self) -> str:

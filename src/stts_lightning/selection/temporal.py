@@ -35,7 +35,7 @@ class TemporalSelector(Selector):
         indices = hard_topk(scores.detach(), self.keep)
         if self.training:
             indicator = self.estimator(scores, self.keep, sigma, generator)
-            kept = torch.matmul(indicator.to(grid.dtype), grid.flatten(2)).unflatten(2, grid.shape[2:])
+            kept = torch.matmul(indicator.to(grid.dtype), grid.flatten(2)).reshape(-1, self.keep, *grid.shape[2:])
             return kept, Selection(self.slot, indices, None, scores, indicator)
         rows = torch.arange(grid.shape[0], device=grid.device).unsqueeze(1)
         return grid[rows, indices], Selection(self.slot, indices, None, scores, None)

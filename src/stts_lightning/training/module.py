@@ -90,5 +90,5 @@ class ClassificationModule(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop at once on a loss that is no number."""
         if not bool(torch.isfinite(outputs["loss"])):
-            videos = batch.index.tolist()
+            videos = batch.video.tolist()
             raise FloatingPointError(f"training loss is {float(outputs['loss'])} at step {self.global_step}, videos {videos}")
