@@ -90,7 +90,9 @@ def one_line_errors() -> Iterator[None]:
     except USER_ERRORS as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # A worker's error comes with the worker's stack trace; its last line is the error.
+        line = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from error
 
 

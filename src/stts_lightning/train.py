@@ -123,9 +123,9 @@ def main(cfg: DictConfig) -> float | None:
     from stts_lightning import assembly
 
     checkpoint = None
-    if cfg.resume:
-        cfg, checkpoint = assembly.resumed_config(cfg.resume, list(HydraConfig.get().overrides.task))
     with assembly.one_line_errors():
+        if cfg.resume:
+            cfg, checkpoint = assembly.resumed_config(cfg.resume, list(HydraConfig.get().overrides.task))
         return run(cfg, checkpoint)
 
 

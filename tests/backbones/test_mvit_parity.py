@@ -74,7 +74,7 @@ def test_golden_training_step(shared: Path, load_rule: Callable[[str], ModuleTyp
     np.testing.assert_allclose(kept["t0"].indicator.detach().numpy(), indicator, atol=5e-3)
     loss = nn.functional.cross_entropy(logits, torch.tensor([3, 7]))
     loss.backward()
-    assert float(loss) == pytest.approx(float(golden["train_loss_ce_labels_3_7"]), abs=5e-3)
+    assert loss.item() == pytest.approx(float(golden["train_loss_ce_labels_3_7"]), abs=5e-3)
     for key, parameter in {
         "norm.weight": model.backbone.norm.weight,
         "pos_embed_temporal": model.backbone.pos_embed_temporal,
@@ -82,7 +82,7 @@ def test_golden_training_step(shared: Path, load_rule: Callable[[str], ModuleTyp
     }.items():
         expected = torch.from_numpy(golden[f"train_grad/{key}"])
         cosine = nn.functional.cosine_similarity(parameter.grad.flatten(), expected.flatten(), dim=0)
-        assert cosine > 0.99, (key, float(cosine))
+        assert cosine > 0.99, (key, cosine.item())
 
 
 def test_torchvision_mvit_v1_b(tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def test_killed_run_goes_on_where_it_was(place: Path) -> None:
 
 
 def test_sweep_over_sigma_and_a_ratio(place: Path) -> None:
-    command(place, "selection.sigma=0.05,0.1", "selection.slots.t0.ratio=0.25,0.5", "debug=fast", "hydra.sweep.dir=runs/sweep")
+    swept = ["selection.sigma=0.05,0.1", "selection.slots.t0.ratio=0.25,0.5"]
+    command(place, "debug=fast", "hydra.sweep.dir=runs/sweep", base=["-m", *FAST, *swept])
     results = [json.loads(f.read_text()) for f in (place / "runs" / "sweep").glob("*/result.json")]
     assert sorted((r["sigma"], r["slots"]["t0"]) for r in results) == [
         (0.05, "2 of 8 frames"),
@@ -158,7 +159,8 @@ def test_undecodable_training_file_is_counted(place: Path) -> None:
     ],
 )
 def test_bad_input_gets_one_clear_error(tmp_path: Path, overrides: list[str], message: str) -> None:
-    done = command(tmp_path, *overrides, check=False)
+    base = ["backbone=mvit_tiny", "selection=t0_0.5"] if "dataset=folder" in overrides else None
+    done = command(tmp_path, *overrides, check=False, base=base)
     assert done.returncode != 0
     assert message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
