@@ -38,12 +38,12 @@ class DemoSpec:
     """
 
     seed: int = 0
-    train: int = 80
+    train: int = 150
     val: int = 20
     side: int = 80
     frames: int = 36
     action: int = 12
-    distractors: int = 3
+    distractors: int = 2
 
 
 def motion(name: str, phase: float, reach: float) -> tuple[float, float, float]:
@@ -82,8 +82,8 @@ def _texture(rng: np.random.Generator, side: int, cells: int) -> Image:
 
 class _Disk:
     def __init__(self, rng: np.random.Generator, side: int, warm: bool) -> None:
-        self.radius = side * rng.uniform(0.1, 0.13)
-        self.reach = side * rng.uniform(0.16, 0.2)
+        size = (0.13, 0.16, 0.18, 0.22) if warm else (0.1, 0.13, 0.16, 0.2)
+        self.radius, self.reach = side * rng.uniform(*size[:2]), side * rng.uniform(*size[2:])
         margin = self.reach + 1.2 * self.radius
         self.x, self.y = rng.uniform(margin, side - margin, 2)
         low, high = ((0.75, 0.3, 0.0), (1.0, 0.55, 0.25)) if warm else ((0.1, 0.4, 0.5), (0.45, 0.75, 0.9))
@@ -93,8 +93,8 @@ class _Disk:
     def paint(self, image: Image, name: str, phase: float) -> tuple[float, float, float]:
         dx, dy, scale = motion(name, phase, self.reach)
         x, y, radius = self.x + dx, self.y + dy, self.radius * scale
-        rows, cols = np.mgrid[: image.shape[0], : image.shape[1]]
-        cover = np.clip(radius - np.hypot(cols - x, rows - y) + 0.5, 0, 1)[..., None].astype(np.float32)
+        at = np.arange(image.shape[0], dtype=np.float32)
+        cover = np.clip(radius + 0.5 - np.hypot(at - x, (at - y)[:, None]), 0, 1)[..., None]
         image += cover * (self.colour + self.texture - image)
         return x, y, radius
 
@@ -125,7 +125,7 @@ def render(spec: DemoSpec, split: str, label: int, number: int) -> tuple[list[ND
         if first <= t < first + spec.action:
             x, y, r = hero.paint(image, MOTIONS[label], (t - first) / (spec.action - 1))
             boxes.append([round(v, 1) for v in (x - r, y - r, x + r, y + r)])
-        noisy = image + rng.normal(0, 4, image.shape)
+        noisy = image + 4 * rng.standard_normal(image.shape, dtype=np.float32)
         images.append(np.clip(noisy, 0, 255).astype(np.uint8))
     truth = {"label": label, "motion": MOTIONS[label], "frames": [first, first + spec.action], "boxes": boxes}
     return images, truth
