@@ -110,7 +110,7 @@ def build_model_shape(cfg: DictConfig) -> tuple[int, int, int]:
     """Clip size of the configured model, from a weightless copy. Raises SelectionError for an impossible selection."""
     values: dict[str, Any] = plain(cfg.backbone)
     with torch.device("meta"):
-        return create_model(values.pop("name"), plain(cfg.selection), **values).backbone.clip_size  # type: ignore[return-value]
+        return create_model(values.pop("name"), plain(cfg.selection), **values).backbone.clip_size
 
 
 def build_model(cfg: DictConfig, num_classes: int) -> tuple[VideoClassifier, dict[str, Any]]:

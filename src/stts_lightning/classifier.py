@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stts_lightning.backbones.checkpoints import load_checkpoint, read_checkpoint
-from stts_lightning.backbones.registry import create_backbone
+from stts_lightning.backbones.registry import Backbone, create_backbone
 from stts_lightning.selection.selector import Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -18,7 +18,7 @@ class VideoClassifier(nn.Module):
     """Backbone, dropout and one linear layer. Always logits.
 
     Args:
-        backbone: any registered backbone: has `slots`, `out_dim`, `mean`, `std`, `clip_size`.
+        backbone: any registered backbone.
         num_classes: number of classes.
         dropout: rate before the linear layer.
     """
@@ -26,11 +26,11 @@ class VideoClassifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, num_classes: int, dropout: float = 0.0) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(backbone.out_dim, num_classes)  # type: ignore[arg-type]
+        self.head = nn.Linear(backbone.out_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1, 1), persistent=False)
@@ -39,7 +39,6 @@ class VideoClassifier(nn.Module):
     @property
     def slots(self) -> SlotBank:
         """The selectors."""
-        assert isinstance(self.backbone.slots, SlotBank)
         return self.backbone.slots
 
     def normalize(self, clip: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def facts(cfg: DictConfig, trainer: "pl.Trainer", module: "ClassificationModule"
         "parameters": sum(p.numel() for p in model.parameters()),
         "gflops_per_view": round(count_gflops(model), 4),
         "views": data.test_views,
-        "clip": list(model.backbone.clip_size),  # type: ignore[arg-type]
+        "clip": list(model.backbone.clip_size),
         "dataset": data.summary(),
         "batch_size": data.loader.batch_size,
         "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",

@@ -25,7 +25,7 @@ def count_gflops(model: VideoClassifier) -> float:
     """
     training = model.training
     model.eval()
-    clip = torch.zeros(1, 3, *model.backbone.clip_size, device=model.mean.device)  # type: ignore[misc]
+    clip = torch.zeros(1, 3, *model.backbone.clip_size, device=model.mean.device)
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     try:
         with torch.no_grad(), warnings.catch_warnings():

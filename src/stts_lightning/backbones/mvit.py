@@ -14,7 +14,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stts_lightning.backbones.registry import register_backbone
+from stts_lightning.backbones.registry import Backbone, register_backbone
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -125,7 +125,7 @@ class Block(nn.Module):
         return x[:, :1], x[:, 1:].unflatten(1, size)
 
 
-class MViT(nn.Module):
+class MViT(Backbone):
     """Multiscale vision transformer with selectors before any block.
 
     The head count and the channels double, and the grid halves in height and width, at each block of `stages`.
@@ -201,7 +201,7 @@ class MViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are embeddings."""
+        """See `Backbone.no_weight_decay`."""
         return {"cls_token", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class"}
 
     def embed(self, clip: Tensor) -> tuple[Tensor, Tensor]:

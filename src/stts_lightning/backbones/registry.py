@@ -1,11 +1,44 @@
-"""Backbones by name: one decorated factory each."""
+"""What a backbone is, and backbones by name: one decorated factory each."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-Factory = Callable[..., nn.Module]
+from stts_lightning.selection.selector import GridSize, Selection
+from stts_lightning.selection.slots import SlotBank
+
+
+class Backbone(nn.Module, ABC):
+    """From a normalised clip to features, calling its slots before each block.
+
+    Attributes:
+        mean: of each channel, on the scale 0 to 1; clips are normalised by it.
+        std: of each channel, likewise.
+        clip_size: frames, height and width of a clip.
+        block_sizes: size of the grid that reaches each block.
+        out_dim: channels of the features.
+        slots: the selectors.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    clip_size: tuple[int, int, int]
+    block_sizes: list[GridSize]
+    out_dim: int
+    slots: SlotBank
+
+    @abstractmethod
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are embeddings."""
+
+    @abstractmethod
+    def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
+        """Clip `(B, 3, T, H, W)` -> features `(B, out_dim)`; appends what each slot kept to `kept`."""
+
+
+Factory = Callable[..., Backbone]
 _FACTORIES: dict[str, Factory] = {}
 
 
@@ -22,7 +55,7 @@ def list_backbones() -> list[str]:
     return sorted(_FACTORIES)
 
 
-def create_backbone(name: str, **kwargs: Any) -> nn.Module:
+def create_backbone(name: str, **kwargs: Any) -> Backbone:
     """Build a backbone by name.
 
     Raises:

@@ -7,8 +7,12 @@ disks of the same kind wander over a drifting texture and make motions of their 
 
 import json
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ from stts_lightning.data.decode import write_mp4
 MOTIONS = ("right", "left", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")
 
 Image = NDArray[np.float32]
+Job = tuple[str, int, int]
+"""A video to make: split, label and number."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,8 @@ def render(spec: DemoSpec, split: str, label: int, number: int) -> tuple[list[ND
     """One video and its truth.
 
     Returns:
-        Frames `(H, W, 3)` uint8, and {"label", "motion", "frames": [first, end), "boxes": [[x0, y0, x1, y1], ...]} with a
-        box in pixels for each action frame.
+        Frames `(H, W, 3)` uint8, and {"label", "motion", "length", "frames": [first, end), "boxes": [[x0, y0, x1, y1], ...]}
+        with a box in pixels for each action frame.
     """
     rng = np.random.default_rng((spec.seed, ["train", "val"].index(split), label, number))
     side = spec.side
@@ -127,13 +133,34 @@ def render(spec: DemoSpec, split: str, label: int, number: int) -> tuple[list[ND
             boxes.append([round(v, 1) for v in (x - r, y - r, x + r, y + r)])
         noisy = image + 4 * rng.standard_normal(image.shape, dtype=np.float32)
         images.append(np.clip(noisy, 0, 255).astype(np.uint8))
-    truth = {"label": label, "motion": MOTIONS[label], "frames": [first, first + spec.action], "boxes": boxes}
+    truth = {
+        "label": label,
+        "motion": MOTIONS[label],
+        "length": spec.frames,
+        "frames": [first, first + spec.action],
+        "boxes": boxes,
+    }
     return images, truth
 
 
-def _jobs(spec: DemoSpec) -> Iterator[tuple[str, int, int]]:
+def _jobs(spec: DemoSpec) -> Iterator[Job]:
     for split, count in (("train", spec.train), ("val", spec.val)):
         yield from ((split, label, number) for label in range(len(MOTIONS)) for number in range(count))
+
+
+def _file(root: Path, job: Job) -> Path:
+    split, label, number = job
+    return root / split / MOTIONS[label] / f"{number:04d}.mp4"
+
+
+def _make_video(root: Path, spec: DemoSpec, resumed: bool, job: Job) -> None:
+    file = _file(root, job)
+    if resumed and file.is_file() and file.with_suffix(".json").is_file():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    images, truth = render(spec, *job)
+    file.with_suffix(".json").write_text(json.dumps(truth))
+    write_mp4(file, images)
 
 
 def make_demo(root: str | Path, spec: DemoSpec) -> None:
@@ -151,19 +178,14 @@ def make_demo(root: str | Path, spec: DemoSpec) -> None:
     root.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
     building.write_text(wanted)
-    lists: dict[str, list[str]] = {"train": [], "val": []}
     jobs = list(_jobs(spec))
-    for split, label, number in track(jobs, description=f"Making {len(jobs)} demo videos"):
-        file = root / split / MOTIONS[label] / f"{number:04d}.mp4"
-        lists[split].append(f"{file.relative_to(root)} {label}")
-        if resumed and file.is_file() and file.with_suffix(".json").is_file():
-            continue
-        file.parent.mkdir(parents=True, exist_ok=True)
-        images, truth = render(spec, split, label, number)
-        file.with_suffix(".json").write_text(json.dumps(truth))
-        write_mp4(file, images)
-    for split, lines in lists.items():
-        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    made = partial(_make_video, root, spec, resumed)
+    # Spawned: the caller may hold threads, which a fork would not survive.
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
+        list(track(pool.map(made, jobs, chunksize=8), f"Making {len(jobs)} demo videos", len(jobs)))
+    for split in ("train", "val"):
+        lines = [f"{_file(root, job).relative_to(root)} {job[1]}\n" for job in jobs if job[0] == split]
+        (root / f"{split}.csv").write_text("".join(lines))
     (root / "classes.txt").write_text("\n".join(MOTIONS) + "\n")
     building.unlink()
     stamp.write_text(wanted)
