@@ -45,20 +45,20 @@ def facts(cfg: DictConfig, trainer: "pl.Trainer", module: "ClassificationModule"
     }
 
 
-def table(known: dict[str, Any], cfg: DictConfig, steps: int, pretrained: str | None) -> dict[str, str]:
+def table(known: dict[str, Any], cfg: DictConfig) -> dict[str, str]:
     """The start-up table's lines."""
     dataset = known["dataset"]
     slots = "; ".join(f"{name.upper()}: {text}" for name, text in known["slots"].items())
     frames, height, width = known["clip"]
     return {
-        "model": f"{known['backbone']} {known['selection']}, {frames}x{height}x{width}, weights: {pretrained or 'random'}",
+        "model": f"{known['backbone']} {known['selection']}, {frames}x{height}x{width}, weights: {cfg.pretrained or 'random'}",
         "slots": f"{slots} ({known['scorer']} scorer, {known['estimator']})" if slots else "none: the plain model",
         "parameters": f"{known['parameters']:,}",
         "GFLOPs": f"{known['gflops_per_view']:.2f} a view, {known['views']} views a test video",
         "data": f"{dataset['name']}: {dataset['train_videos']} + {dataset['val_videos']} videos, {dataset['classes']} classes",
         "batch": f"{known['batch_size']} over {known['devices']}, {known['precision']}",
-        "schedule": f"{steps} steps, lr {cfg.optim.lr}",
-        "sigma": f"{known['sigma']} -> 0, linear over {steps} steps" if slots else "-",
+        "lr": f"{cfg.optim.lr}, recipe of {cfg.trainer.max_epochs} epochs",
+        "sigma": f"{known['sigma']} -> 0, linear over the steps" if slots else "-",
         "run folder": cfg.run_dir,
     }
 
@@ -70,7 +70,8 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     from stts_lightning import assembly
     from stts_lightning.analysis.results import commit, versions, write_result
     from stts_lightning.training.callbacks import FailureLog
-    from stts_lightning.training.summary import print_summary
+    from stts_lightning.training.loggers import log_summary
+    from stts_lightning.training.summary import StartTable
 
     assembly.quiet_libraries()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -84,10 +85,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     model, recipe = assembly.build_model(cfg, len(data.classes))
     module = assembly.build_module(cfg, model, recipe)
     known = facts(cfg, trainer, module, data)
-    if trainer.is_global_zero:
-        epochs = trainer.max_epochs or 0
-        steps = len(data.splits["train"]) // data.loader.batch_size * epochs if trainer.max_steps < 0 else trainer.max_steps
-        print_summary(table(known, cfg, steps, cfg.pretrained))
+    trainer.callbacks.append(StartTable(table(known, cfg)))  # type: ignore[attr-defined]
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
     if cfg.test:
@@ -105,11 +103,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     }
     if trainer.is_global_zero:
         write_result(Path(cfg.run_dir) / "result.json", result)
-        for logger in trainer.loggers:
-            logger.log_metrics(
-                {"gflops": result["gflops_per_view"], **({"test/top1": result["top1"]} if "top1" in result else {})}
-            )
-            logger.finalize("success")
+        log_summary(trainer, {key: result[key] for key in ("top1", "top5", "gflops_per_view", "parameters") if key in result})
         shown = ", ".join(f"{name} {result[name]:.1%}" for name in ("top1", "top5") if name in result)
         log.info("%s at %.2f GFLOPs a view; %s", shown or "trained", result["gflops_per_view"], Path(cfg.run_dir) / "result.json")
     return result.get("top1")

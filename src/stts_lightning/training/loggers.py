@@ -2,9 +2,11 @@
 
 import netrc
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
 
 
@@ -28,6 +30,13 @@ def wandb_logger(run_dir: str, project: str, **kwargs: Any) -> WandbLogger:
     if (run_id := logger.version) is not None or (run_id := getattr(logger.experiment, "id", None)):
         kept.write_text(str(run_id))
     return logger
+
+
+def log_summary(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
+    """Put figures of the whole run where W&B's scatter panels look for them: the run's summary."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(dict(values))
 
 
 def _has_key() -> bool:
