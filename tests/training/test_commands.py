@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,9 @@ FAST = [
 
 def command(tmp: Path, *overrides: str, check: bool = True, base: list[str] | None = None) -> subprocess.CompletedProcess[str]:
     args = [sys.executable, "-m", "stts_lightning.train", *(FAST if base is None else base), *overrides]
-    done = subprocess.run(args, cwd=tmp, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    done = subprocess.run(
+        args, cwd=tmp, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "160"}
+    )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -37,15 +40,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(place: Path) -> Path:
     done = command(place, "trainer.max_epochs=2", "hydra.run.dir=runs/full", "selection=t0_0.6_s4_0.9")
-    assert "T0: 5 of 8 frames; S4: 4x4 of 4x4" in done.stdout.replace("\n", " ")
-    assert "steps" in done.stdout
+    assert "T0: 5 of 8 frames; S4: 3x3 of 3x3" in done.stdout
+    assert re.search(r"steps +│ 8 ", done.stdout)
     return place / "runs" / "full"
 
 
 def test_result_says_everything(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert result["selection"] == "t0_0.6_s4_0.9"
-    assert result["slots"] == {"t0": "5 of 8 frames", "s4": "4x4 of 4x4, 1 anchors"}
+    assert result["slots"] == {"t0": "5 of 8 frames", "s4": "3x3 of 3x3, 1 anchors"}
     assert 0 <= result["top1"] <= result["top5"] <= 1
     assert result["gflops_per_view"] > 0.01
     assert result["dataset"]["val_videos"] == 16
