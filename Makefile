@@ -13,8 +13,11 @@ help: ## show this
 
 install: .venv/.ready ## set up .venv
 
-train: .venv/.ready ## learn the demo with half of the frames dropped (generates its videos once)
+train: runs/demo_plain/result.json ## learn the demo, then tune it with half of the frames dropped (makes its videos once)
 	$(BIN)/python -m stts_lightning.train experiment=demo
+
+runs/demo_plain/result.json: | .venv/.ready
+	$(BIN)/python -m stts_lightning.train experiment=demo_plain
 
 test: .venv/.ready ## the normal tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -11,12 +11,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from stts_lightning.backbones.checkpoints import CheckpointError
+from stts_lightning.backbones import BackboneError, CheckpointError
 from stts_lightning.classifier import VideoClassifier, create_model
 from stts_lightning.data.annotations import AnnotationError
 from stts_lightning.data.datamodule import LoaderError, LoaderOptions, VideoDataModule
@@ -35,12 +36,26 @@ class ConfigError(ValueError):
 USER_ERRORS = (
     ConfigError,
     SelectionError,
+    BackboneError,
     CheckpointError,
     AnnotationError,
     DecodeError,
     LoaderError,
     MisconfigurationException,
 )
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """While objects are built from a configuration, every value that one of them refuses is the user's to mend."""
+    try:
+        yield
+    except USER_ERRORS:
+        raise
+    except InstantiationException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', '') or 'configuration'}: {error.__cause__ or error}") from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def plain(node: Any) -> Any:
@@ -65,20 +80,28 @@ def resumed_config(run: str | Path, overrides: list[str]) -> tuple[DictConfig, P
             raise ConfigError(f"resume={run}: there is no {needed}; give the folder of a run that wrote a checkpoint")
     cfg = OmegaConf.load(file)
     OmegaConf.set_struct(cfg, True)
-    # The CSV logger starts its file anew; what it wrote so far is kept under another name.
-    if (metrics := run / "metrics.csv").is_file():
-        metrics.rename(run / f"metrics_{len(list(run.glob('metrics*.csv')))}.csv")
     values = OmegaConf.from_dotlist([o for o in overrides if not o.startswith("resume=")])
-    merged = OmegaConf.merge(cfg, values)
+    try:
+        merged = OmegaConf.merge(cfg, values, {"run_dir": str(run.resolve())})  # The folder may have moved.
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"resume={run}: {str(error).splitlines()[0]}") from error
     assert isinstance(merged, DictConfig)
+    # The CSV logger starts its file anew; what it wrote so far is kept under another name.
+    if _first_process() and (metrics := run / "metrics.csv").is_file():
+        metrics.rename(run / f"metrics_{len(list(run.glob('metrics*.csv')))}.csv")
     return merged, checkpoint
+
+
+def _first_process() -> bool:
+    """Whether this process is the one of its machine that writes."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def save_config(cfg: DictConfig) -> None:
     """Write the resolved configuration into the run's folder, for all later commands."""
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if _first_process():
         OmegaConf.save(OmegaConf.create(plain(cfg)), folder / CONFIG)
 
 
@@ -113,11 +136,10 @@ def build_model_shape(cfg: DictConfig) -> tuple[int, int, int]:
         return create_model(values.pop("name"), plain(cfg.selection), **values).backbone.clip_size
 
 
-def build_model(cfg: DictConfig, num_classes: int) -> tuple[VideoClassifier, dict[str, Any]]:
-    """The classifier, and the plain values that build it again."""
+def build_model(cfg: DictConfig, num_classes: int) -> VideoClassifier:
+    """The classifier with its weights."""
     values: dict[str, Any] = plain(cfg.backbone)
-    recipe = {"backbone": values.pop("name"), "selection": plain(cfg.selection), "num_classes": num_classes, **values}
-    return create_model(**recipe, pretrained=cfg.pretrained, head=cfg.head), recipe
+    return create_model(values.pop("name"), plain(cfg.selection), num_classes, cfg.pretrained, cfg.head, **values)
 
 
 def build_data(cfg: DictConfig, clip_size: tuple[int, int, int]) -> VideoDataModule:
@@ -136,11 +158,9 @@ def build_optim(cfg: DictConfig) -> OptimSpec:
     return OptimSpec(**values, betas=(first, second), parts=parts)
 
 
-def build_module(cfg: DictConfig, model: VideoClassifier, recipe: dict[str, Any]) -> ClassificationModule:
+def build_module(cfg: DictConfig, model: VideoClassifier) -> ClassificationModule:
     """The LightningModule around a model."""
-    return ClassificationModule(
-        model, build_optim(cfg), recipe["num_classes"], cfg.label_smoothing, cfg.seed, recipe_of_model=recipe
-    )
+    return ClassificationModule(model, build_optim(cfg), model.head.out_features, cfg.label_smoothing, cfg.seed)
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:

@@ -21,13 +21,18 @@ class VideoClassifier(nn.Module):
         backbone: any registered backbone.
         num_classes: number of classes.
         dropout: rate before the linear layer.
+
+    Attributes:
+        recipe: plain arguments of `create_model` that build it again, weights aside; empty where it was built by hand.
     """
 
     mean: Tensor
     std: Tensor
+    recipe: Mapping[str, Any]
 
     def __init__(self, backbone: Backbone, num_classes: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.recipe = {}
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(backbone.out_dim, num_classes)
@@ -91,7 +96,7 @@ def create_model(
     Raises:
         SelectionError: a selection that cannot be honoured.
         CheckpointError: a file that cannot be read or does not fit.
-        ValueError: an unknown backbone or argument.
+        BackboneError: an unknown backbone or argument.
     """
     spec = SelectionSpec.of(selection)
     checkpoint = read_checkpoint(pretrained) if pretrained else None
@@ -99,6 +104,9 @@ def create_model(
         spec = spec.with_scorer(checkpoint.scorer() or spec.scorer)
         backbone_kwargs = {**checkpoint.layout.backbone, **backbone_kwargs}
     model = VideoClassifier(create_backbone(backbone, selection=spec, **backbone_kwargs), num_classes, dropout)
+    # What was decided, not what was asked: a file may have settled the scorer or an epsilon.
+    settled = {"selection": spec.plain(), "num_classes": num_classes, "dropout": dropout}
+    model.recipe = {"backbone": backbone, **settled, **backbone_kwargs}
     if checkpoint:
         load_checkpoint(model, checkpoint, spec, head)
     return model

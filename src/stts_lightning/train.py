@@ -1,6 +1,7 @@
 """`python -m stts_lightning.train`: compose, build, train, test, leave `result.json`."""
 
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,16 +75,18 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     from stts_lightning.training.summary import StartTable
 
     assembly.quiet_libraries()
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    assembly.save_config(cfg)
-    # Before any data is read or made: the model's own clip size, and every refusal of an impossible selection.
-    clip_size = assembly.build_model_shape(cfg)
-    data = assembly.build_data(cfg, clip_size)
-    trainer = assembly.build_trainer(cfg)
-    data.prepare_data()
-    data.setup()
-    model, recipe = assembly.build_model(cfg, len(data.classes))
-    module = assembly.build_module(cfg, model, recipe)
+    with assembly.refusals():
+        pl.seed_everything(cfg.seed, workers=True, verbose=False)
+        assembly.save_config(cfg)
+        # Before any data is read or made: the model's own clip size, and every refusal of an impossible selection.
+        clip_size = assembly.build_model_shape(cfg)
+        data = assembly.build_data(cfg, clip_size)
+        assembly.build_optim(cfg)
+        trainer = assembly.build_trainer(cfg)
+        data.prepare_data()
+        data.setup()
+        model = assembly.build_model(cfg, len(data.classes))
+        module = assembly.build_module(cfg, model)
     known = facts(cfg, trainer, module, data)
     trainer.callbacks.append(StartTable(table(known, cfg)))  # type: ignore[attr-defined]
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
@@ -109,6 +112,14 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     return result.get("top1")
 
 
+def in_run_folder(arguments: list[str]) -> list[str]:
+    """Arguments with Hydra's output folder set to the run that `resume=` names, so that a resumed run makes no second one."""
+    run = next((a.removeprefix("resume=") for a in arguments if a.startswith("resume=")), "")
+    if not run or not Path(run).is_dir() or any(a.startswith("hydra.run.dir=") for a in arguments):
+        return arguments
+    return [*arguments, f"hydra.run.dir={run}", "hydra.output_subdir=null"]
+
+
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Train one model; returns its test top-1 for sweepers."""
@@ -124,4 +135,5 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = in_run_folder(sys.argv[1:])
     main()

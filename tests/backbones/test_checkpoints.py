@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,19 @@ def test_scorer_is_recognised(tmp_path: Path) -> None:
     official = create_model("mvit_tiny", {"slots": {"t0": 0.5}, "scorer": "official"}, **TINY)
     model = create_model("mvit_tiny", "t0_0.5", pretrained=saved(official, tmp_path / "m.pt"), **TINY)
     assert model.slots.selection.scorer == "official"
+
+
+def test_recipe_rebuilds_what_was_settled(tmp_path: Path) -> None:
+    official = create_model("mvit_tiny", {"slots": {"t0": 0.5}, "scorer": "official"}, pool_norm_eps=1e-5, **TINY).eval()
+    path = saved(official, tmp_path / "m.pt")
+    model = create_model("mvit_tiny", {"slots": {"t0": {"keep": 4}}, "sigma": 0.3}, pretrained=path, pool_norm_eps=1e-5, **TINY)
+    recipe = json.loads(json.dumps(model.recipe))
+    assert recipe["selection"]["scorer"] == "official"
+    again = create_model(**recipe, pretrained=path).eval()
+    assert again.slots.selection == model.slots.selection
+    clip = torch.randn(1, 3, 16, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(official(clip), again(clip))
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stts_lightning import create_model
+from stts_lightning.backbones.mvit import _DepthwiseConv
 
 SLOTS = {"t0": "time0", "s4": "space0", "s0": "space0"}
 
@@ -83,6 +84,18 @@ def test_golden_training_step(shared: Path, load_rule: Callable[[str], ModuleTyp
         expected = torch.from_numpy(golden[f"train_grad/{key}"])
         cosine = nn.functional.cosine_similarity(parameter.grad.flatten(), expected.flatten(), dim=0)
         assert cosine > 0.99, (key, cosine.item())
+
+
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (1, 8, 8), (2, 2, 1)])
+def test_the_pooling_convolution_has_the_gradients_of_the_librarys(stride: tuple[int, int, int]) -> None:
+    x = torch.randn(2, 4, 5, 9, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 1, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    theirs = nn.functional.conv3d(x, weight, None, stride, padding=1, groups=4)
+    ours = _DepthwiseConv.apply(x, weight, stride)
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn_like(theirs)
+    expected = torch.autograd.grad(theirs, (x, weight), upstream)
+    torch.testing.assert_close(torch.autograd.grad(ours, (x, weight), upstream), expected)
 
 
 def test_torchvision_mvit_v1_b(tmp_path: Path) -> None:

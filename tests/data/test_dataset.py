@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stts_lightning.data.annotations import Video, VideoList
-from stts_lightning.data.dataset import ClipDataset, ClipSpec, collate
+from stts_lightning.data.dataset import ClipDataset, ClipSpec, Reading, collate
 from stts_lightning.data.decode import DecodeError, write_mp4
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
 
@@ -34,7 +34,7 @@ def test_training_replaces_and_reports(videos: VideoList) -> None:
 def test_evaluation_raises_unless_allowed(videos: VideoList) -> None:
     with pytest.raises(DecodeError, match=r"bad.mp4: cannot be decoded"):
         ClipDataset(videos, ClipSpec(8, 2), EvalTransform(32), train=False)[1]
-    item = ClipDataset(videos, ClipSpec(8, 2, 3), EvalTransform(32), train=False, on_error="skip")[1]
+    item = ClipDataset(videos, ClipSpec(8, 2, 3), EvalTransform(32), train=False, reading=Reading(on_error="skip"))[1]
     assert not bool(item.valid)
     assert item.clip.shape == (3, 3, 8, 32, 32)
 

@@ -72,6 +72,20 @@ def test_missing_file_and_unknown_decoder(tmp_path: Path) -> None:
         pass
 
 
+def test_transport_streams_are_read_by_the_decoder_that_returns(tmp_path: Path) -> None:
+    """decord spins for ever on `get_batch([0, 299])` of an MPEG-TS file."""
+    av = pytest.importorskip("av")
+    write_mp4(tmp_path / "a.mp4", (np.full((48, 64, 3), i % 250, np.uint8) for i in range(300)))
+    with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(tmp_path / "a.ts"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    with open_video(tmp_path / "a.ts") as reader:
+        assert reader.frames(np.array([0, 299])).mean(axis=(1, 2, 3)) == pytest.approx([0, 49], abs=4)
+
+
 @pytest.mark.parametrize("decoder", sorted(DECODERS))
 def test_written_files_come_back(tmp_path: Path, decoder: str) -> None:
     path = tmp_path / "a.mp4"

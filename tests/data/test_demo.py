@@ -6,7 +6,7 @@ import pytest
 
 from stts_lightning.data.annotations import read_list
 from stts_lightning.data.decode import open_video
-from stts_lightning.data.demo import MOTIONS, DemoSpec, make_demo, motion, render
+from stts_lightning.data.demo import MOTIONS, DemoSpec, direction, make_demo, render
 
 SPEC = DemoSpec(train=1, val=1)
 
@@ -52,9 +52,18 @@ def test_same_seed_same_pixels_other_seed_others() -> None:
     assert not np.array_equal(first, other)
 
 
-def test_motions() -> None:
-    assert motion("right", 1, 10)[0] > 0 > motion("left", 1, 10)[0]
-    assert motion("down", 1, 10)[1] > 0 > motion("up", 1, 10)[1]
-    assert motion("grow", 1, 10)[2] > motion("grow", 0, 10)[2]
+@pytest.mark.parametrize("label", range(len(MOTIONS)))
+def test_the_disk_moves_as_its_class_says(label: int) -> None:
+    boxes = np.array(render(SPEC, "val", label, 0)[1]["boxes"])
+    assert (boxes >= 0).all()
+    assert (boxes <= SPEC.side).all(), "the disk stays in the picture"
+    moved = boxes[-1, :2] - boxes[0, :2]
+    assert np.hypot(*moved) > 0.15 * SPEC.side
+    assert moved / np.hypot(*moved) == pytest.approx(direction(MOTIONS[label]), abs=0.05)
+    named = {"right": moved[0] > 5, "left": moved[0] < -5, "down": moved[1] > 5, "up": moved[1] < -5}
+    assert {word for word, holds in named.items() if holds} == set(MOTIONS[label].split("_"))
+
+
+def test_unknown_motion() -> None:
     with pytest.raises(ValueError, match="motion 'spin': allowed are right"):
-        motion("spin", 0, 1)
+        direction("spin")

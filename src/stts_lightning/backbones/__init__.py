@@ -2,6 +2,6 @@
 
 from stts_lightning.backbones import mvit
 from stts_lightning.backbones.checkpoints import CheckpointError
-from stts_lightning.backbones.registry import Backbone, create_backbone, list_backbones, register_backbone
+from stts_lightning.backbones.registry import Backbone, BackboneError, create_backbone, list_backbones, register_backbone
 
-__all__ = ["Backbone", "CheckpointError", "create_backbone", "list_backbones", "mvit", "register_backbone"]
+__all__ = ["Backbone", "BackboneError", "CheckpointError", "create_backbone", "list_backbones", "mvit", "register_backbone"]

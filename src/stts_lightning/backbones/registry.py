@@ -10,6 +10,10 @@ from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 
 
+class BackboneError(ValueError):
+    """A backbone that cannot be built as asked: names the value found and what is allowed."""
+
+
 class Backbone(nn.Module, ABC):
     """From a normalised clip to features, calling its slots before each block.
 
@@ -59,11 +63,11 @@ def create_backbone(name: str, **kwargs: Any) -> Backbone:
     """Build a backbone by name.
 
     Raises:
-        ValueError: for an unknown name (lists the known ones), or an argument the backbone does not take.
+        BackboneError: for an unknown name (lists the known ones), or an argument the backbone does not take.
     """
     if name not in _FACTORIES:
-        raise ValueError(f"backbone {name!r} is unknown; known are {', '.join(list_backbones())}")
+        raise BackboneError(f"backbone {name!r} is unknown; known are {', '.join(list_backbones())}")
     try:
         return _FACTORIES[name](**kwargs)
     except TypeError as error:
-        raise ValueError(f"backbone {name}: {error}") from error
+        raise BackboneError(f"backbone {name}: {error}") from error

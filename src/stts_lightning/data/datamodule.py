@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from stts_lightning.data.annotations import VideoList, check_files, read_folder, read_list
-from stts_lightning.data.dataset import Batch, ClipDataset, ClipSpec, collate, list_hash
+from stts_lightning.data.dataset import Batch, ClipDataset, ClipSpec, Reading, collate, list_hash
 from stts_lightning.data.demo import DemoSpec, make_demo
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
 
@@ -124,8 +124,8 @@ class VideoDataModule(pl.LightningDataModule):
         loader: batches and workers.
         train_transform: arguments of `TrainTransform` besides the size.
         short_side: of the evaluation's resize; None is 256/224 of the crop.
-        decoder: "decord" or "pyav".
-        on_error: see `ClipDataset`.
+        decoder: see `Reading`.
+        on_error: see `Reading`.
     """
 
     def __init__(
@@ -143,8 +143,8 @@ class VideoDataModule(pl.LightningDataModule):
         super().__init__()
         frames, *size = clip_size
         self.source, self.loader, self.stride, self.test_views = source, loader, stride, test_views
-        self._clip = ClipSpec(frames, stride)
-        self._options = {"decoder": decoder, "on_error": on_error}
+        self._train_clip, self._val_clip, self._test_clip = (ClipSpec(frames, stride, v) for v in (1, 1, test_views))
+        self._reading = Reading(decoder, on_error)
         self._train_transform = TrainTransform(size, **(train_transform or {}))
         self._eval_transform = EvalTransform(size, short_side)
         self.splits: dict[str, VideoList] = {}
@@ -181,13 +181,12 @@ class VideoDataModule(pl.LightningDataModule):
             )
         return batch_size // devices
 
-    def _loader(self, split: str, train: bool, views: int = 1) -> DataLoader[Batch]:
+    def _loader(self, split: str, clip: ClipSpec, train: bool = False) -> DataLoader[Batch]:
         transform = self._train_transform if train else self._eval_transform
-        clip = ClipSpec(self._clip.frames, self._clip.stride, views)
         options = self.loader
         size = options.batch_size if train else options.eval_batch_size or options.batch_size
         return DataLoader(
-            ClipDataset(self.splits[split], clip, transform, train, **self._options),
+            ClipDataset(self.splits[split], clip, transform, train, self._reading),
             batch_size=self.per_device(size),
             shuffle=train,
             drop_last=train and len(self.splits[split]) >= size,
@@ -199,12 +198,12 @@ class VideoDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Random clips of the training videos."""
-        return self._loader("train", train=True)
+        return self._loader("train", self._train_clip, train=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The centre clip of each validation video."""
-        return self._loader("val", train=False)
+        return self._loader("val", self._val_clip)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """V clips of each validation video."""
-        return self._loader("val", train=False, views=self.test_views)
+        return self._loader("val", self._test_clip)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from stts_lightning.data.annotations import VideoList
-from stts_lightning.data.decode import DecodeError, open_video
+from stts_lightning.data.decode import DECODERS, DecodeError, open_video
 from stts_lightning.data.sampling import train_indices, view_indices
 
 Transform = Callable[[Tensor], Tensor]
@@ -50,6 +50,29 @@ class ClipSpec:
     stride: int
     views: int = 1
 
+    def __post_init__(self) -> None:
+        for name, key in (("stride", "clip.stride"), ("views", "clip.test_views")):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{key}={value}: must be 1 or more")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read.
+
+    Attributes:
+        decoder: "decord" or "pyav".
+        on_error: what an undecodable file is in evaluation: "raise" an error, or "skip" it, marked invalid and counted.
+    """
+
+    decoder: str = "decord"
+    on_error: str = "raise"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("decoder", tuple(DECODERS)), ("on_error", ("raise", "skip"))):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"clip.{name}={value!r}: allowed are {', '.join(allowed)}")
+
 
 class ClipDataset(Dataset[Batch]):
     """Clips of videos: random offsets in training, evenly spread views in evaluation.
@@ -59,8 +82,7 @@ class ClipDataset(Dataset[Batch]):
         clip: how clips are cut.
         transform: from `(T, 3, H, W)` uint8 to the same at the model's size.
         train: random offset and transform, undecodable files replaced by another sample; else fixed views.
-        decoder: "decord" or "pyav".
-        on_error: evaluation: "raise", or "skip" to mark the video invalid and go on.
+        reading: decoder, and what to do about an undecodable file in evaluation.
     """
 
     max_replacements = 20
@@ -71,13 +93,10 @@ class ClipDataset(Dataset[Batch]):
         clip: ClipSpec,
         transform: Transform,
         train: bool,
-        decoder: str = "decord",
-        on_error: str = "raise",
+        reading: Reading | None = None,
     ) -> None:
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"dataset.on_error={on_error!r}: allowed are raise, skip")
-        self.videos, self.clip, self.transform = videos, clip, transform
-        self.train, self.decoder, self.on_error = train, decoder, on_error
+        self.videos, self.clip, self.transform, self.train = videos, clip, transform, train
+        self.reading = reading or Reading()
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -91,7 +110,7 @@ class ClipDataset(Dataset[Batch]):
             try:
                 return self._item(index, self._decode(index), video.label, True, failures)
             except DecodeError as error:
-                if not self.train and self.on_error == "raise":
+                if not self.train and self.reading.on_error == "raise":
                     raise
                 failures.append(Failure(str(video.path), str(error)))
                 if not self.train:
@@ -100,7 +119,7 @@ class ClipDataset(Dataset[Batch]):
         raise DecodeError(f"{len(failures)} training files in a row cannot be decoded; the last: {failures[-1].reason}")
 
     def _decode(self, index: int) -> Tensor:
-        with open_video(self.videos.videos[index].path, self.decoder) as reader:
+        with open_video(self.videos.videos[index].path, self.reading.decoder) as reader:
             if self.train:
                 # torch's generator is the one that workers seed apart from each other, epochs and ranks.
                 rng = np.random.default_rng(int(torch.randint(2**62, ())))

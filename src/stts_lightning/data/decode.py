@@ -102,7 +102,16 @@ class PyAVReader:
         self._container.close()
 
 
+def _is_transport_stream(path: Path) -> bool:
+    """Whether a file is MPEG-TS: packets of 188 bytes (192 with a time code), each beginning with 0x47."""
+    with path.open("rb") as file:
+        head = file.read(192 * 2 + 5)
+    return any(len(head) > start + size and head[start] == head[start + size] == 0x47 for start, size in ((0, 188), (4, 192)))
+
+
 def _decord_or_exact(path: Path) -> Reader:
+    if _is_transport_stream(path):  # decord never returns from a far seek in one.
+        return PyAVReader(path)
     reader = DecordReader(path)
     if reader.has_even_rate():
         return reader
@@ -119,7 +128,7 @@ def open_video(path: str | Path, decoder: str = "decord") -> Iterator[Reader]:
 
     Args:
         path: the file.
-        decoder: "decord" (files of uneven frame rate go to PyAV, which is exact on them) or "pyav".
+        decoder: "decord" (files of uneven frame rate and MPEG-TS go to PyAV, which is exact on them) or "pyav".
 
     Raises:
         DecodeError: if the file is missing, is no video, has no frames, or a frame does not decode.

@@ -1,8 +1,8 @@
 """Demo videos from a seed: real H.264 files in which only some frames and one part of the picture tell the class.
 
-A warm-coloured disk shows for a third of the video, somewhere, and makes one of eight motions. All the while cool-coloured
-disks of the same kind wander over a drifting texture and make motions of their own, so that a model must find *when* and
-*where* to look. The truth of both lies beside each video as JSON.
+A warm-coloured disk shows for a third of the video, somewhere, and moves in one of eight directions. All the while
+cool-coloured disks of the same kind move in directions of their own over a drifting texture, so that a model must find
+*when* and *where* to look. The truth of both lies beside each video as JSON.
 """
 
 import json
@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from rich.progress import track
 
 from stts_lightning.data.decode import write_mp4
 
-MOTIONS = ("right", "left", "up", "down", "clockwise", "counterclockwise", "grow", "shrink")
+MOTIONS = ("right", "down_right", "down", "down_left", "left", "up_left", "up", "up_right")
 
 Image = NDArray[np.float32]
 Job = tuple[str, int, int]
@@ -52,28 +53,12 @@ class DemoSpec:
     distractors: int = 2
 
 
-def motion(name: str, phase: float, reach: float) -> tuple[float, float, float]:
-    """Where a disk of a motion is: offset right and down in pixels, and factor of its radius, at phase 0 to 1."""
-    along = (2 * phase - 1) * reach
-    angle = 2 * math.pi * phase
-    match name:
-        case "right":
-            return along, 0.0, 1.0
-        case "left":
-            return -along, 0.0, 1.0
-        case "down":
-            return 0.0, along, 1.0
-        case "up":
-            return 0.0, -along, 1.0
-        case "clockwise":
-            return reach * math.cos(angle), reach * math.sin(angle), 1.0
-        case "counterclockwise":
-            return reach * math.cos(angle), -reach * math.sin(angle), 1.0
-        case "grow":
-            return 0.0, 0.0, 0.4 + 1.2 * phase
-        case "shrink":
-            return 0.0, 0.0, 1.6 - 1.2 * phase
-    raise ValueError(f"motion {name!r}: allowed are {', '.join(MOTIONS)}")
+def direction(name: str) -> tuple[float, float]:
+    """Unit vector of a motion, right and down."""
+    if name not in MOTIONS:
+        raise ValueError(f"motion {name!r}: allowed are {', '.join(MOTIONS)}")
+    angle = MOTIONS.index(name) * math.pi / 4
+    return math.cos(angle), math.sin(angle)
 
 
 def _texture(rng: np.random.Generator, side: int, cells: int) -> Image:
@@ -87,22 +72,31 @@ def _texture(rng: np.random.Generator, side: int, cells: int) -> Image:
 
 
 class _Disk:
-    def __init__(self, rng: np.random.Generator, side: int, warm: bool) -> None:
-        size = (0.13, 0.16, 0.18, 0.22) if warm else (0.1, 0.13, 0.16, 0.2)
-        self.radius, self.reach = side * rng.uniform(*size[:2]), side * rng.uniform(*size[2:])
-        margin = self.reach + 1.2 * self.radius
+    """A disk with a texture of its own that moves along with it."""
+
+    def __init__(self, rng: np.random.Generator, spec: DemoSpec, warm: bool) -> None:
+        side = spec.side
+        self.radius = side * (rng.uniform(0.2, 0.24) if warm else rng.uniform(0.14, 0.2))
+        # Pixels from the middle of its path to either end; the path's middle keeps the disk in the picture.
+        self.reach = side * rng.uniform(0.1, 0.14)
+        margin = self.radius + 0.5 * self.reach
         self.x, self.y = rng.uniform(margin, side - margin, 2)
         low, high = ((0.75, 0.3, 0.0), (1.0, 0.55, 0.25)) if warm else ((0.1, 0.4, 0.5), (0.45, 0.75, 0.9))
         self.colour = rng.uniform(low, high).astype(np.float32) * 255
-        self.texture = _texture(rng, side, 16) * 25
+        self.texture = _texture(rng, 2 * side, 28) * 60
 
     def paint(self, image: Image, name: str, phase: float) -> tuple[float, float, float]:
-        dx, dy, scale = motion(name, phase, self.reach)
-        x, y, radius = self.x + dx, self.y + dy, self.radius * scale
-        at = np.arange(image.shape[0], dtype=np.float32)
-        cover = np.clip(radius + 0.5 - np.hypot(at - x, (at - y)[:, None]), 0, 1)[..., None]
-        image += cover * (self.colour + self.texture - image)
-        return x, y, radius
+        """Paint the disk at phase 0 to 1 of its path; returns its place and radius in pixels."""
+        side = image.shape[0]
+        right, down = direction(name)
+        along = (2 * phase - 1) * self.reach
+        dx, dy = along * right, along * down
+        x, y = self.x + dx, self.y + dy
+        at = np.arange(side, dtype=np.float32)
+        cover = np.clip(self.radius + 0.5 - np.hypot(at - x, (at - y)[:, None]), 0, 1)[..., None]
+        top, left = round(side / 2 - dy), round(side / 2 - dx)
+        image += cover * (self.colour + self.texture[top : top + side, left : left + side] - image)
+        return x, y, self.radius
 
 
 def render(spec: DemoSpec, split: str, label: int, number: int) -> tuple[list[NDArray[np.uint8]], dict[str, Any]]:
@@ -117,8 +111,8 @@ def render(spec: DemoSpec, split: str, label: int, number: int) -> tuple[list[ND
     background = _texture(rng, 2 * side, 12) * 40 + _texture(rng, 2 * side, 40) * 25 + rng.uniform(90, 150)
     tint = rng.uniform(0.85, 1.1, 3).astype(np.float32)
     drift = rng.uniform(-0.8, 0.8, 2)
-    hero = _Disk(rng, side, warm=True)
-    others = [(_Disk(rng, side, warm=False), rng.integers(len(MOTIONS)), rng.uniform()) for _ in range(spec.distractors)]
+    hero = _Disk(rng, spec, warm=True)
+    others = [(_Disk(rng, spec, warm=False), rng.integers(len(MOTIONS)), rng.uniform()) for _ in range(spec.distractors)]
     # Inside the span that any clip of 16 frames at a stride of 2 sees.
     room = max(spec.frames - 31, 0)
     first = int(rng.integers(room, max(31 - spec.action, room) + 1))
@@ -169,13 +163,18 @@ def make_demo(root: str | Path, spec: DemoSpec) -> None:
     A folder made from other values is made anew; a broken-off generation is taken up where it stopped.
     """
     root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".lock"):  # Processes that start together must not both make it.
+        _make_demo(root, spec)
+
+
+def _make_demo(root: Path, spec: DemoSpec) -> None:
     stamp = root / "demo.json"
     wanted = json.dumps(asdict(spec))
     if stamp.is_file() and stamp.read_text() == wanted:
         return
     building = root / "building.json"
     resumed = building.is_file() and building.read_text() == wanted
-    root.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
     building.write_text(wanted)
     jobs = list(_jobs(spec))

@@ -65,6 +65,12 @@ class SlotSpec:
         """Number of the self-attention block before which the slot acts."""
         return int(self.name[1:])
 
+    def plain(self) -> dict[str, Any]:
+        """What was given, as plain values."""
+        given = {key: value for key in ("ratio", "keep", "side") if (value := getattr(self, key)) is not None}
+        target = {"_target_": f"{self.selector.__module__}.{self.selector.__qualname__}"} if self.selector else {}
+        return {**target, **given}
+
     def _check(self, key: str, value: int, limit: int, what: str) -> int:
         if not 1 <= value <= limit:
             given = f"ratio={self.ratio} (that is {value} {what})" if getattr(self, key) is None else f"{key}={value}"
@@ -143,6 +149,11 @@ class SelectionSpec:
             raise SelectionError(f"selection.{unknown[0]}: unknown key; allowed are {', '.join(sorted(allowed))}")
         slots: Mapping[str, Any] = values.pop("slots", None) or {}
         return cls(slots=tuple(_slot(name, slot) for name, slot in slots.items()), **values)
+
+    def plain(self) -> dict[str, Any]:
+        """The mapping that `of` reads back as this selection: plain containers, for files."""
+        shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "slots"}
+        return {**shared, "slots": {slot.name: slot.plain() for slot in self.slots}}
 
     def __str__(self) -> str:
         parts = (f"{s.name}_{s.ratio if s.keep is None and s.side is None else s.keep or s.side}" for s in self.slots)

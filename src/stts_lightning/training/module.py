@@ -22,7 +22,6 @@ class ClassificationModule(pl.LightningModule):
         num_classes: number of classes.
         label_smoothing: of the cross-entropy.
         seed: seeds the selectors' noise, with rank and step.
-        recipe_of_model: plain values that rebuild the model; stored in checkpoints.
     """
 
     def __init__(
@@ -32,13 +31,11 @@ class ClassificationModule(pl.LightningModule):
         num_classes: int,
         label_smoothing: float = 0.0,
         seed: int = 0,
-        recipe_of_model: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.optim = optim
         self.seed = seed
-        self.recipe_of_model = recipe_of_model or {}
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         accuracy = {f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in (1, 5) if k <= num_classes}
         metrics = MetricCollection(accuracy)  # type: ignore[arg-type]
@@ -85,7 +82,7 @@ class ClassificationModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how to rebuild the model, as plain values."""
-        checkpoint["model"] = self.recipe_of_model
+        checkpoint["model"] = dict(self.model.recipe)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop at once on a loss that is no number."""
