@@ -102,7 +102,7 @@ def create_model(
     checkpoint = read_checkpoint(pretrained) if pretrained else None
     if checkpoint:
         spec = spec.with_scorer(checkpoint.scorer() or spec.scorer)
-        backbone_kwargs = {**checkpoint.layout.backbone, **backbone_kwargs}
+        backbone_kwargs = {**checkpoint.backbone(), **backbone_kwargs}
     model = VideoClassifier(create_backbone(backbone, selection=spec, **backbone_kwargs), num_classes, dropout)
     # What was decided, not what was asked: a file may have settled the scorer or an epsilon.
     settled = {"selection": spec.plain(), "num_classes": num_classes, "dropout": dropout}

@@ -1,7 +1,16 @@
 """Backbones, each one file from stem to named sizes, and the doors for published weights."""
 
-from stts_lightning.backbones import mvit
+from stts_lightning.backbones import mvit, video_swin
 from stts_lightning.backbones.checkpoints import CheckpointError
 from stts_lightning.backbones.registry import Backbone, BackboneError, create_backbone, list_backbones, register_backbone
 
-__all__ = ["Backbone", "BackboneError", "CheckpointError", "create_backbone", "list_backbones", "mvit", "register_backbone"]
+__all__ = [
+    "Backbone",
+    "BackboneError",
+    "CheckpointError",
+    "create_backbone",
+    "list_backbones",
+    "mvit",
+    "register_backbone",
+    "video_swin",
+]

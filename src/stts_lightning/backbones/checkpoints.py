@@ -29,10 +29,12 @@ class Layout:
     Attributes:
         name: for messages.
         signature: keys that only this layout has.
-        rules: (pattern of their key, replacement to our key), tried in order; the first full match wins.
+        rules: (pattern of their key, replacement to our key), tried in order; the first full match wins. An empty
+            replacement leaves the key out: what can be computed.
         wrapper: key under which the file keeps its weights, if any.
         scorer: the scorer that selectors in such a file have.
         backbone: constructor arguments that this family implies.
+        tuned: further ones, implied where the file holds selectors.
     """
 
     name: str
@@ -41,11 +43,17 @@ class Layout:
     wrapper: str | None = None
     scorer: str | None = None
     backbone: Mapping[str, Any] = field(default_factory=dict)
+    tuned: Mapping[str, Any] = field(default_factory=dict)
 
 
 _SHARED = (
     (r"(blocks\.\d+\.(?:norm[12]|attn\.qkv)\..*)", r"backbone.\1"),
     (r"norm\.(weight|bias)", r"backbone.norm.\1"),
+)
+
+_SELECTORS = (
+    (r"(?:backbone\.)?(time|space)_score_predictor\.(\d+)\.score_network\.in_conv\.(\d)\.(.*)", r"<\1 \2>.scorer.features.\3.\4"),
+    (r"(?:backbone\.)?(time|space)_score_predictor\.(\d+)\.score_network\.out_conv\.(\d)\.(.*)", r"<\1 \2>.scorer.score.\3.\4"),
 )
 
 STTS_MVIT = Layout(
@@ -59,8 +67,7 @@ STTS_MVIT = Layout(
         (r"(blocks\.\d+\.attn)\.norm_([qkv])\.(.*)", r"backbone.\1.pool_\2.norm.\3"),
         (r"(blocks\.\d+\.(?:attn\.proj|mlp\.fc[12]|proj)\..*)", r"backbone.\1"),
         (r"head\.projection\.(.*)", r"head.\1"),
-        (r"(time|space)_score_predictor\.(\d+)\.score_network\.in_conv\.(\d)\.(.*)", r"<\1 \2>.scorer.features.\3.\4"),
-        (r"(time|space)_score_predictor\.(\d+)\.score_network\.out_conv\.(\d)\.(.*)", r"<\1 \2>.scorer.score.\3.\4"),
+        *_SELECTORS,
     ),
     wrapper="model_state",
     scorer="official",
@@ -87,9 +94,42 @@ TORCHVISION_MVIT = Layout(
     backbone={"pool_norm_eps": 1e-6},
 )
 
+MMACTION_SWIN = Layout(
+    name="official STTS / Video-Swin (mmaction)",
+    signature=("backbone.patch_embed.proj.weight", "backbone.layers.0.blocks.0.attn.qkv.weight", "cls_head.fc_cls.weight"),
+    rules=(
+        (r"backbone\.patch_embed\.proj\.(.*)", r"backbone.patch_embed.\1"),
+        (r"backbone\.patch_embed\.norm\.(.*)", r"backbone.patch_norm.\1"),
+        (r".*\.attn\.relative_position_index", ""),
+        (r"backbone\.layers\.(\d+\.blocks\.\d+\..*)", r"backbone.stages.\1"),
+        (r"backbone\.layers\.(\d+)\.downsample\.(.*)", r"backbone.stages.\1.merge.\2"),
+        (r"backbone\.norm\.(.*)", r"backbone.norm.\1"),
+        (r"cls_head\.fc_cls\.(.*)", r"head.\1"),
+        *_SELECTORS,
+    ),
+    scorer="official",
+    tuned={"window_policy": "official"},
+)
+
+TORCHVISION_SWIN = Layout(
+    name="torchvision swin3d",
+    signature=("patch_embed.proj.weight", "features.0.0.attn.qkv.weight", "head.weight"),
+    rules=(
+        (r"patch_embed\.proj\.(.*)", r"backbone.patch_embed.\1"),
+        (r"patch_embed\.norm\.(.*)", r"backbone.patch_norm.\1"),
+        (r".*\.attn\.relative_position_index", ""),
+        *((rf"features\.{2 * i}\.(\d+)\.mlp\.0\.(.*)", rf"backbone.stages.{i}.blocks.\1.mlp.fc1.\2") for i in range(4)),
+        *((rf"features\.{2 * i}\.(\d+)\.mlp\.3\.(.*)", rf"backbone.stages.{i}.blocks.\1.mlp.fc2.\2") for i in range(4)),
+        *((rf"features\.{2 * i}\.(\d+\..*)", rf"backbone.stages.{i}.blocks.\1") for i in range(4)),
+        *((rf"features\.{2 * i + 1}\.(.*)", rf"backbone.stages.{i}.merge.\1") for i in range(3)),
+        (r"norm\.(.*)", r"backbone.norm.\1"),
+        (r"head\.(.*)", r"head.\1"),
+    ),
+)
+
 OWN = Layout(name="stts_lightning", signature=("backbone.norm.weight", "head.weight"), rules=((r"(.*)", r"\1"),))
 
-LAYOUTS = (OWN, STTS_MVIT, TORCHVISION_MVIT)
+LAYOUTS = (OWN, STTS_MVIT, TORCHVISION_MVIT, MMACTION_SWIN, TORCHVISION_SWIN)
 
 
 @dataclass(frozen=True)
@@ -104,7 +144,11 @@ class Checkpoint:
     @property
     def selector_keys(self) -> list[str]:
         """Keys of selectors, in the file's own words."""
-        return [key for key in self.state if re.match(r"(time|space)_score_predictor\.|backbone\.slots\.", key)]
+        return [key for key in self.state if re.match(r"(backbone\.)?((time|space)_score_predictor|slots)\.", key)]
+
+    def backbone(self) -> dict[str, Any]:
+        """Constructor arguments of the backbone that this file implies."""
+        return {**self.layout.backbone, **(self.layout.tuned if self.selector_keys else {})}
 
     def scorer(self) -> str | None:
         """The scorer that this file's selectors have, if it holds any."""
@@ -116,7 +160,7 @@ class Checkpoint:
 
     def translated(self, selection: SelectionSpec) -> State:
         """The weights under our keys. Keys that no rule maps keep their name, so that a load reports them."""
-        return {_our_key(key, self.layout, selection): value for key, value in self.state.items()}
+        return {ours: value for key, value in self.state.items() if (ours := _our_key(key, self.layout, selection))}
 
 
 def _our_key(key: str, layout: Layout, selection: SelectionSpec) -> str:

@@ -13,7 +13,7 @@ import torch
 from timm.layers.drop import DropPath
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
-from torch.amp.autocast_mode import custom_bwd, custom_fwd
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -48,7 +48,7 @@ class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @custom_bwd(device_type="cpu")
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=torch.channels_last_3d)
         channels = x.shape[1]

@@ -77,9 +77,9 @@ class _Disk:
     def __init__(self, rng: np.random.Generator, spec: DemoSpec, warm: bool) -> None:
         side = spec.side
         self.radius = side * (rng.uniform(0.2, 0.24) if warm else rng.uniform(0.14, 0.2))
-        # Pixels from the middle of its path to either end; the path's middle keeps the disk in the picture.
+        # Pixels from the middle of its path to either end.
         self.reach = side * rng.uniform(0.1, 0.14)
-        margin = self.radius + 0.5 * self.reach
+        margin = self.radius + self.reach  # The disk stays in the picture.
         self.x, self.y = rng.uniform(margin, side - margin, 2)
         low, high = ((0.75, 0.3, 0.0), (1.0, 0.55, 0.25)) if warm else ((0.1, 0.4, 0.5), (0.45, 0.75, 0.9))
         self.colour = rng.uniform(low, high).astype(np.float32) * 255

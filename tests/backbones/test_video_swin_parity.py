@@ -1,0 +1,129 @@
+"""VideoSwin against golden outputs of the official model and against torchvision's."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stts_lightning import create_model
+from stts_lightning.backbones.video_swin import VideoSwin, windows
+
+TINY = {"dim": 32, "depths": (2, 2, 2, 2), "heads": (1, 2, 4, 8)}
+CASES: dict[str, dict[str, Any]] = {  # name: slots by block (the official code counts stages), and other arguments
+    "unpruned": {},
+    **{f"t0_{k / 16:g}": {"slots": {"t0": {"keep": k}}} for k in (6, 8, 9, 10, 12, 14)},
+    "w16_unpruned": {"window": (16, 7, 7)},
+    "w16_t0_0.625": {"window": (16, 7, 7), "slots": {"t0": {"keep": 10}}},
+    "t0_0.75_t2_0.5": {"slots": {"t0": {"keep": 12}, "t4": {"keep": 6}}},
+    "t2_0.5": {"slots": {"t4": {"keep": 8}}},
+    "small112_16f": {"frames": 16, "size": 112},
+    "odd_30f_200x184_unpruned": {"frames": 30, "size": (200, 184)},
+    "odd_30f_200x200_k10": {"frames": 30, "size": 200, "slots": {"t0": {"keep": 10}}},
+}
+
+
+def official_state(model: torch.nn.Module, rule: ModuleType, table: float) -> dict[str, torch.Tensor]:
+    """Weights of the written rule under the official names of a model's parameters."""
+    state, numbers = {}, {}
+    for name, parameter in model.named_parameters():
+        official = name.replace("backbone.stages.", "backbone.layers.").replace(".merge.", ".downsample.")
+        official = official.replace("backbone.patch_embed.", "backbone.patch_embed.proj.")
+        official = official.replace("backbone.patch_norm.", "backbone.patch_embed.norm.")
+        if official.startswith("head."):
+            official = "cls_head.fc_cls." + official.removeprefix("head.")
+        if ".slots.selectors." in official:
+            slot, rest = official.removeprefix("backbone.slots.selectors.").split(".scorer.")
+            number = numbers.setdefault(slot, len(numbers))
+            rest = rest.replace("features", "in_conv").replace("score.", "out_conv.")
+            official = f"backbone.time_score_predictor.{number}.score_network.{rest}"
+        state[official] = torch.from_numpy(rule.fill(official, parameter.shape, table))
+    return state
+
+
+def golden_model(rule: ModuleType, folder: Path, table: float, **arguments: Any) -> torch.nn.Module:
+    slots = arguments.pop("slots", {})
+    arguments = {"selection": {"slots": slots, "scorer": "official"}, "window_policy": "official", **arguments}
+    state = official_state(create_model("video_swin_b", **arguments), rule, table)
+    torch.save({"meta": {}, "state_dict": state, "optimizer": {}}, folder / "checkpoint.pth")
+    return create_model("video_swin_b", **arguments, pretrained=folder / "checkpoint.pth").eval()
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("case", CASES)
+def test_golden_tiny(shared: Path, load_rule: Callable[[str], ModuleType], tmp_path: Path, case: str) -> None:
+    folder, rule = shared / "golden/video_swin", load_rule("video_swin")
+    info = json.loads((folder / "golden_tiny.json").read_text())["cases"][case]
+    golden = np.load(folder / "golden_tiny.npz")
+    model = golden_model(rule, tmp_path, 0.5, num_classes=12, **TINY, **CASES[case])
+    assert sum(p.numel() for p in model.parameters()) == info["n_params"]
+    with torch.inference_mode():
+        logits, kept = model(torch.from_numpy(rule.inp(tuple(info["input_shape"]))), return_selection=True)
+    torch.testing.assert_close(logits, torch.from_numpy(golden[f"{case}/logits"]), atol=5e-5, rtol=0)
+    for number, selection in enumerate(kept.values()):
+        assert np.array_equal(selection.indices.numpy(), golden[f"{case}/indices{number}"])
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(("case", "slots"), [("unpruned", {}), ("t0_0.625", {"t0": {"keep": 10}})])
+def test_golden_full_size(
+    shared: Path, load_rule: Callable[[str], ModuleType], tmp_path: Path, case: str, slots: dict[str, Any]
+) -> None:
+    rule, golden = load_rule("video_swin"), np.load(shared / f"golden/video_swin/golden_{case}.npz")
+    model = golden_model(rule, tmp_path, 0.02, slots=slots)
+    with torch.inference_mode():
+        logits, kept = model(torch.from_numpy(rule.inp()), return_selection=True)
+    torch.testing.assert_close(logits, torch.from_numpy(golden["logits"]), atol=5e-5, rtol=0)
+    if slots:
+        assert np.array_equal(kept["t0"].indices.numpy(), golden["indices"])
+
+
+@pytest.mark.parametrize("name", ["swin3d_t", "swin3d_b"])
+def test_torchvision(tmp_path: Path, name: str) -> None:
+    from torchvision.models import video
+
+    torch.manual_seed(0)
+    theirs = getattr(video, name)(weights=None).eval()
+    for key, parameter in theirs.named_parameters():
+        if "norm" in key or "bias" in key:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    torch.save(theirs.state_dict(), tmp_path / "tv.pth")
+    frames = 32 if name == "swin3d_t" else 16
+    ours = create_model(f"video_swin_{name[-1]}", pretrained=tmp_path / "tv.pth", frames=frames).eval()
+    clip = torch.randn(1, 3, frames, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(clip), theirs(clip), atol=1e-4, rtol=1e-4)
+
+
+def test_balanced_windows_share_the_frames() -> None:
+    assert windows((10, 56, 56), (8, 7, 7), True, "official") == ((8, 7, 7), (4, 3, 3))
+    assert windows((10, 56, 56), (8, 7, 7), True, "balanced") == ((5, 7, 7), (2, 3, 3))
+    assert windows((8, 7, 7), (8, 7, 7), True, "balanced") == ((8, 7, 7), (0, 0, 0))
+
+
+@pytest.mark.parametrize("keep", [9, 10, 15])
+def test_padding_is_seen_by_nobody_under_the_balanced_policy(keep: int) -> None:
+    """The bias of q, k and v reaches real tokens from padded ones alone, once their own is taken away."""
+    model = VideoSwin(frames=2 * keep, size=(60, 44), dim=8, depths=(2,), heads=(2,)).eval()
+    with torch.inference_mode():
+        for stage in model.stages:
+            for block in stage.blocks:
+                torch.nn.init.normal_(block.attn.relative_position_bias_table)
+        clip = torch.randn(1, 3, 2 * keep, 60, 44)
+        attention = model.stages[0].blocks[1].attn
+        grid = model.embed(clip)
+        out = attention(grid)
+        # Keys of padding would take weight away: with all values equal to 1 each real token's output is exactly 1.
+        attention.qkv.weight[16:].zero_()
+        attention.qkv.bias[16:] = 0
+        attention.qkv.weight[16:, :] = 0
+        ones = attention.qkv.bias.clone()
+        ones[16:] = 1.0
+        attention.qkv.bias.copy_(ones)
+        attention.proj.weight.copy_(torch.eye(8))
+        attention.proj.bias.zero_()
+    assert torch.isfinite(out).all()
