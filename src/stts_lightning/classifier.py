@@ -91,7 +91,7 @@ def create_model(
         pretrained: a checkpoint in any known layout, or None.
         head: "keep", or "reset" to leave the file's classifier head aside.
         dropout: rate before the head.
-        **backbone_kwargs: go to the backbone's constructor.
+        **backbone_kwargs: go to the backbone's constructor; None leaves the choice to the file or the constructor.
 
     Raises:
         SelectionError: a selection that cannot be honoured.
@@ -99,6 +99,7 @@ def create_model(
         BackboneError: an unknown backbone or argument.
     """
     spec = SelectionSpec.of(selection)
+    backbone_kwargs = {key: value for key, value in backbone_kwargs.items() if value is not None}
     checkpoint = read_checkpoint(pretrained) if pretrained else None
     if checkpoint:
         spec = spec.with_scorer(checkpoint.scorer() or spec.scorer)

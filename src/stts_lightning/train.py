@@ -29,6 +29,7 @@ def facts(cfg: DictConfig, trainer: "pl.Trainer", module: "ClassificationModule"
     spec = model.slots.selection
     return {
         "backbone": cfg.backbone.name,
+        "backbone_choices": model.backbone.choices(),
         "selection": str(spec),
         "slots": model.slots.describe(),
         "scorer": spec.scorer,
@@ -50,9 +51,10 @@ def table(known: dict[str, Any], cfg: DictConfig) -> dict[str, str]:
     """The start-up table's lines."""
     dataset = known["dataset"]
     slots = "; ".join(f"{name.upper()}: {text}" for name, text in known["slots"].items())
-    frames, height, width = known["clip"]
+    size = "x".join(map(str, known["clip"]))
+    choices = "".join(f", {name}={value}" for name, value in known["backbone_choices"].items())
     return {
-        "model": f"{known['backbone']} {known['selection']}, {frames}x{height}x{width}, weights: {cfg.pretrained or 'random'}",
+        "model": f"{known['backbone']} {known['selection']}, {size}{choices}, weights: {cfg.pretrained or 'random'}",
         "slots": f"{slots} ({known['scorer']} scorer, {known['estimator']})" if slots else "none: the plain model",
         "parameters": f"{known['parameters']:,}",
         "GFLOPs": f"{known['gflops_per_view']:.2f} a view, {known['views']} views a test video",

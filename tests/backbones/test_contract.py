@@ -6,7 +6,15 @@ import torch
 from stts_lightning import create_model
 from stts_lightning.backbones import list_backbones, register_backbone
 
-SMALL = {"mvit_b16": {"size": 64, "dim": 24}, "mvit_tiny": {"size": 64}}
+SWIN = {"frames": 16, "size": 64, "dim": 16, "depths": (2, 2, 2, 2), "heads": (1, 1, 2, 2)}
+SMALL = {
+    "mvit_b16": {"size": 64, "dim": 24},
+    "mvit_tiny": {"size": 64},
+    "video_swin_b": SWIN,
+    "video_swin_s": SWIN,
+    "video_swin_t": SWIN,
+    "video_swin_tiny": {},
+}
 SELECTIONS = ["none", "t0_0.5", "s0_0.5", "t1_0.6_s1_0.6", "t0_0.6_s4_0.9", "t2_0.5_s3_0.5", "t0_0.9_s0_0.9_t4_0.7_s4_0.7"]
 
 
@@ -67,7 +75,8 @@ def test_uint8_clips_are_normalized_by_the_backbone(name: str) -> None:
     model = create_model(name, None, 7, **SMALL[name]).eval()
     raw = torch.randint(0, 256, (1, 3, *model.backbone.clip_size), dtype=torch.uint8)
     with torch.inference_mode():
-        torch.testing.assert_close(model(raw), model((raw / 255 - 0.45) / 0.225))
+        mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (model.backbone.mean, model.backbone.std))
+        torch.testing.assert_close(model(raw), model((raw / 255 - mean) / std))
 
 
 def test_wrong_clip_size_is_refused(name: str) -> None:

@@ -37,6 +37,10 @@ class Backbone(nn.Module, ABC):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are embeddings."""
 
+    def choices(self) -> dict[str, str]:
+        """Choices that change what the weights mean, for tables and results; most backbones have none."""
+        return {}
+
     @abstractmethod
     def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
         """Clip `(B, 3, T, H, W)` -> features `(B, out_dim)`; appends what each slot kept to `kept`."""

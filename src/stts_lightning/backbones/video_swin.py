@@ -237,7 +237,7 @@ class VideoSwin(Backbone):
         heads: heads of each stage.
         window: largest attention window, in tokens; its bias tables are made for it.
         window_policy: `balanced` shares a grid out evenly among its windows, `official` pads it to whole windows of full
-            size that see the padding; see `windows` and `layout`.
+            size that see the padding; see `windows` and `layout`. None is `balanced`.
         drop_path: rate of the last block; grows linearly from 0.
         selection: slots and operator.
     """
@@ -254,11 +254,12 @@ class VideoSwin(Backbone):
         depths: Sequence[int] = (2, 2, 18, 2),
         heads: Sequence[int] = (4, 8, 16, 32),
         window: Sequence[int] = (8, 7, 7),
-        window_policy: str = "balanced",
+        window_policy: str | None = None,
         drop_path: float = 0.0,
         selection: SelectionSpec | None = None,
     ) -> None:
         super().__init__()
+        self.window_policy = window_policy = window_policy or "balanced"
         if window_policy not in POLICIES:
             raise BackboneError(f"backbone.window_policy={window_policy!r}: allowed are {', '.join(POLICIES)}")
         height, width = (size, size) if isinstance(size, int) else size
@@ -300,6 +301,10 @@ class VideoSwin(Backbone):
         """See `Backbone.no_weight_decay`."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
+    def choices(self) -> dict[str, str]:
+        """See `Backbone.choices`."""
+        return {"window_policy": self.window_policy}
+
     def embed(self, clip: Tensor) -> Tensor:
         """Clip `(B, 3, T, H, W)` -> grid `(B, T/2, H/4, W/4, C)`; sides that are no multiple are padded by zeros."""
         t, h, w = (-n % p for n, p in zip(clip.shape[2:], self.patch, strict=True))
@@ -323,6 +328,7 @@ class VideoSwin(Backbone):
         grid = self.embed(clip)
         number = 0
         for stage in self.stages:
+            assert isinstance(stage, Stage)
             for block in stage.blocks:
                 grid = block(self.slots(number, grid, kept))
                 number += 1

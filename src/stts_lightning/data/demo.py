@@ -1,6 +1,6 @@
 """Demo videos from a seed: real H.264 files in which only some frames and one part of the picture tell the class.
 
-A warm-coloured disk shows for a third of the video, somewhere, and moves in one of eight directions. All the while
+A warm-coloured disk shows for less than half of the video, somewhere, and moves in one of eight directions. All the while
 cool-coloured disks of the same kind move in directions of their own over a drifting texture, so that a model must find
 *when* and *where* to look. The truth of both lies beside each video as JSON.
 """
@@ -49,7 +49,7 @@ class DemoSpec:
     val: int = 20
     side: int = 80
     frames: int = 36
-    action: int = 12
+    action: int = 16
     distractors: int = 2
 
 
@@ -76,7 +76,7 @@ class _Disk:
 
     def __init__(self, rng: np.random.Generator, spec: DemoSpec, warm: bool) -> None:
         side = spec.side
-        self.radius = side * (rng.uniform(0.2, 0.24) if warm else rng.uniform(0.14, 0.2))
+        self.radius = side * (rng.uniform(0.2, 0.24) if warm else rng.uniform(0.12, 0.16))
         # Pixels from the middle of its path to either end.
         self.reach = side * rng.uniform(0.1, 0.14)
         margin = self.radius + self.reach  # The disk stays in the picture.
@@ -108,7 +108,7 @@ def render(spec: DemoSpec, split: str, label: int, number: int) -> tuple[list[ND
     """
     rng = np.random.default_rng((spec.seed, ["train", "val"].index(split), label, number))
     side = spec.side
-    background = _texture(rng, 2 * side, 12) * 40 + _texture(rng, 2 * side, 40) * 25 + rng.uniform(90, 150)
+    background = _texture(rng, 2 * side, 12) * 25 + _texture(rng, 2 * side, 40) * 15 + rng.uniform(40, 70)
     tint = rng.uniform(0.85, 1.1, 3).astype(np.float32)
     drift = rng.uniform(-0.8, 0.8, 2)
     hero = _Disk(rng, spec, warm=True)
