@@ -165,7 +165,7 @@ def test_undecodable_training_file_is_counted(place: Path) -> None:
         (["backbone.size=50"], "backbone: frames=16 must be a multiple of 2, size=50 of 4"),
         (["clip.stride=0"], "clip.stride=0: must be 1 or more"),
         (["clip.decoder=cv2"], "clip.decoder='cv2': allowed are decord, pyav"),
-        (["trainer.precision=17"], "trainer: "),
+        (["trainer.precision=17"], "Precision 17 is invalid. Allowed precision values: "),
         (["selection.scorer=best"], "selection.scorer='best': allowed are paper, official"),
         (["+optim.parts.bacbone={}"], "optim.parts.bacbone: unknown; the parts are selectors, backbone, head"),
     ],

@@ -63,6 +63,7 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # Made in an evaluation, it serves training too.
 def layout(size: GridSize, limit: Triple, shifted: bool, policy: str, device: torch.device) -> Layout:
     """Windows and masks of a grid of a size; made once for each size and device.
 
@@ -106,6 +107,7 @@ def _join(x: Tensor, window: Triple, size: GridSize) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # Made in an evaluation, it serves training too.
 def bias_index(window: Triple, table: Triple, policy: str, device: torch.device) -> Tensor:
     """Row of the bias table for each pair of a window's tokens, `(N * N,)`.
 
