@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from timm.layers.drop import DropPath
+from timm.layers.mlp import Mlp
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
@@ -120,20 +121,6 @@ class PooledAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v)
         out = self.proj(out.transpose(1, 2).flatten(2))
         return out[:, :1], out[:, 1:].unflatten(1, size)
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, Linear."""
-
-    def __init__(self, dim: int, hidden: int, out: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Args: `(..., C)`. Returns: `(..., C')`."""
-        return self.fc2(self.act(self.fc1(x)))
 
 
 class Block(nn.Module):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from timm.layers.drop import DropPath
+from timm.layers.mlp import Mlp
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -167,20 +168,6 @@ class WindowAttention(nn.Module):
         q, k, v = qkv.flatten(1, 2).unbind(0)
         seen = bias if mask is None else bias + mask.to(bias.dtype)
         return F.scaled_dot_product_attention(q, k, v, seen.contiguous().unsqueeze(0)).view(shape)
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, Linear."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Args: `(..., C)`. Returns: `(..., C)`."""
-        return self.fc2(self.act(self.fc1(x)))
 
 
 class Block(nn.Module):
