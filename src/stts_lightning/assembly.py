@@ -53,7 +53,7 @@ def refusals() -> Iterator[None]:
     except USER_ERRORS:
         raise
     except InstantiationException as error:
-        raise ConfigError(f"{getattr(error, 'full_key', '') or 'configuration'}: {error.__cause__ or error}") from error
+        raise ConfigError(f"configuration: {error.__cause__ or error}") from error
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
 

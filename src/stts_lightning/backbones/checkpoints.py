@@ -94,16 +94,20 @@ TORCHVISION_MVIT = Layout(
     backbone={"pool_norm_eps": 1e-6},
 )
 
+_SWIN = (
+    (r"(?:backbone\.)?patch_embed\.proj\.(.*)", r"backbone.patch_embed.\1"),
+    (r"(?:backbone\.)?patch_embed\.norm\.(.*)", r"backbone.patch_norm.\1"),
+    (r"(?:backbone\.)?norm\.(.*)", r"backbone.norm.\1"),
+    (r".*\.attn\.relative_position_index", ""),
+)
+
 MMACTION_SWIN = Layout(
     name="official STTS / Video-Swin (mmaction)",
     signature=("backbone.patch_embed.proj.weight", "backbone.layers.0.blocks.0.attn.qkv.weight", "cls_head.fc_cls.weight"),
     rules=(
-        (r"backbone\.patch_embed\.proj\.(.*)", r"backbone.patch_embed.\1"),
-        (r"backbone\.patch_embed\.norm\.(.*)", r"backbone.patch_norm.\1"),
-        (r".*\.attn\.relative_position_index", ""),
+        *_SWIN,
         (r"backbone\.layers\.(\d+\.blocks\.\d+\..*)", r"backbone.stages.\1"),
         (r"backbone\.layers\.(\d+)\.downsample\.(.*)", r"backbone.stages.\1.merge.\2"),
-        (r"backbone\.norm\.(.*)", r"backbone.norm.\1"),
         (r"cls_head\.fc_cls\.(.*)", r"head.\1"),
         *_SELECTORS,
     ),
@@ -115,14 +119,11 @@ TORCHVISION_SWIN = Layout(
     name="torchvision swin3d",
     signature=("patch_embed.proj.weight", "features.0.0.attn.qkv.weight", "head.weight"),
     rules=(
-        (r"patch_embed\.proj\.(.*)", r"backbone.patch_embed.\1"),
-        (r"patch_embed\.norm\.(.*)", r"backbone.patch_norm.\1"),
-        (r".*\.attn\.relative_position_index", ""),
+        *_SWIN,
         *((rf"features\.{2 * i}\.(\d+)\.mlp\.0\.(.*)", rf"backbone.stages.{i}.blocks.\1.mlp.fc1.\2") for i in range(4)),
         *((rf"features\.{2 * i}\.(\d+)\.mlp\.3\.(.*)", rf"backbone.stages.{i}.blocks.\1.mlp.fc2.\2") for i in range(4)),
         *((rf"features\.{2 * i}\.(\d+\..*)", rf"backbone.stages.{i}.blocks.\1") for i in range(4)),
         *((rf"features\.{2 * i + 1}\.(.*)", rf"backbone.stages.{i}.merge.\1") for i in range(3)),
-        (r"norm\.(.*)", r"backbone.norm.\1"),
         (r"head\.(.*)", r"head.\1"),
     ),
 )

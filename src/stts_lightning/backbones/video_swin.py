@@ -43,7 +43,7 @@ def windows(size: GridSize, limit: Triple, shifted: bool, policy: str) -> tuple[
 
 
 @dataclass(frozen=True)
-class Layout:
+class WindowPlan:
     """How a grid falls into windows.
 
     Attributes:
@@ -65,7 +65,7 @@ class Layout:
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # Made in an evaluation, it serves training too.
-def layout(size: GridSize, limit: Triple, shifted: bool, policy: str, device: torch.device) -> Layout:
+def window_plan(size: GridSize, limit: Triple, shifted: bool, policy: str, device: torch.device) -> WindowPlan:
     """Windows and masks of a grid of a size; made once for each size and device.
 
     A shifted window holds tokens that were no neighbours before the roll: they do not see each other. Padding is seen
@@ -89,7 +89,7 @@ def layout(size: GridSize, limit: Triple, shifted: bool, policy: str, device: to
     side = hidden.shape[-1]
     masks = tuple(p.view(side, side).to(torch.float32).mul(-100).to(device) if bool(p.any()) else None for p in patterns)
     back = torch.cat(groups).argsort()
-    return Layout(window, shift, (padded[0], padded[1], padded[2]), groups, back, masks)
+    return WindowPlan(window, shift, (padded[0], padded[1], padded[2]), groups, back, masks)
 
 
 def _cut(grid: Tensor, window: Triple) -> Tensor:
@@ -135,8 +135,8 @@ class WindowAttention(nn.Module):
 
     def forward(self, grid: Tensor) -> Tensor:
         """Args: grid `(B, T, H, W, C)`. Returns: the same size."""
-        _, t, h, w, dim = grid.shape
-        plan = layout((t, h, w), self.window, self.shifted, self.policy, grid.device)
+        t, h, w = grid.shape[1:4]
+        plan = window_plan((t, h, w), self.window, self.shifted, self.policy, grid.device)
         # The bias comes after the padding: a padded token is q, k, v = bias, as if it had gone through the layer.
         qkv = F.linear(grid, self.qkv.weight)
         ends = [n - m for n, m in zip(plan.padded, (t, h, w), strict=True)]
@@ -152,7 +152,7 @@ class WindowAttention(nn.Module):
             out = out.roll(list(plan.shift), (1, 2, 3))
         return self.proj(out[:, :t, :h, :w])
 
-    def _attend(self, qkv: Tensor, plan: Layout) -> Tensor:
+    def _attend(self, qkv: Tensor, plan: WindowPlan) -> Tensor:
         """Attention of each window, a call for each group of windows that share a mask: `(B, W, D, N, C/D)`."""
         tokens = math.prod(plan.window)
         index = bias_index(plan.window, self.window, self.policy, qkv.device)
@@ -226,7 +226,7 @@ class VideoSwin(Backbone):
         heads: heads of each stage.
         window: largest attention window, in tokens; its bias tables are made for it.
         window_policy: `balanced` shares a grid out evenly among its windows, `official` pads it to whole windows of full
-            size that see the padding; see `windows` and `layout`. None is `balanced`.
+            size that see the padding; see `windows` and `window_plan`. None is `balanced`.
         drop_path: rate of the last block; grows linearly from 0.
         selection: slots and operator.
     """
