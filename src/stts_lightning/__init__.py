@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stts_lightning.classifier import VideoClassifier, create_model
+    from stts_lightning.classifier import VideoClassifier, create_model, load_model
 
 __version__ = "0.1.0"
-__all__ = ["VideoClassifier", "create_model"]
+__all__ = ["VideoClassifier", "create_model", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

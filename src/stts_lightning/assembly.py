@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from hydra import compose
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from stts_lightning.backbones import BackboneError, CheckpointError
+from stts_lightning.backbones.checkpoints import read_checkpoint
 from stts_lightning.classifier import VideoClassifier, create_model
 from stts_lightning.data.annotations import AnnotationError
 from stts_lightning.data.datamodule import LoaderError, LoaderOptions, VideoDataModule
@@ -92,6 +94,53 @@ def resumed_config(run: str | Path, overrides: list[str]) -> tuple[DictConfig, P
     return merged, checkpoint
 
 
+def evaluation_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path]:
+    """What to test, and its checkpoint: what a run folder or a file says of itself, under what was asked on top.
+
+    Args:
+        cfg: composed from `evaluate.yaml`; `run` names a run folder, or `checkpoint` a file.
+        overrides: of the command line.
+
+    Raises:
+        ConfigError: unless exactly one of `run` and `checkpoint` is given, or if the folder is not one of a run.
+        CheckpointError: if the file cannot be read.
+    """
+    if bool(cfg.run) == bool(cfg.checkpoint):
+        raise ConfigError("give what to test: run=FOLDER, or checkpoint=FILE (with backbone= and selection=, if it is not ours)")
+    file = Path(cfg.run) / "checkpoints" / f"{cfg.which}.ckpt" if cfg.run else Path(cfg.checkpoint)
+    if cfg.run and not file.is_file():
+        raise ConfigError(f"run={cfg.run}: there is no {file}; give the folder of a run that wrote a checkpoint")
+    stored = _stored(file)
+    chosen = {override.partition("=")[0].lstrip("+") for override in overrides}
+    if stored is not None:
+        # Whatever the model or its data set bring along (views, a stride) is composed for that backbone.
+        cfg = compose("evaluate", [f"backbone={stored.backbone.name}", *overrides])
+        OmegaConf.set_struct(cfg, False)
+        for key in ("backbone", "selection", "dataset", "clip", "loader", "seed"):
+            if key in stored and key not in chosen and not (key == "clip" and "dataset" in chosen):
+                cfg[key] = stored[key]
+        # Unknown keys of a group were refused by Hydra; those inside one are by the constructor that they go to.
+        cfg.merge_with(OmegaConf.from_dotlist([o.lstrip("+") for o in overrides if "." in o.partition("=")[0]]))
+        OmegaConf.set_struct(cfg, True)
+    OmegaConf.update(cfg, "pretrained", str(file), force_add=True)
+    return cfg, file
+
+
+def _stored(file: Path) -> DictConfig | None:
+    """What a checkpoint's run folder, or else the checkpoint itself, says of its model; None where neither does."""
+    beside = file.parent.parent / CONFIG
+    if beside.is_file():
+        cfg = OmegaConf.load(beside)
+        assert isinstance(cfg, DictConfig)
+        return cfg
+    recipe = dict(read_checkpoint(file).model or {})
+    if not recipe:
+        return None
+    selection = recipe.pop("selection")
+    recipe.pop("num_classes")
+    return OmegaConf.create({"backbone": {"name": recipe.pop("backbone"), **recipe}, "selection": selection})
+
+
 def _first_process() -> bool:
     """Whether this process is the one of its machine that writes."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -139,7 +188,8 @@ def build_model_shape(cfg: DictConfig) -> tuple[int, int, int]:
 def build_model(cfg: DictConfig, num_classes: int) -> VideoClassifier:
     """The classifier with its weights."""
     values: dict[str, Any] = plain(cfg.backbone)
-    return create_model(values.pop("name"), plain(cfg.selection), num_classes, cfg.pretrained, cfg.head, **values)
+    name, selection = values.pop("name"), plain(cfg.selection)
+    return create_model(name, selection, num_classes, cfg.pretrained, cfg.head, cfg.trust, **values)
 
 
 def build_data(cfg: DictConfig, clip_size: tuple[int, int, int]) -> VideoDataModule:
@@ -151,7 +201,9 @@ def build_data(cfg: DictConfig, clip_size: tuple[int, int, int]) -> VideoDataMod
 
 
 def build_optim(cfg: DictConfig) -> OptimSpec:
-    """Learning rates, decay and schedule."""
+    """Learning rates, decay and schedule; nothing learns where the configuration has none."""
+    if "optim" not in cfg:
+        return OptimSpec(lr=0.0, weight_decay=0.0, epochs=1)
     values = plain(cfg.optim)
     parts = {name: PartSpec(**part) for name, part in (values.pop("parts", None) or {}).items()}
     first, second = values.pop("betas")

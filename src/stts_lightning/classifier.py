@@ -1,5 +1,6 @@
 """A backbone and a head: clip in, logits out. `create_model` is the way in for every command and for users."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -7,11 +8,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from stts_lightning.backbones.checkpoints import load_checkpoint, read_checkpoint
+from stts_lightning.backbones.checkpoints import CheckpointError, load_checkpoint, read_checkpoint
 from stts_lightning.backbones.registry import Backbone, create_backbone
 from stts_lightning.selection.selector import Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
+
+log = logging.getLogger(__name__)
 
 
 class VideoClassifier(nn.Module):
@@ -24,15 +27,18 @@ class VideoClassifier(nn.Module):
 
     Attributes:
         recipe: plain arguments of `create_model` that build it again, weights aside; empty where it was built by hand.
+        weights: where its weights come from, in words.
     """
 
     mean: Tensor
     std: Tensor
     recipe: Mapping[str, Any]
+    weights: str
 
     def __init__(self, backbone: Backbone, num_classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.recipe = {}
+        self.weights = "random"
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(backbone.out_dim, num_classes)
@@ -77,12 +83,14 @@ def create_model(
     num_classes: int = 400,
     pretrained: str | Path | None = None,
     head: str = "keep",
+    trust: bool = False,
     dropout: float = 0.0,
     **backbone_kwargs: Any,
 ) -> VideoClassifier:
     """Build a model, with token selection and published weights if wanted.
 
-    A file that holds the official code's selectors sets `scorer="official"`, whatever the selection says.
+    A file that holds the official code's selectors sets `scorer="official"`, whatever the selection says; one of this
+    project's files may also be all there is: `load_model`.
 
     Args:
         backbone: a registered name, as "mvit_b16".
@@ -90,6 +98,7 @@ def create_model(
         num_classes: number of classes.
         pretrained: a checkpoint in any known layout, or None.
         head: "keep", or "reset" to leave the file's classifier head aside.
+        trust: also read a file that holds Python objects, which may run any code while they are read.
         dropout: rate before the head.
         **backbone_kwargs: go to the backbone's constructor; None leaves the choice to the file or the constructor.
 
@@ -100,7 +109,7 @@ def create_model(
     """
     spec = SelectionSpec.of(selection)
     backbone_kwargs = {key: value for key, value in backbone_kwargs.items() if value is not None}
-    checkpoint = read_checkpoint(pretrained) if pretrained else None
+    checkpoint = read_checkpoint(pretrained, trust) if pretrained else None
     if checkpoint:
         spec = spec.with_scorer(checkpoint.scorer() or spec.scorer)
         backbone_kwargs = {**checkpoint.backbone(), **backbone_kwargs}
@@ -109,5 +118,23 @@ def create_model(
     settled = {"selection": spec.plain(), "num_classes": num_classes, "dropout": dropout}
     model.recipe = {"backbone": backbone, **settled, **backbone_kwargs}
     if checkpoint:
-        load_checkpoint(model, checkpoint, spec, head)
+        report = load_checkpoint(model, checkpoint, spec, head)
+        model.weights = f"{checkpoint.path} ({report})"
+        log.info("checkpoint %s: %s", checkpoint.path, report)
     return model
+
+
+def load_model(path: str | Path, **changes: Any) -> VideoClassifier:
+    """Build the model that one of this project's files holds: a training checkpoint or a converted safetensors file.
+
+    Args:
+        path: the file.
+        **changes: arguments of `create_model` that are to differ from what the file says.
+
+    Raises:
+        CheckpointError: if the file does not say how its model is built; and as `create_model`.
+    """
+    recipe = read_checkpoint(path).model
+    if not recipe:
+        raise CheckpointError(f"checkpoint {path}: does not say how its model is built; name the backbone and selection")
+    return create_model(**{**recipe, "pretrained": path, **changes})

@@ -3,7 +3,6 @@
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -12,58 +11,7 @@ from omegaconf import DictConfig
 from stts_lightning.conf_dir import conf_dir
 from stts_lightning.doctor import check_installation
 
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
-
-    from stts_lightning.data.datamodule import VideoDataModule
-    from stts_lightning.training.module import ClassificationModule
-
 log = logging.getLogger(__name__)
-
-
-def facts(cfg: DictConfig, trainer: "pl.Trainer", module: "ClassificationModule", data: "VideoDataModule") -> dict[str, Any]:
-    """What is known of a run before it starts; goes into the table and into `result.json`."""
-    from stts_lightning.analysis.flops import count_gflops
-
-    model = module.model
-    spec = model.slots.selection
-    return {
-        "backbone": cfg.backbone.name,
-        "backbone_choices": model.backbone.choices(),
-        "selection": str(spec),
-        "slots": model.slots.describe(),
-        "scorer": spec.scorer,
-        "estimator": f"{spec.estimator}, {spec.samples} samples",
-        "sigma": spec.sigma,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "gflops_per_view": round(count_gflops(model), 4),
-        "views": data.test_views,
-        "clip": list(model.backbone.clip_size),
-        "dataset": data.summary(),
-        "batch_size": data.loader.batch_size,
-        "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
-        "precision": trainer.precision,
-        "seed": cfg.seed,
-    }
-
-
-def table(known: dict[str, Any], cfg: DictConfig) -> dict[str, str]:
-    """The start-up table's lines."""
-    dataset = known["dataset"]
-    slots = "; ".join(f"{name.upper()}: {text}" for name, text in known["slots"].items())
-    size = "x".join(map(str, known["clip"]))
-    choices = "".join(f", {name}={value}" for name, value in known["backbone_choices"].items())
-    return {
-        "model": f"{known['backbone']} {known['selection']}, {size}{choices}, weights: {cfg.pretrained or 'random'}",
-        "slots": f"{slots} ({known['scorer']} scorer, {known['estimator']})" if slots else "none: the plain model",
-        "parameters": f"{known['parameters']:,}",
-        "GFLOPs": f"{known['gflops_per_view']:.2f} a view, {known['views']} views a test video",
-        "data": f"{dataset['name']}: {dataset['train_videos']} + {dataset['val_videos']} videos, {dataset['classes']} classes",
-        "batch": f"{known['batch_size']} over {known['devices']}, {known['precision']}",
-        "lr": f"{cfg.optim.lr}, recipe of {cfg.trainer.max_epochs} epochs",
-        "sigma": f"{known['sigma']} -> 0, linear over the steps" if slots else "-",
-        "run folder": cfg.run_dir,
-    }
 
 
 def run(cfg: DictConfig, resume: Path | None) -> float | None:
@@ -71,10 +19,12 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     import lightning.pytorch as pl
 
     from stts_lightning import assembly
+    from stts_lightning.analysis.evaluation import score
     from stts_lightning.analysis.results import commit, versions, write_result
     from stts_lightning.training.callbacks import FailureLog
     from stts_lightning.training.loggers import log_summary
-    from stts_lightning.training.summary import StartTable
+    from stts_lightning.training.summary import StartTable, facts, rows
+    from stts_lightning.training.testing import run_test
 
     assembly.quiet_libraries()
     with assembly.refusals():
@@ -89,16 +39,22 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         data.setup()
         model = assembly.build_model(cfg, len(data.classes))
         module = assembly.build_module(cfg, model)
-    known = facts(cfg, trainer, module, data)
-    trainer.callbacks.append(StartTable(table(known, cfg)))  # type: ignore[attr-defined]
+    known = facts(trainer, module, data)
+    lines = {
+        **rows(known),
+        "lr": f"{cfg.optim.lr}, recipe of {cfg.trainer.max_epochs} epochs",
+        "sigma": f"{known['sigma']} -> 0, linear over the steps" if known["slots"] else "-",
+        "run folder": cfg.run_dir,
+    }
+    trainer.callbacks.append(StartTable(lines))  # type: ignore[attr-defined]
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    metrics: dict[str, Any] = dict(trainer.callback_metrics)
-    if cfg.test:
-        metrics |= dict(trainer.test(module, data, verbose=False)[0])
+    last = {f"last/{k}": float(v) for k, v in sorted(trainer.callback_metrics.items()) if k.startswith(("val/", "train/"))}
+    predictions = run_test(trainer, module, data, Path(cfg.run_dir) / "test") if cfg.test else None
+    tested = score(predictions) if predictions else {}
     failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]
     result = {
-        **{name: float(metrics[f"test/{name}"]) for name in ("top1", "top5") if f"test/{name}" in metrics},
-        **{f"last/{name}": float(value) for name, value in sorted(metrics.items()) if name.startswith(("val/", "train/"))},
+        **tested,
+        **last,
         **known,
         "sigma_last": float(model.slots.sigma),
         "steps": trainer.global_step,

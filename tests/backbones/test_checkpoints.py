@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stts_lightning import create_model
+from stts_lightning import create_model, load_model
 from stts_lightning.backbones import CheckpointError
+from stts_lightning.backbones.checkpoints import save_weights
 
 TINY = {"num_classes": 5, "size": 64}
 
@@ -64,11 +65,76 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         create_model("mvit_tiny", pretrained=tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    with pytest.raises(CheckpointError, match="not a readable file of plain weights"):
+    with pytest.raises(CheckpointError, match="neither a torch nor a safetensors file"):
         create_model("mvit_tiny", pretrained=tmp_path / "text.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"its keys \(a\) belong to none of the known layouts"):
         create_model("mvit_tiny", pretrained=tmp_path / "other.pt")
-    torch.save({"cfg": pytest.raises}, tmp_path / "code.pt")
-    with pytest.raises(CheckpointError, match="not a readable file of plain weights"):
-        create_model("mvit_tiny", pretrained=tmp_path / "code.pt")
+
+
+class Bomb:
+    """A pickle that runs code where it is read."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.trace,)
+
+
+def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path) -> None:
+    model = create_model("mvit_tiny", **TINY)
+    torch.save({"model_state": model.state_dict(), "cfg": Bomb(tmp_path / "ran")}, tmp_path / "bomb.pyth")
+    with pytest.raises(CheckpointError, match=r"bomb.pyth: holds a Python object \(pathlib.Path.*\).*trust=true reads it"):
+        create_model("mvit_tiny", pretrained=tmp_path / "bomb.pyth", **TINY)
+    assert not (tmp_path / "ran").exists()
+    trusted = create_model("mvit_tiny", pretrained=tmp_path / "bomb.pyth", trust=True, **TINY)
+    assert torch.equal(trusted.head.weight, model.head.weight)
+    assert (tmp_path / "ran").exists(), "what trust means"
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+def test_truncated_files_are_named(tmp_path: Path, kind: str, share: float) -> None:
+    model = create_model("mvit_tiny", **TINY)
+    path = tmp_path / "weights"
+    if kind == "torch":
+        torch.save(model.state_dict(), path)
+    else:
+        save_weights(model, model.recipe, path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(CheckpointError, match=f"checkpoint {path}: damaged or cut short"):
+        create_model("mvit_tiny", pretrained=path, **TINY)
+
+
+def test_the_other_backbones_file_is_named(tmp_path: Path) -> None:
+    from torchvision.models.video import swin3d_t
+
+    torch.save(swin3d_t(num_classes=5).state_dict(), tmp_path / "swin.pth")
+    with pytest.raises(CheckpointError, match=r"swin.pth \(torchvision swin3d layout\): holds a VideoSwin; the model is a MViT"):
+        create_model("mvit_tiny", pretrained=tmp_path / "swin.pth", **TINY)
+    own = create_model("video_swin_tiny", num_classes=5)
+    torch.save({"state_dict": own.state_dict(), "model": dict(own.recipe)}, tmp_path / "own.ckpt")
+    with pytest.raises(CheckpointError, match="does not fit the model: .*; it was made as video_swin_tiny"):
+        create_model("mvit_tiny", pretrained=tmp_path / "own.ckpt", **TINY)
+
+
+def test_safetensors_of_ours_says_how_it_is_built(tmp_path: Path) -> None:
+    model = create_model("mvit_tiny", "t0_0.5_s2_0.6", **TINY).eval()
+    save_weights(model, model.recipe, tmp_path / "m.safetensors", {"licence": "MIT"})
+    again = load_model(tmp_path / "m.safetensors").eval()
+    assert again.slots.selection == model.slots.selection
+    clip = torch.randn(1, 3, 16, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(model(clip), again(clip))
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    with pytest.raises(CheckpointError, match="does not say how its model is built"):
+        load_model(tmp_path / "bare.pt")
+
+
+def test_a_slot_more_than_the_file_has_is_new(tmp_path: Path) -> None:
+    path = saved(create_model("mvit_tiny", "t0_0.5", **TINY), tmp_path / "m.pt")
+    model = create_model("mvit_tiny", "t0_0.5_s2_0.6", pretrained=path, **TINY)
+    assert "as initialised: selector s2" in model.weights
+    with pytest.raises(CheckpointError, match=r"unexpected \[backbone.slots.selectors.t0"):
+        create_model("mvit_tiny", "t2_0.5", pretrained=path, **TINY)

@@ -49,14 +49,36 @@ def test_one_draw_for_all_frames_of_a_clip() -> None:
     frame = torch.randint(0, 256, (1, 3, 60, 80), dtype=torch.uint8)
     for transform in (TrainTransform(32), TrainTransform(32, randaugment=7)):
         out = transform(frame.expand(8, -1, -1, -1))
-        assert (out == out[:1]).all()
+        assert out.shape == (1, 8, 3, 32, 32)
+        assert (out == out[:, :1]).all()
 
 
 def test_evaluation_resizes_the_short_side_and_crops_the_centre() -> None:
     frame = torch.zeros(1, 3, 256, 340, dtype=torch.uint8)
     frame[:, :, :, 160:180] = 255
     out = EvalTransform(224)(frame)
-    assert out.shape == (1, 3, 224, 224)
-    assert out[0, 0, 100].float().argmax() == pytest.approx(102, abs=1)
+    assert out.shape == (1, 1, 3, 224, 224)
+    assert out[0, 0, 0, 100].float().argmax() == pytest.approx(102, abs=1)
     with pytest.raises(ValueError, match="short_side=100: must be at least the crop, 224"):
         EvalTransform(224, 100)
+
+
+@pytest.mark.parametrize("size", [(224, 340), (340, 224), (224, 224)])
+def test_three_crops_along_the_longer_side(size: tuple[int, int]) -> None:
+    frame = torch.arange(size[0] * size[1]).view(1, 1, *size).expand(2, 3, -1, -1) % 251
+    crops = EvalTransform(224, 224, crops=3)(frame.to(torch.uint8))
+    assert crops.shape == (3, 2, 3, 224, 224)
+    down, right = (n - 224 for n in size)
+    corners = [(down * i // 2, right * i // 2) for i in range(3)]
+    for crop, (top, left) in zip(crops, corners, strict=True):
+        assert torch.equal(crop, frame[:, :, top : top + 224, left : left + 224].to(torch.uint8))
+    with pytest.raises(ValueError, match="test_crops=2: allowed are 1 and 3"):
+        EvalTransform(224, crops=2)
+
+
+def test_views_are_each_crop_of_each_clip(videos: VideoList) -> None:
+    item = ClipDataset(videos, ClipSpec(8, 1, 2, "parts"), EvalTransform(32, 32, 3), train=False)[0]
+    assert item.clip.shape == (6, 3, 8, 32, 32)
+    brightness = item.clip.float().mean((1, 2, 3, 4))
+    assert torch.equal(brightness[:3], brightness[:1].expand(3)), "three crops of one clip"
+    assert brightness[3] > brightness[2], "then the later clip"

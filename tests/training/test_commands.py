@@ -25,10 +25,13 @@ FAST = [
 
 
 def command(tmp: Path, *overrides: str, check: bool = True, base: list[str] | None = None) -> subprocess.CompletedProcess[str]:
-    args = [sys.executable, "-m", "stts_lightning.train", *(FAST if base is None else base), *overrides]
-    done = subprocess.run(
-        args, cwd=tmp, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "160"}
-    )
+    return door("train", tmp, *(FAST if base is None else base), *overrides, check=check)
+
+
+def door(name: str, tmp: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    args = [sys.executable, "-m", f"stts_lightning.{name}", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "160"}
+    done = subprocess.run(args, cwd=tmp, capture_output=True, text=True, timeout=300, env=environment)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -65,6 +68,51 @@ def test_checkpoint_holds_plain_containers_and_rebuilds_the_model(finished: Path
     content = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
     model = create_model(**content["model"], pretrained=finished / "checkpoints" / "last.ckpt")
     assert model.slots.describe()["t0"] == "5 of 8 frames"
+
+
+EVALUATE = ["callbacks.progress=null", "trainer.accelerator=cpu"]
+
+
+def test_evaluate_gives_what_the_run_gave_and_asks_again_without_a_pass(place: Path, finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    door("evaluate", place, "run=runs/full", *EVALUATE)
+    again = json.loads((finished / "evaluation" / "evaluation.json").read_text())
+    for key in ("top1", "top5", "mean_class_accuracy", "gflops_per_view", "slots", "videos", "top1_interval"):
+        assert again[key] == result[key], key
+    assert sorted(f.name for f in (finished / "test").iterdir()) == ["confusion.csv", "per_class.csv", "predictions.npz"]
+    with (finished / "test" / "per_class.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert sum(int(row["right"]) for row in rows) / 16 == result["top1"]
+    # Other views, and a slot that keeps more, on top of what the run says of itself.
+    more = ["clip.test_views=3", "clip.test_crops=3", "selection.slots.t0.keep=8", "hydra.run.dir=runs/more"]
+    door("evaluate", place, "run=runs/full", *EVALUATE, *more)
+    asked = json.loads((place / "runs/more/evaluation.json").read_text())
+    assert asked["slots"]["t0"] == "8 of 8 frames"
+    assert asked["views"] == 9
+    assert asked["gflops"] == pytest.approx(9 * asked["gflops_per_view"], rel=1e-3)
+    door("evaluate", place, "predictions=runs/more", "views=[0,1]", "missing=wrong", "hydra.run.dir=runs/two")
+    assert json.loads((place / "runs/two/evaluation.json").read_text())["views"] == 2
+
+
+def test_evaluate_a_file_by_itself(place: Path, finished: Path) -> None:
+    """A checkpoint away from its run folder still says how its model is built, not what data it saw."""
+    (place / "alone.ckpt").write_bytes((finished / "checkpoints" / "last.ckpt").read_bytes())
+    data = ["dataset=demo", "dataset.train=4", "dataset.val=2"]
+    door("evaluate", place, "checkpoint=alone.ckpt", *data, *EVALUATE, "hydra.run.dir=runs/alone")
+    result, alone = (json.loads(f.read_text()) for f in (finished / "result.json", place / "runs/alone/evaluation.json"))
+    assert {k: alone[k] for k in ("top1", "slots", "clip")} == {k: result[k] for k in ("top1", "slots", "clip")}
+    for arguments, message in (
+        ([], "error: give what to test: run=FOLDER, or checkpoint=FILE"),
+        (["run=runs/none"], "error: run=runs/none: there is no "),
+        (["checkpoint=none.pt"], "error: checkpoint none.pt: no such file"),
+        (["predictions=runs"], "error: predictions=runs: there is no predictions.npz in it"),
+        (["checkpoint=alone.ckpt", "missing=maybe"], "error: missing='maybe': allowed are skip, wrong"),
+        (["checkpoint=alone.ckpt", "views=[1]"], "error: views=[1]: allowed are numbers from 0 to 0"),
+        (["run=runs/full", "selection.slots.t7.keep=8"], "error: selection.slots.t7: no block 7; this backbone has 0 to 5"),
+    ):
+        failed = door("evaluate", place, *arguments, *EVALUATE, check=False)
+        assert failed.returncode == 2, failed.stdout + failed.stderr
+        assert message in failed.stderr.strip().splitlines()[-1]
 
 
 def losses(run: Path) -> dict[int, tuple[float, float]]:

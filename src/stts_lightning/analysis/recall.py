@@ -10,7 +10,6 @@ import torch
 from stts_lightning.classifier import VideoClassifier
 from stts_lightning.data.annotations import VideoList
 from stts_lightning.data.dataset import ClipDataset, ClipSpec
-from stts_lightning.data.sampling import view_indices
 from stts_lightning.data.transforms import EvalTransform
 
 
@@ -35,7 +34,7 @@ def temporal_recall(model: VideoClassifier, videos: VideoList, slot: str, stride
     for item, video in zip((dataset[i] for i in range(len(dataset))), videos.videos, strict=True):
         truth = json.loads(Path(video.path).with_suffix(".json").read_text())
         # The clip that evaluation cuts, and which of its pairs of frames (the stem's temporal stride is 2) show the action.
-        indices = view_indices(truth["length"], frames, stride, 1)[0].reshape(-1, 2)
+        indices = dataset.sampling.views(truth["length"], 1)[0].reshape(-1, 2)
         action = ((indices >= truth["frames"][0]) & (indices < truth["frames"][1])).any(1)
         with torch.inference_mode():
             logits, kept = model(item.clip, return_selection=True)

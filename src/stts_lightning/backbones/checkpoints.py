@@ -1,136 +1,29 @@
-"""Published weights: which layout a file has, how its keys map onto ours, and a load that leaves nothing unsaid.
+"""Published weights: read a file, recognise its layout by its keys, and load it so that nothing is left unsaid."""
 
-A layout is a table of rules (their pattern, our pattern); it is recognised by keys, never by the file's name.
-"""
-
+import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stts_lightning.backbones.layouts import LAYOUTS, OWN, PARTS, Layout
+from stts_lightning.backbones.registry import Backbone
 from stts_lightning.selection.spec import SelectionSpec
 
 State = dict[str, Tensor]
+RECIPE = "recipe"
+"""Name of the metadata under which a safetensors file of ours tells how its model is built."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or does not fit the model: says what is missing, unexpected or mismatched."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one family of files names the same weights.
-
-    Attributes:
-        name: for messages.
-        signature: keys that only this layout has.
-        rules: (pattern of their key, replacement to our key), tried in order; the first full match wins. An empty
-            replacement leaves the key out: what can be computed.
-        wrapper: key under which the file keeps its weights, if any.
-        scorer: the scorer that selectors in such a file have.
-        backbone: constructor arguments that this family implies.
-        tuned: further ones, implied where the file holds selectors.
-    """
-
-    name: str
-    signature: tuple[str, ...]
-    rules: tuple[tuple[str, str], ...]
-    wrapper: str | None = None
-    scorer: str | None = None
-    backbone: Mapping[str, Any] = field(default_factory=dict)
-    tuned: Mapping[str, Any] = field(default_factory=dict)
-
-
-_SHARED = (
-    (r"(blocks\.\d+\.(?:norm[12]|attn\.qkv)\..*)", r"backbone.\1"),
-    (r"norm\.(weight|bias)", r"backbone.norm.\1"),
-)
-
-_SELECTORS = (
-    (r"(?:backbone\.)?(time|space)_score_predictor\.(\d+)\.score_network\.in_conv\.(\d)\.(.*)", r"<\1 \2>.scorer.features.\3.\4"),
-    (r"(?:backbone\.)?(time|space)_score_predictor\.(\d+)\.score_network\.out_conv\.(\d)\.(.*)", r"<\1 \2>.scorer.score.\3.\4"),
-)
-
-STTS_MVIT = Layout(
-    name="official STTS / SlowFast MViT",
-    signature=("cls_token", "pos_embed_spatial", "blocks.0.attn.qkv.weight", "head.projection.weight"),
-    rules=(
-        *_SHARED,
-        (r"(cls_token|pos_embed_\w+)", r"backbone.\1"),
-        (r"patch_embed\.proj\.(.*)", r"backbone.patch_embed.\1"),
-        (r"(blocks\.\d+\.attn)\.pool_([qkv])\.weight", r"backbone.\1.pool_\2.conv.weight"),
-        (r"(blocks\.\d+\.attn)\.norm_([qkv])\.(.*)", r"backbone.\1.pool_\2.norm.\3"),
-        (r"(blocks\.\d+\.(?:attn\.proj|mlp\.fc[12]|proj)\..*)", r"backbone.\1"),
-        (r"head\.projection\.(.*)", r"head.\1"),
-        *_SELECTORS,
-    ),
-    wrapper="model_state",
-    scorer="official",
-    backbone={"pool_norm_eps": 1e-5},
-)
-
-TORCHVISION_MVIT = Layout(
-    name="torchvision mvit_v1_b",
-    signature=("pos_encoding.class_token", "conv_proj.weight", "head.1.weight"),
-    rules=(
-        *_SHARED,
-        (r"pos_encoding\.class_token", "backbone.cls_token"),
-        (r"pos_encoding\.class_pos", "backbone.pos_embed_class"),
-        (r"pos_encoding\.(spatial|temporal)_pos", r"backbone.pos_embed_\1"),
-        (r"conv_proj\.(.*)", r"backbone.patch_embed.\1"),
-        (r"(blocks\.\d+)\.attn\.project\.0\.(.*)", r"backbone.\1.attn.proj.\2"),
-        (r"(blocks\.\d+\.attn\.pool_[qkv])\.pool\.weight", r"backbone.\1.conv.weight"),
-        (r"(blocks\.\d+\.attn\.pool_[qkv])\.norm_act\.0\.(.*)", r"backbone.\1.norm.\2"),
-        (r"(blocks\.\d+\.mlp)\.0\.(.*)", r"backbone.\1.fc1.\2"),
-        (r"(blocks\.\d+\.mlp)\.3\.(.*)", r"backbone.\1.fc2.\2"),
-        (r"(blocks\.\d+)\.project\.(.*)", r"backbone.\1.proj.\2"),
-        (r"head\.1\.(.*)", r"head.\1"),
-    ),
-    backbone={"pool_norm_eps": 1e-6},
-)
-
-_SWIN = (
-    (r"(?:backbone\.)?patch_embed\.proj\.(.*)", r"backbone.patch_embed.\1"),
-    (r"(?:backbone\.)?patch_embed\.norm\.(.*)", r"backbone.patch_norm.\1"),
-    (r"(?:backbone\.)?norm\.(.*)", r"backbone.norm.\1"),
-    (r".*\.attn\.relative_position_index", ""),
-)
-
-MMACTION_SWIN = Layout(
-    name="official STTS / Video-Swin (mmaction)",
-    signature=("backbone.patch_embed.proj.weight", "backbone.layers.0.blocks.0.attn.qkv.weight", "cls_head.fc_cls.weight"),
-    rules=(
-        *_SWIN,
-        (r"backbone\.layers\.(\d+\.blocks\.\d+\..*)", r"backbone.stages.\1"),
-        (r"backbone\.layers\.(\d+)\.downsample\.(.*)", r"backbone.stages.\1.merge.\2"),
-        (r"cls_head\.fc_cls\.(.*)", r"head.\1"),
-        *_SELECTORS,
-    ),
-    scorer="official",
-    tuned={"window_policy": "official"},
-)
-
-TORCHVISION_SWIN = Layout(
-    name="torchvision swin3d",
-    signature=("patch_embed.proj.weight", "features.0.0.attn.qkv.weight", "head.weight"),
-    rules=(
-        *_SWIN,
-        *((rf"features\.{2 * i}\.(\d+)\.mlp\.0\.(.*)", rf"backbone.stages.{i}.blocks.\1.mlp.fc1.\2") for i in range(4)),
-        *((rf"features\.{2 * i}\.(\d+)\.mlp\.3\.(.*)", rf"backbone.stages.{i}.blocks.\1.mlp.fc2.\2") for i in range(4)),
-        *((rf"features\.{2 * i}\.(\d+\..*)", rf"backbone.stages.{i}.blocks.\1") for i in range(4)),
-        *((rf"features\.{2 * i + 1}\.(.*)", rf"backbone.stages.{i}.merge.\1") for i in range(3)),
-        (r"head\.(.*)", r"head.\1"),
-    ),
-)
-
-OWN = Layout(name="stts_lightning", signature=("backbone.norm.weight", "head.weight"), rules=((r"(.*)", r"\1"),))
-
-LAYOUTS = (OWN, STTS_MVIT, TORCHVISION_MVIT, MMACTION_SWIN, TORCHVISION_SWIN)
 
 
 @dataclass(frozen=True)
@@ -161,7 +54,168 @@ class Checkpoint:
 
     def translated(self, selection: SelectionSpec) -> State:
         """The weights under our keys. Keys that no rule maps keep their name, so that a load reports them."""
-        return {ours: value for key, value in self.state.items() if (ours := _our_key(key, self.layout, selection))}
+        state: State = {}
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, value in self.state.items():
+            ours, _, part = _our_key(key, self.layout, selection).partition("@")
+            if part:
+                parts.setdefault(ours, {})[part] = value
+            elif ours:
+                state[ours] = value
+        for ours, found in parts.items():
+            if sorted(found) == sorted(PARTS):
+                state[ours] = torch.cat([found[part] for part in PARTS])
+            else:  # Reported as unexpected, beside the whole that is missing.
+                state |= {f"{ours}@{part}": value for part, value in found.items()}
+        return state
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a file's weights, by our keys.
+
+    Attributes:
+        layout: name of the file's layout.
+        loaded: weights that now hold the file's values.
+        fitted: those of them that came in another geometry and were inflated or interpolated.
+        fresh: weights of the model that stay as initialised: new selectors, or a new head.
+        left_out: how many of the file's entries hold nothing a model needs: what is computed, or stood there twice.
+    """
+
+    layout: str
+    loaded: tuple[str, ...]
+    fitted: tuple[str, ...]
+    fresh: tuple[str, ...]
+    left_out: int
+
+    def __str__(self) -> str:
+        parts = [f"{self.layout} layout, {len(self.loaded)} weights loaded"]
+        if self.fitted:
+            parts.append(f"{len(self.fitted)} of them fitted to another size ({_some(self.fitted, 1)})")
+        if self.fresh:
+            slots = sorted({key.split(".selectors.")[1].split(".")[0] for key in self.fresh if ".selectors." in key})
+            new = [f"selector {slot}" for slot in slots] + (["head"] if any(k.startswith("head.") for k in self.fresh) else [])
+            parts.append(f"as initialised: {', '.join(new)}")
+        return "; ".join(parts)
+
+
+def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
+    """Read a checkpoint (torch.save or safetensors) and recognise its layout.
+
+    Args:
+        path: the file.
+        trust: also read files that hold Python objects, which may run any code while they are read.
+
+    Raises:
+        CheckpointError: if there is no such file, it cannot be read, it holds more than plain tensors and containers and
+            is not trusted, or its keys belong to no known layout.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path}: no such file")
+    content, model = _content(path, trust)
+    state = {str(k).removeprefix("model."): v for k, v in content.items() if isinstance(v, Tensor)}
+    for layout in LAYOUTS:
+        if all(key in state for key in layout.signature):
+            return Checkpoint(path, layout, state, model)
+    known = ", ".join(layout.name for layout in LAYOUTS)
+    raise CheckpointError(f"checkpoint {path}: its keys ({_some(content)}) belong to none of the known layouts: {known}")
+
+
+def _content(path: Path, trust: bool) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+    """The mapping that holds a file's weights, and our recipe if the file has one."""
+    if _is_safetensors(path):
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            return load_file(path), json.loads(metadata[RECIPE]) if RECIPE in metadata else None
+        except Exception as error:  # safetensors' own error type derives from Exception alone.
+            raise CheckpointError(f"checkpoint {path}: damaged or cut short ({error})") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=not trust)
+    except UnpicklingError as error:
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise CheckpointError(
+                f"checkpoint {path}: holds a Python object ({found[1]}) besides weights; reading it could run code hidden in "
+                "the file. trust=true reads it all the same: only for files whose origin you trust"
+            ) from error
+        raise CheckpointError(f"checkpoint {path}: neither a torch nor a safetensors file") from error
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"checkpoint {path}: damaged or cut short ({reason})") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"checkpoint {path}: holds a {type(content).__name__}, not a state dict")
+    model = content.get("model") if "state_dict" in content else None
+    for wrapper in ("state_dict", "model_state", "model"):
+        if isinstance(content.get(wrapper), Mapping):
+            return content[wrapper], model
+    return content, None
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Eight bytes of length, then a JSON header; a name proves nothing."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, selection: SelectionSpec, head: str = "keep") -> LoadReport:
+    """Load weights; fail unless all that is missing is new selectors (and the head, with head="reset").
+
+    Args:
+        model: a `VideoClassifier`, filled in place.
+        checkpoint: from `read_checkpoint`.
+        selection: the model's slots, in whose order the file numbers its selectors.
+        head: "keep" loads the classifier's head; "reset" leaves the new one.
+
+    Raises:
+        CheckpointError: for a file of another family; else with every missing, unexpected and mismatched key by kind.
+    """
+    if head not in ("keep", "reset"):
+        raise CheckpointError(f"head={head!r}: must be 'keep' or 'reset'")
+    backbone = model.get_submodule("backbone")
+    assert isinstance(backbone, Backbone)
+    made_for = checkpoint.model or {}
+    family = type(backbone).__name__
+    if checkpoint.layout.family not in (None, family):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} ({checkpoint.layout.name} layout): holds a {checkpoint.layout.family}; "
+            f"the model is a {family}"
+        )
+    target = model.state_dict()
+    state = checkpoint.translated(selection)
+    left_out = len(checkpoint.state) - len(state)
+    if head == "reset":
+        state = {key: value for key, value in state.items() if not key.startswith("head.")}
+    fitted = []
+    for key in [k for k, v in state.items() if k in target and v.shape != target[k].shape]:
+        state[key], changed = _fit(backbone, key, state[key], target[key], made_for)
+        fitted += [key] if changed else []
+    slots = {key.split(".selectors.")[1].split(".")[0] for key in state if ".selectors." in key}
+    fresh = [key for key in target if key not in state and _may_stay_as_initialised(key, slots, head)]
+    missing = [key for key in target if key not in state and key not in fresh]
+    unexpected = [key for key in state if key not in target]
+    mismatched = [
+        f"{key} {tuple(value.shape)} for {tuple(target[key].shape)}"
+        for key, value in state.items()
+        if key in target and value.shape != target[key].shape
+    ]
+    if missing or unexpected or mismatched:
+        hint = f"; it was made as {made_for['backbone']}" if made_for.get("backbone") else ""
+        if any(text.startswith("head.weight") for text in [*mismatched, *missing]):
+            hint += "; the class count differs: head=reset leaves the new head as initialised"
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} ({checkpoint.layout.name} layout) does not fit the model: "
+            f"{len(missing)} missing [{_some(missing)}], {len(unexpected)} unexpected [{_some(unexpected)}], "
+            f"{len(mismatched)} of another shape [{_some(mismatched)}]{hint}"
+        )
+    model.load_state_dict(state, strict=False)
+    return LoadReport(checkpoint.layout.name, tuple(state), tuple(fitted), tuple(fresh), left_out)
+
+
+def save_weights(model: nn.Module, recipe: Mapping[str, Any], path: str | Path, notes: Mapping[str, str] | None = None) -> None:
+    """Write a model as safetensors that `create_model(**recipe, pretrained=path)` reads back; notes become metadata."""
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(state, path, metadata={**(notes or {}), RECIPE: json.dumps(dict(recipe))})
 
 
 def _our_key(key: str, layout: Layout, selection: SelectionSpec) -> str:
@@ -181,89 +235,21 @@ def _place(key: str, selection: SelectionSpec) -> str:
     return key.replace(match[0], f"backbone.slots.selectors.{names[number]}.") if number < len(names) else key
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint and recognise its layout.
-
-    Raises:
-        CheckpointError: if there is no such file, it holds more than plain tensors and containers, or its keys belong
-            to no known layout.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"checkpoint {path}: not a readable file of plain weights ({reason})") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"checkpoint {path}: holds a {type(content).__name__}, not a state dict")
-    model = content.get("model") if "state_dict" in content else None
-    for wrapper in ("state_dict", "model_state"):
-        content = content.get(wrapper, content)
-    state = {str(k).removeprefix("model."): v for k, v in content.items() if isinstance(v, Tensor)}
-    for layout in LAYOUTS:
-        if all(key in state for key in layout.signature):
-            return Checkpoint(path, layout, state, model)
-    known = ", ".join(layout.name for layout in LAYOUTS)
-    raise CheckpointError(f"checkpoint {path}: its keys ({_some(state)}) belong to none of the known layouts: {known}")
-
-
-def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, selection: SelectionSpec, head: str = "keep") -> list[str]:
-    """Load weights; fail unless all that is missing is new selectors (and the head, with head="reset").
-
-    Args:
-        model: a `VideoClassifier`, filled in place.
-        checkpoint: from `read_checkpoint`.
-        selection: the model's slots, in whose order the file numbers its selectors.
-        head: "keep" loads the classifier's head; "reset" leaves the new one.
-
-    Returns:
-        Keys that stay as initialised.
-
-    Raises:
-        CheckpointError: with every missing, unexpected and mismatched key by kind.
-    """
-    if head not in ("keep", "reset"):
-        raise CheckpointError(f"head={head!r}: must be 'keep' or 'reset'")
-    target = model.state_dict()
-    state = checkpoint.translated(selection)
-    if head == "reset":
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}
+def _fit(backbone: Backbone, key: str, value: Tensor, target: Tensor, made_for: Mapping[str, Any]) -> tuple[Tensor, bool]:
+    """A weight in the target's shape where that is possible, and whether its values changed on the way."""
     # Files differ in leading axes of size 1 (a class token of (96,) or (1, 1, 96)): the same numbers.
-    state = {
-        k: v.reshape(target[k].shape) if k in target and _squeezed(v) == _squeezed(target[k]) else v for k, v in state.items()
-    }
-    new_selectors = not checkpoint.selector_keys
-    fresh = [
-        k
-        for k in target
-        if k not in state and ((new_selectors and ".slots." in k) or (head == "reset" and k.startswith("head.")))
-    ]
-    missing = [k for k in target if k not in state and k not in fresh]
-    unexpected = [k for k in state if k not in target]
-    mismatched = [
-        f"{k} {tuple(v.shape)} for {tuple(target[k].shape)}"
-        for k, v in state.items()
-        if k in target and v.shape != target[k].shape
-    ]
-    if missing or unexpected or mismatched:
-        hint = (
-            "; the class count differs: head=reset leaves the new head as initialised"
-            if any(m.startswith("head.") for m in mismatched)
-            else ""
-        )
-        raise CheckpointError(
-            f"checkpoint {checkpoint.path} ({checkpoint.layout.name}) does not fit the model: "
-            f"{len(missing)} missing [{_some(missing)}], {len(unexpected)} unexpected [{_some(unexpected)}], "
-            f"{len(mismatched)} of another shape [{_some(mismatched)}]{hint}"
-        )
-    model.load_state_dict(state, strict=False)
-    return fresh
+    if [n for n in value.shape if n != 1] == [n for n in target.shape if n != 1]:
+        return value.reshape(target.shape), False
+    if not key.startswith("backbone."):
+        return value, False
+    return backbone.fitted(key.removeprefix("backbone."), value, made_for), True
 
 
-def _squeezed(tensor: Tensor) -> list[int]:
-    return [n for n in tensor.shape if n != 1]
+def _may_stay_as_initialised(key: str, slots_in_file: set[str], head: str) -> bool:
+    """Weights of a slot that the file knows nothing of, and of a head that is to be new."""
+    if ".selectors." in key:
+        return key.split(".selectors.")[1].split(".")[0] not in slots_in_file
+    return head == "reset" and key.startswith("head.")
 
 
 def _some(keys: Iterable[str], limit: int = 4) -> str:

@@ -5,7 +5,7 @@ token `(B, 1, C)` travels beside it. The file reads from the stem to the named s
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -236,6 +236,20 @@ class MViT(Backbone):
     def no_weight_decay(self) -> set[str]:
         """See `Backbone.no_weight_decay`."""
         return {"cls_token", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class"}
+
+    def fitted(self, name: str, weight: Tensor, made_for: Mapping[str, Any]) -> Tensor:
+        """See `Backbone.fitted`: positions `(1, N, C)` of another frame size (bicubic) or number of frames (linear)."""
+        frames, *size = self.clip_size
+        if name == "pos_embed_temporal" and weight.dim() == 3:
+            return F.interpolate(weight.transpose(1, 2).float(), frames // 2, mode="linear").transpose(1, 2)
+        if name == "pos_embed_spatial" and weight.dim() == 3:
+            made = made_for.get("size", 4 * math.isqrt(weight.shape[1]))
+            height, width = (made, made) if isinstance(made, int) else made
+            if height * width == 16 * weight.shape[1]:
+                grid = weight.float().transpose(1, 2).unflatten(2, (height // 4, width // 4))
+                grid = F.interpolate(grid, [n // 4 for n in size], mode="bicubic")
+                return grid.flatten(2).transpose(1, 2)
+        return weight
 
     def embed(self, clip: Tensor) -> tuple[Tensor, Tensor]:
         """Clip `(B, 3, T, H, W)` -> class token `(B, 1, C)` and grid `(B, T/2, H/4, W/4, C)`, positions added."""

@@ -1,7 +1,7 @@
 """What a backbone is, and backbones by name: one decorated factory each."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +40,19 @@ class Backbone(nn.Module, ABC):
     def choices(self) -> dict[str, str]:
         """Choices that change what the weights mean, for tables and results; most backbones have none."""
         return {}
+
+    def fitted(self, name: str, weight: Tensor, made_for: Mapping[str, Any]) -> Tensor:
+        """A weight from a file of another geometry (another window, another clip, 2-D), as this backbone needs it.
+
+        Args:
+            name: of the parameter, as in `state_dict`.
+            weight: the file's; its shape is not the parameter's.
+            made_for: arguments of `create_model` that the file's model was built with, where they are known.
+
+        Returns:
+            The weight inflated or interpolated; or as it is, where that is not possible.
+        """
+        return weight
 
     @abstractmethod
     def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:

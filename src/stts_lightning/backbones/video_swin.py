@@ -5,7 +5,7 @@ reads from the stem to the named sizes at its end.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -204,6 +204,34 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(torch.cat(corners, -1)))
 
 
+def _table_size(rows: int, wanted: tuple[int, ...], window: Sequence[int] | None) -> tuple[int, int, int] | None:
+    """Offsets in time, height and width of a bias table, from its rows; None where they cannot be told.
+
+    In this order: a table of the window it is known to be made for; one of the wanted offsets in space; a square table
+    of one frame; one of the wanted offsets in time.
+    """
+    if window and math.prod(2 * n - 1 for n in window) == rows:
+        return 2 * window[0] - 1, 2 * window[1] - 1, 2 * window[2] - 1
+    frame = wanted[1] * wanted[2]
+    if rows % frame == 0 and (rows // frame) % 2:
+        return rows // frame, wanted[1], wanted[2]
+    for time in (1, wanted[0]):
+        side = math.isqrt(rows // time)
+        if side * side * time == rows and side % 2:
+            return time, side, side
+    return None
+
+
+def _stretched(table: Tensor, made: tuple[int, int, int], wanted: tuple[int, ...]) -> Tensor:
+    """A bias table `(rows, D)` of `made` offsets in time, height and width, for `wanted` ones."""
+    x = table.view(*made, -1).permute(0, 3, 1, 2)  # (T, D, H, W)
+    if made[1:] != wanted[1:]:
+        x = F.interpolate(x, wanted[1:], mode="bicubic")
+    if made[0] != wanted[0]:
+        x = F.interpolate(x.flatten(1).T[None], wanted[0], mode="linear")[0].T.view(wanted[0], *x.shape[1:])
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
 class Stage(nn.Module):
     """Blocks of one width, and the merging after them; the last stage has none."""
 
@@ -253,6 +281,7 @@ class VideoSwin(Backbone):
             raise BackboneError(f"backbone.window_policy={window_policy!r}: allowed are {', '.join(POLICIES)}")
         height, width = (size, size) if isinstance(size, int) else size
         limit: Triple = (window[0], window[1], window[2])
+        self.window = limit
         self.clip_size = (frames, height, width)
         self.patch_embed = nn.Conv3d(3, dim, self.patch, self.patch)
         self.patch_norm = nn.LayerNorm(dim)
@@ -293,6 +322,20 @@ class VideoSwin(Backbone):
     def choices(self) -> dict[str, str]:
         """See `Backbone.choices`."""
         return {"window_policy": self.window_policy}
+
+    def fitted(self, name: str, weight: Tensor, made_for: Mapping[str, Any]) -> Tensor:
+        """See `Backbone.fitted`.
+
+        A 2-D patch embedding is spread evenly over the frames of a patch. A bias table is stretched to this model's
+        offsets, bicubic in space and linear in time; a 2-D table is one of a single frame, the same at each offset in time.
+        """
+        if name == "patch_embed.weight" and weight.dim() == 4:
+            return weight.unsqueeze(2).expand(-1, -1, self.patch[0], -1, -1) / self.patch[0]
+        if name.endswith("relative_position_bias_table") and weight.dim() == 2:
+            size = tuple(2 * n - 1 for n in self.window)
+            made = _table_size(weight.shape[0], size, made_for.get("window"))
+            return _stretched(weight.float(), made, size) if made else weight
+        return weight
 
     def embed(self, clip: Tensor) -> Tensor:
         """Clip `(B, 3, T, H, W)` -> grid `(B, T/2, H/4, W/4, C)`; sides that are no multiple are padded by zeros."""

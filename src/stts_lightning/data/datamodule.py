@@ -1,16 +1,17 @@
 """The LightningDataModule: sources of videos in, loaders of clips out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader
+import torch.distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler
 
-from stts_lightning.data.annotations import VideoList, check_files, read_folder, read_list
-from stts_lightning.data.dataset import Batch, ClipDataset, ClipSpec, Reading, collate, list_hash
+from stts_lightning.data.annotations import AnnotationError, VideoList, check_files, read_folder, read_list
+from stts_lightning.data.dataset import Batch, ClipDataset, ClipSpec, Reading, Transform, collate, list_hash
 from stts_lightning.data.demo import DemoSpec, make_demo
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
 
@@ -44,7 +45,7 @@ class ListSource(Source):
     """List files: `path label` text, csv, Kinetics or Something-Something JSON.
 
     Args:
-        train: list of the training videos.
+        train: list of the training videos; None where there is only a test.
         val: list of the validation videos.
         root: folder that paths in the lists start from; None is each list's own folder.
         classes: file with a class name a line; None: see `read_list`.
@@ -53,19 +54,28 @@ class ListSource(Source):
     """
 
     def __init__(
-        self, train: str, val: str, root: str | None = None, classes: str | None = None, name: str = "list", check: bool = True
+        self,
+        train: str | None,
+        val: str,
+        root: str | None = None,
+        classes: str | None = None,
+        name: str = "list",
+        check: bool = True,
     ) -> None:
         self.files = {"train": train, "val": val}
         self.root, self.classes, self.name, self.check = root, classes, name, check
 
     def videos(self, split: str) -> VideoList:
         """Videos of the split's list."""
+        file = self.files[split]
+        if file is None:
+            raise AnnotationError(f"dataset.{split}: must be given, as in dataset.{split}=FILE")
         names = Path(self.classes).read_text(encoding="utf-8").splitlines() if self.classes else None
-        if names is None and split != "train":
+        if names is None and split != "train" and self.files["train"] is not None:
             names = self.videos("train").classes
-        videos = read_list(self.files[split], self.root, names)
+        videos = read_list(file, self.root, names)
         if self.check:
-            check_files(videos, f"list file {self.files[split]}")
+            check_files(videos, f"list file {file}")
         return videos
 
 
@@ -113,6 +123,27 @@ class LoaderOptions:
                 raise LoaderError(f"loader.{name}={value}: must be {least} or more")
 
 
+class EachOnce(DistributedSampler[int]):
+    """Every item exactly once over all processes: item i goes to process i mod their number; nothing is repeated."""
+
+    def __init__(self, dataset: ClipDataset) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        super().__init__(
+            dataset,
+            num_replicas=dist.get_world_size() if together else 1,
+            rank=dist.get_rank() if together else 0,
+            shuffle=False,
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        """Numbers of this process's items."""
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        """How many those are."""
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
 class VideoDataModule(pl.LightningDataModule):
     """Clips of a source, for training, validation (one centre view) and test (V views).
 
@@ -120,10 +151,13 @@ class VideoDataModule(pl.LightningDataModule):
         source: where the videos come from.
         clip_size: frames, height and width of the model's clips.
         stride: source frames from one frame of a clip to the next.
-        test_views: evenly spread clips of each test video.
+        test_views: clips of each test video.
+        test_crops: crops of each of those, 1 or 3.
+        sampling: which frames make a clip; see `SAMPLINGS`.
         loader: batches and workers.
         train_transform: arguments of `TrainTransform` besides the size.
         short_side: of the evaluation's resize; None is 256/224 of the crop.
+        test_short_side: the same for the test; None is `short_side`.
         decoder: see `Reading`.
         on_error: see `Reading`.
     """
@@ -137,16 +171,23 @@ class VideoDataModule(pl.LightningDataModule):
         loader: LoaderOptions,
         train_transform: dict[str, Any] | None = None,
         short_side: int | None = None,
+        test_short_side: int | None = None,
+        test_crops: int = 1,
+        sampling: str = "spread",
         decoder: str = "decord",
         on_error: str = "raise",
     ) -> None:
         super().__init__()
         frames, *size = clip_size
-        self.source, self.loader, self.stride, self.test_views = source, loader, stride, test_views
-        self._train_clip, self._val_clip, self._test_clip = (ClipSpec(frames, stride, v) for v in (1, 1, test_views))
+        self.source, self.loader = source, loader
+        self.test_views = test_views * test_crops
+        """Views of each test video: every crop of every clip."""
+        self._clip = ClipSpec(frames, stride, 1, sampling)
+        self._test_clip = replace(self._clip, views=test_views)
         self._reading = Reading(decoder, on_error)
         self._train_transform = TrainTransform(size, **(train_transform or {}))
-        self._eval_transform = EvalTransform(size, short_side)
+        self._val_transform = EvalTransform(size, short_side)
+        self._test_transform = EvalTransform(size, short_side if test_short_side is None else test_short_side, test_crops)
         self.splits: dict[str, VideoList] = {}
 
     def prepare_data(self) -> None:
@@ -154,14 +195,20 @@ class VideoDataModule(pl.LightningDataModule):
         self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the lists."""
-        if not self.splits:
-            self.splits = {split: self.source.videos(split) for split in ("train", "val")}
+        """Read the lists; a test needs only the one of its videos."""
+        for split in ("val",) if stage == "test" else ("train", "val"):
+            if split not in self.splits:
+                self.splits[split] = self.source.videos(split)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, by label."""
-        return self.splits["train"].classes
+        return self.tested.classes
+
+    @property
+    def tested(self) -> VideoList:
+        """The videos of the test."""
+        return self.splits["val"]
 
     def summary(self) -> dict[str, Any]:
         """Facts of the data for tables and results."""
@@ -181,14 +228,15 @@ class VideoDataModule(pl.LightningDataModule):
             )
         return batch_size // devices
 
-    def _loader(self, split: str, clip: ClipSpec, train: bool = False) -> DataLoader[Batch]:
-        transform = self._train_transform if train else self._eval_transform
+    def _loader(self, split: str, clip: ClipSpec, transform: Transform, train: bool = False) -> DataLoader[Batch]:
         options = self.loader
         size = options.batch_size if train else options.eval_batch_size or options.batch_size
+        dataset = ClipDataset(self.splits[split], clip, transform, train, self._reading)
         return DataLoader(
-            ClipDataset(self.splits[split], clip, transform, train, self._reading),
+            dataset,
             batch_size=self.per_device(size),
             shuffle=train,
+            sampler=None if train else EachOnce(dataset),
             drop_last=train and len(self.splits[split]) >= size,
             num_workers=options.num_workers,
             collate_fn=collate,
@@ -198,12 +246,12 @@ class VideoDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Random clips of the training videos."""
-        return self._loader("train", self._train_clip, train=True)
+        return self._loader("train", self._clip, self._train_transform, train=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The centre clip of each validation video."""
-        return self._loader("val", self._val_clip)
+        return self._loader("val", self._clip, self._val_transform)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """V clips of each validation video."""
-        return self._loader("val", self._test_clip)
+        return self._loader("val", self._test_clip, self._test_transform)

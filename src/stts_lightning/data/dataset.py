@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, default_collate
 
 from stts_lightning.data.annotations import VideoList
 from stts_lightning.data.decode import DECODERS, DecodeError, open_video
-from stts_lightning.data.sampling import train_indices, view_indices
+from stts_lightning.data.sampling import SAMPLINGS
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     """Clips of one step.
 
     Attributes:
-        clip: `(B, V, 3, T, H, W)` uint8; V is 1 in training.
+        clip: `(B, V, 3, T, H, W)` uint8; V counts each crop of each clip and is 1 in training.
         label: `(B,)` int64.
         video: `(B,)` int64, the video's number in its list.
         valid: `(B,)` bool; False where an evaluation was allowed to go on without the video.
@@ -44,16 +44,26 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """How a clip is cut: frames of it, source frames from one to the next, evenly spread views of a video."""
+    """How a clip is cut.
+
+    Attributes:
+        frames: frames of it.
+        stride: source frames from one to the next.
+        views: clips of a video in evaluation.
+        sampling: which; a name of `SAMPLINGS`.
+    """
 
     frames: int
     stride: int
     views: int = 1
+    sampling: str = "spread"
 
     def __post_init__(self) -> None:
         for name, key in (("stride", "clip.stride"), ("views", "clip.test_views")):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{key}={value}: must be 1 or more")
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(f"clip.sampling={self.sampling!r}: allowed are {', '.join(SAMPLINGS)}")
 
 
 @dataclass(frozen=True)
@@ -75,12 +85,12 @@ class Reading:
 
 
 class ClipDataset(Dataset[Batch]):
-    """Clips of videos: random offsets in training, evenly spread views in evaluation.
+    """Clips of videos: a random one in training, the views of a test in evaluation.
 
     Args:
         videos: the list.
         clip: how clips are cut.
-        transform: from `(T, 3, H, W)` uint8 to the same at the model's size.
+        transform: from `(T, 3, H, W)` uint8 to `(crops, T, 3, H, W)` at the model's size.
         train: random offset and transform, undecodable files replaced by another sample; else fixed views.
         reading: decoder, and what to do about an undecodable file in evaluation.
     """
@@ -96,6 +106,7 @@ class ClipDataset(Dataset[Batch]):
         reading: Reading | None = None,
     ) -> None:
         self.videos, self.clip, self.transform, self.train = videos, clip, transform, train
+        self.sampling = SAMPLINGS[clip.sampling](clip.frames, clip.stride)
         self.reading = reading or Reading()
 
     def __len__(self) -> int:
@@ -123,17 +134,20 @@ class ClipDataset(Dataset[Batch]):
             if self.train:
                 # torch's generator is the one that workers seed apart from each other, epochs and ranks.
                 rng = np.random.default_rng(int(torch.randint(2**62, ())))
-                views = train_indices(len(reader), self.clip.frames, self.clip.stride, rng)[None]
+                views = self.sampling.train(len(reader), rng)[None]
             else:
-                views = view_indices(len(reader), self.clip.frames, self.clip.stride, self.clip.views)
+                views = self.sampling.views(len(reader), self.clip.views)
             pixels = reader.frames(views.ravel())
-        frames = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (V T, 3, H, W)
-        return self.transform(frames).unflatten(0, views.shape).transpose(1, 2)  # (V, 3, T, H, W)
+        return self._crops(torch.from_numpy(pixels).permute(0, 3, 1, 2), len(views))
+
+    def _crops(self, frames: Tensor, views: int) -> Tensor:
+        """Frames `(V T, 3, H, W)` of V clips -> `(V * crops, 3, T, H', W')`, a clip's crops one after the other."""
+        return self.transform(frames).unflatten(1, (views, -1)).permute(1, 0, 3, 2, 4, 5).flatten(0, 1)
 
     def _item(self, index: int, clip: Tensor | None, label: int, valid: bool, failures: list[Failure]) -> Batch:
         if clip is None:
             blank = torch.zeros(self.clip.views * self.clip.frames, 3, 8, 8, dtype=torch.uint8)
-            clip = self.transform(blank).unflatten(0, (self.clip.views, self.clip.frames)).transpose(1, 2)
+            clip = self._crops(blank, self.clip.views)
         return Batch(clip.contiguous(), torch.tensor(label), torch.tensor(index), torch.tensor(valid), tuple(failures))
 
 

@@ -1,4 +1,6 @@
-"""Which frames make a clip: pure index arithmetic."""
+"""Which frames make a clip: pure index arithmetic, a class for each way that the field samples videos."""
+
+from abc import ABC, abstractmethod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,37 +8,91 @@ from numpy.typing import NDArray
 Indices = NDArray[np.int64]
 
 
-def clip_span(frames: int, stride: int) -> int:
-    """Number of source frames from the first to the last frame of a clip, both counted."""
-    return (frames - 1) * stride + 1
+class Sampling(ABC):
+    """From the number of a video's frames to the frames of clips.
 
-
-def clip_at(offset: int, total: int, frames: int, stride: int) -> Indices:
-    """Frames `offset, offset + stride, ...` of a video of `total` frames; past its end the last frame is held.
-
-    Returns:
-        `(frames,)` int64, each in 0..total-1.
-
-    Raises:
-        ValueError: if the video has no frames.
+    Args:
+        frames: frames of a clip.
+        stride: source frames from one frame of a clip to the next.
     """
+
+    def __init__(self, frames: int, stride: int) -> None:
+        self.frames, self.stride = frames, stride
+
+    def train(self, total: int, rng: np.random.Generator) -> Indices:
+        """One random clip, `(frames,)`, each in 0..total-1. Raises ValueError for a video without frames."""
+        return self._train(_some(total), rng)
+
+    def views(self, total: int, views: int) -> Indices:
+        """Clips of a test, `(views, frames)`, each in 0..total-1. Raises ValueError for a video without frames."""
+        return self._views(_some(total), views)
+
+    @abstractmethod
+    def _train(self, total: int, rng: np.random.Generator) -> Indices: ...
+
+    @abstractmethod
+    def _views(self, total: int, views: int) -> Indices: ...
+
+
+def _some(total: int) -> int:
     if total < 1:
         raise ValueError("the video has no frames")
-    return np.minimum(offset + stride * np.arange(frames, dtype=np.int64), total - 1)
+    return total
 
 
-def train_indices(total: int, frames: int, stride: int, rng: np.random.Generator) -> Indices:
-    """A clip at a uniformly random offset (paper Sec. 4.1: 16 frames at a stride of 4)."""
-    room = max(total - clip_span(frames, stride), 0)
-    return clip_at(int(rng.integers(room + 1)), total, frames, stride)
+class Spread(Sampling):
+    """SlowFast's and MViT's way: a stride, training clips anywhere, test clips from the start of the video to its end.
 
-
-def view_indices(total: int, frames: int, stride: int, views: int) -> Indices:
-    """Clips spread evenly over the video; one view is the centre, V views reach from its start to its end.
-
-    Returns:
-        `(views, frames)` int64.
+    One test clip is the centre. Past the end of a short video its last frame is held.
     """
-    room = max(total - clip_span(frames, stride), 0)
-    offsets = [room / 2] if views == 1 else np.linspace(0, room, views)
-    return np.stack([clip_at(int(offset), total, frames, stride) for offset in offsets])
+
+    def _clip(self, offset: int, total: int) -> Indices:
+        return np.minimum(offset + self.stride * np.arange(self.frames, dtype=np.int64), total - 1)
+
+    def _room(self, total: int) -> int:
+        """Number of the last offset at which a whole clip fits."""
+        return max(total - (self.frames - 1) * self.stride - 1, 0)
+
+    def _train(self, total: int, rng: np.random.Generator) -> Indices:
+        return self._clip(int(rng.integers(self._room(total) + 1)), total)
+
+    def _views(self, total: int, views: int) -> Indices:
+        room = self._room(total)
+        offsets = [room / 2] if views == 1 else np.linspace(0, room, views)
+        return np.stack([self._clip(int(offset), total) for offset in offsets])
+
+
+class Parts(Sampling):
+    """Video-Swin's way on Kinetics: a stride, test clips in the middle of equal parts, short videos played in a loop."""
+
+    def _clip(self, offset: int, total: int) -> Indices:
+        return (offset + self.stride * np.arange(self.frames, dtype=np.int64)) % total
+
+    def _train(self, total: int, rng: np.random.Generator) -> Indices:
+        return self._clip(int(rng.integers(max(total - self.frames * self.stride, 0) + 1)), total)
+
+    def _views(self, total: int, views: int) -> Indices:
+        step = max(total - self.frames * self.stride + 1, 0) / views
+        return np.stack([self._clip(int(i * step + step / 2), total) for i in range(views)])
+
+
+class Segments(Sampling):
+    """Video-Swin's way on Something-Something: one frame of each of as many equal segments of the whole video.
+
+    A random one in training, the middle one in a test, whose views are all the same clip. The stride has no part in it.
+    """
+
+    def _bounds(self, total: int) -> tuple[Indices, Indices]:
+        edges = np.round(np.arange(self.frames + 1) * ((total - 1) / self.frames)).astype(np.int64)  # Halves to even.
+        return edges[:-1], edges[1:]
+
+    def _train(self, total: int, rng: np.random.Generator) -> Indices:
+        first, last = self._bounds(total)
+        return rng.integers(first, last, endpoint=True)
+
+    def _views(self, total: int, views: int) -> Indices:
+        first, last = self._bounds(total)
+        return np.tile((first + last) // 2, (views, 1))
+
+
+SAMPLINGS: dict[str, type[Sampling]] = {"spread": Spread, "parts": Parts, "segments": Segments}

@@ -35,28 +35,40 @@ class TrainTransform:
         self.steps = v2.Compose(steps)
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Frames `(T, 3, H, W)` uint8 -> `(T, 3, size, size)` uint8."""
-        return self.steps(frames)
+        """Frames `(T, 3, H, W)` uint8 -> `(1, T, 3, size, size)` uint8."""
+        return self.steps(frames)[None]
 
 
 class EvalTransform:
-    """Resize the short side, crop the centre.
+    """Resize the short side; crop the centre, or crop three times along the longer side.
 
     Args:
         size: height and width of the crop in pixels.
         short_side: what the shorter side is resized to; as in the field, 256 for crops of 224.
+        crops: 1, the centre; or 3, both ends and the centre of the longer side.
     """
 
-    def __init__(self, size: int | Sequence[int], short_side: int | None = None) -> None:
-        height, width = _pair(size)
-        short = short_side if short_side is not None else round(max(height, width) * 256 / 224)
-        if short < max(height, width):
-            raise ValueError(f"short_side={short}: must be at least the crop, {max(height, width)}")
-        self.steps = v2.Compose([v2.Resize(short, antialias=True), v2.CenterCrop([height, width])])
+    def __init__(self, size: int | Sequence[int], short_side: int | None = None, crops: int = 1) -> None:
+        self.height, self.width = _pair(size)
+        longest = max(self.height, self.width)
+        short = short_side if short_side is not None else round(longest * 256 / 224)
+        if short < longest:
+            raise ValueError(f"short_side={short}: must be at least the crop, {longest}")
+        if crops not in (1, 3):
+            raise ValueError(f"clip.test_crops={crops}: allowed are 1 and 3")
+        self.crops = crops
+        self.resize = v2.Resize(short, antialias=True)
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Frames `(T, 3, H, W)` uint8 -> `(T, 3, size, size)` uint8."""
-        return self.steps(frames)
+        """Frames `(T, 3, H, W)` uint8 -> `(crops, T, 3, size, size)` uint8."""
+        frames = self.resize(frames)
+        down, right = frames.shape[-2] - self.height, frames.shape[-1] - self.width
+        centre = (round(down / 2), round(right / 2))
+        corners = [centre]
+        if self.crops == 3:
+            ends = ((0, centre[1]), (down, centre[1])) if down > right else ((centre[0], 0), (centre[0], right))
+            corners = [ends[0], centre, ends[1]]
+        return torch.stack([frames[..., top : top + self.height, left : left + self.width] for top, left in corners])
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

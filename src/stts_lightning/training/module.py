@@ -38,9 +38,7 @@ class ClassificationModule(pl.LightningModule):
         self.seed = seed
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         accuracy = {f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in (1, 5) if k <= num_classes}
-        metrics = MetricCollection(accuracy)  # type: ignore[arg-type]
-        self.val_metrics = metrics.clone(prefix="val/")
-        self.test_metrics = metrics.clone(prefix="test/")
+        self.val_metrics = MetricCollection(accuracy, prefix="val/")  # type: ignore[arg-type]
 
     def noise_seed(self, batch_idx: int) -> int:
         """A seed for each rank, optimiser step and micro-batch, the same in a resumed run."""
@@ -56,24 +54,20 @@ class ClassificationModule(pl.LightningModule):
         self.log("train/top1", (logits.argmax(-1) == batch.label).float().mean(), batch_size=len(batch.label))
         return loss
 
-    def view_probabilities(self, clip: Tensor) -> Tensor:
-        """Mean over views of the softmax: `(B, V, 3, T, H, W)` -> `(B, num_classes)`."""
-        logits = self.model(clip.flatten(0, 1)).float()
-        return logits.softmax(-1).unflatten(0, clip.shape[:2]).mean(1)
-
-    def _evaluate(self, batch: Batch, metrics: MetricCollection) -> None:
-        probabilities = self.view_probabilities(batch.clip)
-        if bool(batch.valid.any()):
-            metrics.update(probabilities[batch.valid], batch.label[batch.valid])
-        self.log_dict(dict(metrics.items()), prog_bar=True, on_epoch=True, batch_size=len(batch.label))
+    def view_logits(self, clip: Tensor) -> Tensor:
+        """Logits of each view: `(B, V, 3, T, H, W)` -> `(B, V, num_classes)`, float32."""
+        return self.model(clip.flatten(0, 1)).float().unflatten(0, clip.shape[:2])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Top-1 and top-5 of the centre clip."""
-        self._evaluate(batch, self.val_metrics)
+        probabilities = self.view_logits(batch.clip).softmax(-1).mean(1)
+        if bool(batch.valid.any()):
+            self.val_metrics.update(probabilities[batch.valid], batch.label[batch.valid])
+        self.log_dict(dict(self.val_metrics.items()), prog_bar=True, on_epoch=True, batch_size=len(batch.label))
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Top-1 and top-5 of the mean softmax over a video's views."""
-        self._evaluate(batch, self.test_metrics)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Logits of each view, for `training.testing`."""
+        return self.view_logits(batch.clip)
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule a step."""

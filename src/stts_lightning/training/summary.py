@@ -1,10 +1,70 @@
-"""The one table that a run prints before it starts."""
+"""What is known of a run before it starts: for its table, and for its result."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.table import Table
+
+from stts_lightning.analysis.flops import count_gflops
+from stts_lightning.data.datamodule import VideoDataModule
+from stts_lightning.training.module import ClassificationModule
+
+
+def facts(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModule) -> dict[str, Any]:
+    """Model, cost, data and machine of a run, under the names of `result.json`."""
+    model = module.model
+    spec = model.slots.selection
+    gflops = count_gflops(model)
+    return {
+        "backbone": model.recipe["backbone"],
+        "backbone_choices": model.backbone.choices(),
+        "weights": model.weights,
+        "selection": str(spec),
+        "slots": model.slots.describe(),
+        "scorer": spec.scorer,
+        "estimator": f"{spec.estimator}, {spec.samples} samples",
+        "sigma": spec.sigma,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "gflops_per_view": round(gflops, 4),
+        "gflops": round(gflops * data.test_views, 4),
+        "views": data.test_views,
+        "clip": list(model.backbone.clip_size),
+        "dataset": data.summary(),
+        "batch_size": data.loader.batch_size,
+        "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
+        "precision": trainer.precision,
+        "seed": module.seed,
+    }
+
+
+def rows(known: Mapping[str, Any]) -> dict[str, str]:
+    """Facts as lines of a table."""
+    dataset = known["dataset"]
+    slots = "; ".join(f"{name.upper()}: {text}" for name, text in known["slots"].items())
+    size = "x".join(map(str, known["clip"]))
+    videos = [str(dataset[key]) for key in ("train_videos", "val_videos") if key in dataset]
+    choices = "".join(f", {name}={value}" for name, value in known["backbone_choices"].items())
+    return {
+        "model": f"{known['backbone']} {known['selection']}, {size}{choices}",
+        "weights": known["weights"],
+        "slots": f"{slots} ({known['scorer']} scorer, {known['estimator']})" if slots else "none: the plain model",
+        "parameters": f"{known['parameters']:,}",
+        "GFLOPs": f"{known['gflops_per_view']:.2f} a view, {known['views']} views a test video",
+        "data": f"{dataset['name']}: {' + '.join(videos)} videos, {dataset['classes']} classes",
+        "batch": f"{known['batch_size']} over {known['devices']}, {known['precision']}",
+    }
+
+
+def show(lines: Mapping[str, object]) -> None:
+    """Print a table, a line each."""
+    table = Table(show_header=False, title="stts-lightning", title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in lines.items():
+        table.add_row(name, str(value))
+    Console().print(table)
 
 
 class StartTable(pl.Callback):
@@ -19,12 +79,6 @@ class StartTable(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print on one process."""
-        if not trainer.is_global_zero:
-            return
-        table = Table(show_header=False, title="stts-lightning", title_justify="left")
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        done = f" (resumed after {trainer.global_step})" if trainer.global_step else ""
-        for name, value in {**self.rows, "steps": f"{int(trainer.estimated_stepping_batches)}{done}"}.items():
-            table.add_row(name, str(value))
-        Console().print(table)
+        if trainer.is_global_zero:
+            done = f" (resumed after {trainer.global_step})" if trainer.global_step else ""
+            show({**self.rows, "steps": f"{int(trainer.estimated_stepping_batches)}{done}"})

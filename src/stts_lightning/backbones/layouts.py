@@ -1,0 +1,176 @@
+"""How each family of published files names the same weights: tables of rules, nothing else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one family of files names the weights of a backbone.
+
+    Attributes:
+        name: for messages.
+        family: class of the backbone that such files hold; None where the file itself says it.
+        signature: keys that, together, only this layout has.
+        rules: (pattern of their key, replacement to our key), tried in order; the first full match wins. An empty
+            replacement leaves the key out: what can be computed, or stands in the file twice. A replacement that ends in
+            `@<letter>` is one part of a weight; the parts are strung together in the order of `PARTS`.
+        scorer: the scorer that selectors in such a file have.
+        backbone: constructor arguments that this family implies.
+        tuned: further ones, implied where the file holds selectors.
+    """
+
+    name: str
+    family: str | None
+    signature: tuple[str, ...]
+    rules: tuple[tuple[str, str], ...]
+    scorer: str | None = None
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+    tuned: Mapping[str, Any] = field(default_factory=dict)
+
+
+PARTS = "qkv"
+
+OWN = Layout("stts_lightning", None, ("backbone.norm.weight", "head.weight"), ((r"(.*)", r"\1"),))
+
+# Selectors of the official code, numbered in the order of their places; "<time 0>" is resolved when the slots are known.
+_SELECTORS = (
+    (r"(?:backbone\.)?(time|space)_score_predictor\.(\d+)\.score_network\.in_conv\.(\d)\.(.*)", r"<\1 \2>.scorer.features.\3.\4"),
+    (r"(?:backbone\.)?(time|space)_score_predictor\.(\d+)\.score_network\.out_conv\.(\d)\.(.*)", r"<\1 \2>.scorer.score.\3.\4"),
+)
+
+_MVIT = (
+    (r"(blocks\.\d+\.norm[12]\..*)", r"backbone.\1"),
+    (r"(blocks\.\d+\.attn\.qkv\..*)", r"backbone.\1"),
+    (r"(blocks\.\d+\.attn)\.([qkv])\.(weight|bias)", r"backbone.\1.qkv.\3@\2"),
+    (r"(?:norm|norm_embed)\.(weight|bias)", r"backbone.norm.\1"),
+)
+
+# What SlowFast's code and its descendants share.
+_SLOWFAST = (
+    *_MVIT,
+    (r"(?:cls_positional_encoding\.)?(cls_token|pos_embed_\w+)", r"backbone.\1"),
+    (r"patch_embed\.(?:proj|patch_model)\.(.*)", r"backbone.patch_embed.\1"),
+    (r"(blocks\.\d+\.attn)\.pool_([qkv])\.weight", r"backbone.\1.pool_\2.conv.weight"),
+    (r"(blocks\.\d+\.attn)\.norm_([qkv])\.(.*)", r"backbone.\1.pool_\2.norm.\3"),
+    (r"(blocks\.\d+\.(?:attn\.proj|mlp\.fc[12]|proj)\..*)", r"backbone.\1"),
+    (r"head\.(?:projection|proj)\.(.*)", r"head.\1"),
+)
+
+STTS_MVIT = Layout(
+    name="official STTS / SlowFast MViT",
+    family="MViT",
+    signature=("cls_token", "pos_embed_spatial", "blocks.0.attn.qkv.weight"),
+    rules=(*_SLOWFAST, *_SELECTORS),
+    scorer="official",
+    backbone={"pool_norm_eps": 1e-6},
+    tuned={"pool_norm_eps": 1e-5},
+)
+
+SLOWFAST_MVIT = Layout(
+    name="SlowFast MViT before MViTv2",
+    family="MViT",
+    signature=("cls_token", "pos_embed_spatial", "blocks.0.attn.q.weight"),
+    rules=_SLOWFAST,
+    backbone={"pool_norm_eps": 1e-5},
+)
+
+PYTORCHVIDEO_MVIT = Layout(
+    name="pytorchvideo MViT",
+    family="MViT",
+    signature=(
+        "cls_positional_encoding.cls_token",
+        "cls_positional_encoding.pos_embed_spatial",
+        "patch_embed.patch_model.weight",
+    ),
+    rules=((r"blocks\.\d+\.attn\._attention_pool_[qkv]\..*", ""), *_SLOWFAST),
+    backbone={"pool_norm_eps": 1e-6},
+)
+
+TORCHVISION_MVIT = Layout(
+    name="torchvision mvit_v1_b",
+    family="MViT",
+    signature=("pos_encoding.class_token", "pos_encoding.spatial_pos", "conv_proj.weight"),
+    rules=(
+        *_MVIT,
+        (r"pos_encoding\.class_token", "backbone.cls_token"),
+        (r"pos_encoding\.class_pos", "backbone.pos_embed_class"),
+        (r"pos_encoding\.(spatial|temporal)_pos", r"backbone.pos_embed_\1"),
+        (r"conv_proj\.(.*)", r"backbone.patch_embed.\1"),
+        (r"(blocks\.\d+)\.attn\.project\.0\.(.*)", r"backbone.\1.attn.proj.\2"),
+        (r"(blocks\.\d+\.attn\.pool_[qkv])\.pool\.weight", r"backbone.\1.conv.weight"),
+        (r"(blocks\.\d+\.attn\.pool_[qkv])\.norm_act\.0\.(.*)", r"backbone.\1.norm.\2"),
+        (r"(blocks\.\d+\.mlp)\.0\.(.*)", r"backbone.\1.fc1.\2"),
+        (r"(blocks\.\d+\.mlp)\.3\.(.*)", r"backbone.\1.fc2.\2"),
+        (r"(blocks\.\d+)\.project\.(.*)", r"backbone.\1.proj.\2"),
+        (r"head\.1\.(.*)", r"head.\1"),
+    ),
+    backbone={"pool_norm_eps": 1e-6},
+)
+
+_SWIN = (
+    (r"(?:backbone\.)?patch_embed\.proj\.(.*)", r"backbone.patch_embed.\1"),
+    (r"(?:backbone\.)?patch_embed\.norm\.(.*)", r"backbone.patch_norm.\1"),
+    (r"(?:backbone\.)?norm\.(.*)", r"backbone.norm.\1"),
+    (r".*\.(?:attn\.relative_position_index|attn_mask)", ""),
+    (r"(?:backbone\.)?layers\.(\d+\.blocks\.\d+\..*)", r"backbone.stages.\1"),
+)
+
+MMACTION_SWIN = Layout(
+    name="official STTS / Video-Swin (mmaction)",
+    family="VideoSwin",
+    signature=("backbone.patch_embed.proj.weight", "backbone.layers.0.blocks.0.attn.qkv.weight"),
+    rules=(
+        *_SWIN,
+        (r"backbone\.layers\.(\d+)\.downsample\.(.*)", r"backbone.stages.\1.merge.\2"),
+        (r"cls_head\.fc_cls\.(.*)", r"head.\1"),
+        *_SELECTORS,
+    ),
+    scorer="official",
+    tuned={"window_policy": "official"},
+)
+
+TORCHVISION_SWIN = Layout(
+    name="torchvision swin3d",
+    family="VideoSwin",
+    signature=("patch_embed.proj.weight", "features.0.0.attn.qkv.weight"),
+    rules=(
+        *_SWIN,
+        *((rf"features\.{2 * i}\.(\d+)\.mlp\.0\.(.*)", rf"backbone.stages.{i}.blocks.\1.mlp.fc1.\2") for i in range(4)),
+        *((rf"features\.{2 * i}\.(\d+)\.mlp\.3\.(.*)", rf"backbone.stages.{i}.blocks.\1.mlp.fc2.\2") for i in range(4)),
+        *((rf"features\.{2 * i}\.(\d+\..*)", rf"backbone.stages.{i}.blocks.\1") for i in range(4)),
+        *((rf"features\.{2 * i + 1}\.(.*)", rf"backbone.stages.{i}.merge.\1") for i in range(3)),
+        (r"head\.(.*)", r"head.\1"),
+    ),
+)
+
+IMAGENET_SWIN = Layout(
+    name="ImageNet Swin (2-D)",
+    family="VideoSwin",
+    signature=("patch_embed.proj.weight", "layers.0.blocks.0.attn.qkv.weight", "layers.0.downsample.norm.weight"),
+    rules=(*_SWIN, (r"layers\.(\d+)\.downsample\.(.*)", r"backbone.stages.\1.merge.\2"), (r"head\.(weight|bias)", r"head.\1")),
+)
+
+TIMM_SWIN = Layout(
+    name="timm Swin (2-D)",
+    family="VideoSwin",
+    signature=("patch_embed.proj.weight", "layers.0.blocks.0.attn.qkv.weight", "layers.3.downsample.norm.weight"),
+    rules=(
+        *_SWIN,
+        *((rf"layers\.{i + 1}\.downsample\.(.*)", rf"backbone.stages.{i}.merge.\1") for i in range(3)),
+        (r"head\.fc\.(weight|bias)", r"head.\1"),
+    ),
+)
+
+LAYOUTS = (
+    OWN,
+    STTS_MVIT,
+    SLOWFAST_MVIT,
+    PYTORCHVIDEO_MVIT,
+    TORCHVISION_MVIT,
+    MMACTION_SWIN,
+    TORCHVISION_SWIN,
+    IMAGENET_SWIN,
+    TIMM_SWIN,
+)

@@ -1,0 +1,98 @@
+"""`python -m stts_lightning.evaluate`: test a run or a checkpoint on all its views; ask again without another pass."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from stts_lightning.conf_dir import conf_dir
+from stts_lightning.doctor import check_installation
+
+log = logging.getLogger(__name__)
+
+
+def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Run the test and leave its predictions and tables in a folder; returns what is known and what was measured."""
+    import lightning.pytorch as pl
+
+    from stts_lightning import assembly
+    from stts_lightning.analysis.evaluation import check_question, score
+    from stts_lightning.training.callbacks import FailureLog
+    from stts_lightning.training.summary import facts, rows, show
+    from stts_lightning.training.testing import run_test
+
+    with assembly.refusals():
+        pl.seed_everything(cfg.seed, workers=True, verbose=False)
+        clip_size = assembly.build_model_shape(cfg)
+        data = assembly.build_data(cfg, clip_size)
+        check_question(cfg.views, cfg.missing, data.test_views)
+        trainer = assembly.build_trainer(cfg)
+        data.prepare_data()
+        data.setup("test")
+        model = assembly.build_model(cfg, len(data.classes))
+        module = assembly.build_module(cfg, model)
+    known = facts(trainer, module, data)
+    if trainer.is_global_zero:
+        show(rows(known))
+    predictions = run_test(trainer, module, data, folder)
+    if predictions is None:  # Not the first process.
+        raise SystemExit(0)
+    failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]
+    return {**score(predictions, cfg.views, cfg.missing), **known, "undecodable_files": failures}
+
+
+def run(cfg: DictConfig, overrides: list[str]) -> float:
+    """Answer one question about a test, and print and write the answer."""
+    from stts_lightning import assembly
+    from stts_lightning.analysis.evaluation import FILE, Predictions, score
+    from stts_lightning.analysis.results import commit, versions, write_result
+
+    assembly.quiet_libraries()
+    folder = Path(cfg.run_dir)
+    if cfg.predictions:
+        if not (Path(cfg.predictions) / FILE).is_file():
+            raise assembly.ConfigError(f"predictions={cfg.predictions}: there is no {FILE} in it; give the folder of a test")
+        with assembly.refusals():
+            result = score(Predictions.load(cfg.predictions), cfg.views, cfg.missing)
+    else:
+        cfg, checkpoint = assembly.evaluation_config(cfg, overrides)
+        result = {**test(cfg, folder), "checkpoint": str(checkpoint), "versions": versions(), "commit": commit()}
+    write_result(folder / "evaluation.json", result)
+    low, high = result["top1_interval"]
+    accuracies = [f"{name} {result[name]:.2%}" for name in ("top1", "top5", "mean_class_accuracy") if name in result]
+    log.info("%s (top1 between %.2f%% and %.2f%% with 95 %% confidence)", ", ".join(accuracies), 100 * low, 100 * high)
+    log.info("%d videos, %d missing, %d views; %s", result["videos"], result["missing"], result["views"], folder)
+    return result["top1"]
+
+
+def prepared(arguments: list[str]) -> list[str]:
+    """Arguments as Hydra needs them.
+
+    A value of the model or its data may belong to an option that only the run or the file knows of: it is added by force
+    and judged when that is read. The output folder is `evaluation` in the run that `run=` names.
+    """
+    tested = next((a.removeprefix("run=") for a in arguments if a.startswith("run=")), "")
+    known_later = ("backbone.", "selection.", "dataset.")
+    arguments = [f"++{a}" if a.startswith(known_later) else a for a in arguments]
+    if not tested or not Path(tested).is_dir() or any(a.startswith("hydra.run.dir=") for a in arguments):
+        return arguments
+    return [*arguments, f"hydra.run.dir={tested}/evaluation"]
+
+
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="evaluate")
+def main(cfg: DictConfig) -> float:
+    """Test one model; returns its top-1."""
+    check_installation()
+    from stts_lightning import assembly
+
+    with assembly.one_line_errors():
+        return run(cfg, list(HydraConfig.get().overrides.task))
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = prepared(sys.argv[1:])
+    main()
