@@ -40,10 +40,11 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         model = assembly.build_model(cfg, len(data.classes))
         module = assembly.build_module(cfg, model)
     known = facts(trainer, module, data)
+    sigma = f"{known['sigma']} -> 0, linear over the steps" if cfg.callbacks.sigma.decay else f"{known['sigma']}, constant"
     lines = {
         **rows(known),
         "lr": f"{cfg.optim.lr}, recipe of {cfg.trainer.max_epochs} epochs",
-        "sigma": f"{known['sigma']} -> 0, linear over the steps" if known["slots"] else "-",
+        "sigma": sigma if known["slots"] else "-",
         "run folder": cfg.run_dir,
     }
     trainer.callbacks.append(StartTable(lines))  # type: ignore[attr-defined]

@@ -1,10 +1,13 @@
 """What every registered backbone must do."""
 
+import hashlib
+
 import pytest
 import torch
 
 from stts_lightning import create_model
 from stts_lightning.backbones import list_backbones, register_backbone
+from stts_lightning.selection.spec import SelectionError
 
 SWIN = {"frames": 16, "size": 64, "dim": 16, "depths": (2, 2, 2, 2), "heads": (1, 1, 2, 2)}
 SMALL = {
@@ -83,6 +86,37 @@ def test_wrong_clip_size_is_refused(name: str) -> None:
     model = create_model(name, None, 7, **SMALL[name])
     with pytest.raises(ValueError, match="this backbone takes"):
         model(torch.zeros(1, 3, 4, 64, 64))
+
+
+# SHA-256 of the sorted keys and shapes, at full size: whoever changes a name breaks everybody's checkpoints.
+KEYS = {
+    "mvit_b16": "4455a30ae87494a3",
+    "mvit_tiny": "6c755522c1081330",
+    "video_swin_b": "914aac94ee1b6c34",
+    "video_swin_s": "dee840eb31c1a38a",
+    "video_swin_t": "b6da96f56fe69a9c",
+    "video_swin_tiny": "505ab80c6f163779",
+}
+
+
+def test_state_dict_keys_are_pinned(name: str) -> None:
+    with torch.device("meta"):
+        state = create_model(name, "t0_0.5_s1_0.5", 7).state_dict()
+    text = "\n".join(f"{key} {tuple(value.shape)}" for key, value in sorted(state.items()))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == KEYS[name], f"now {text}"
+
+
+@pytest.mark.parametrize("axis", ["t", "s"])
+def test_every_location_is_accepted_or_refused_with_a_reason(name: str, axis: str) -> None:
+    with torch.device("meta"):
+        blocks = len(create_model(name, None, 7, **SMALL[name]).backbone.block_sizes)
+        for block in range(blocks):
+            model = create_model(name, f"{axis}{block}_0.6", 7, **SMALL[name])
+            assert list(model.slots.describe()) == [f"{axis}{block}"]
+        with pytest.raises(SelectionError, match=f"slots.{axis}{blocks}: no block {blocks}; this backbone has 0 to {blocks - 1}"):
+            create_model(name, f"{axis}{blocks}_0.6", 7, **SMALL[name])
+        with pytest.raises(SelectionError, match=f"slots.{axis}0.ratio=0.0001 .*: must keep 1 to"):
+            create_model(name, f"{axis}0_0.0001", 7, **SMALL[name])
 
 
 def test_noise_follows_the_seed() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from stts_lightning import create_model
 from stts_lightning.backbones.video_swin import WindowAttention, windows
+from stts_lightning.selection.topk import perturbed_topk
 
 TINY = {"dim": 32, "depths": (2, 2, 2, 2), "heads": (1, 2, 4, 8)}
 CASES: dict[str, dict[str, Any]] = {  # name: slots by block (the official code counts stages), and other arguments
@@ -84,6 +85,40 @@ def test_golden_full_size(
     torch.testing.assert_close(logits, torch.from_numpy(golden["logits"]), atol=5e-5, rtol=0)
     if slots:
         assert np.array_equal(kept["t0"].indices.numpy(), golden["indices"])
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(("case", "keep", "sigma"), [("t0_0.625_sigma0.1", 10, 0.1), ("t0_0.375_sigma0.05", 6, 0.05)])
+def test_golden_training_step(
+    shared: Path, load_rule: Callable[[str], ModuleType], tmp_path: Path, case: str, keep: int, sigma: float
+) -> None:
+    """Soft indicators, loss and gradients with the official diagonal Jacobian and the reference's noise."""
+    rule, golden = load_rule("video_swin"), np.load(shared / "golden/video_swin/golden_tiny.npz")
+    model = golden_model(rule, tmp_path, 0.5, num_classes=12, **TINY, slots={"t0": {"keep": keep}})
+    model.slots.train()
+    model.slots.sigma.fill_(sigma)
+    noise = torch.from_numpy(np.random.Generator(np.random.PCG64(1)).standard_normal((2, 500, 16)).astype(np.float32))
+    selector = model.slots.selectors["t0"]
+    selector.estimator = lambda scores, k, sigma, _: perturbed_topk(scores, k, sigma, noise, "diagonal")
+    logits, kept = model(torch.from_numpy(rule.inp((2, 3, 32, 224, 224))), return_selection=True)
+    case = f"train_{case}"
+    np.testing.assert_allclose(kept["t0"].scores.detach().numpy(), golden[f"{case}/scores"], atol=1e-4)
+    np.testing.assert_allclose(kept["t0"].indicator.detach().numpy(), golden[f"{case}/indicator_b_k_T"], atol=5e-3)
+    torch.testing.assert_close(logits, torch.from_numpy(golden[f"{case}/logits"]), atol=5e-3, rtol=0)
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor([3, 7]))
+    loss.backward()
+    assert loss.item() == pytest.approx(float(golden[f"{case}/loss"]), abs=2e-3)
+    prefix = f"{case}/grad/backbone.time_score_predictor.0.score_network"
+    for ours, theirs in {
+        "features.0.weight": "in_conv.0.weight",
+        "features.1.weight": "in_conv.1.weight",
+        "score.0.weight": "out_conv.0.weight",
+        "score.4.weight": "out_conv.4.weight",
+    }.items():
+        expected = torch.from_numpy(golden[f"{prefix}.{theirs}"]).flatten()
+        found = selector.scorer.get_parameter(ours).grad.flatten()
+        assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.99, ours
+        assert float(found.norm()) == pytest.approx(float(expected.norm()), rel=0.05), ours
 
 
 @pytest.mark.parametrize("name", ["swin3d_t", "swin3d_b"])

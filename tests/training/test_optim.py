@@ -78,6 +78,23 @@ def test_official_schedule() -> None:
     assert rate("backbone", 19.9) == pytest.approx(1e-4 * lr_factor(OFFICIAL.part("selectors"), OFFICIAL, 19.9 / 20))
 
 
+def test_official_swin_schedule_moves_by_epochs_and_never_reaches_zero() -> None:
+    part = PartSpec(warmup_epochs=0.8, warmup_from=0.1, decay_biases=True)
+    spec = OptimSpec(lr=3e-4, weight_decay=0.05, epochs=10, steps_of="epoch", parts={"backbone": part})
+    rate = lambda epoch: lr_factor(part, spec, epoch / 10)  # noqa: E731
+    assert rate(0) == pytest.approx(0.1)
+    assert rate(0.4) == pytest.approx(0.55)
+    assert rate(0.8) == rate(0.99) == 1.0
+    assert rate(5.0) == rate(5.9) == pytest.approx(0.5)
+    assert rate(9.99) == pytest.approx(0.5 * (1 - 0.9510565))
+    groups = named(create_model("video_swin_tiny", "t0_0.6", 5), spec)
+    decayed = set(groups["backbone/decay"])
+    assert "backbone.stages.0.blocks.0.attn.qkv.bias" in decayed
+    assert not any("norm" in name or "bias_table" in name for name in decayed)
+    with pytest.raises(ValueError, match="optim.steps_of='day': allowed are step, epoch"):
+        OptimSpec(lr=1, weight_decay=0, epochs=1, steps_of="day")
+
+
 def test_unknown_part() -> None:
     with pytest.raises(ValueError, match="optim.parts.bacbone: unknown; the parts are selectors, backbone, head"):
         OptimSpec(lr=1, weight_decay=0, epochs=1, parts={"bacbone": PartSpec()})

@@ -22,6 +22,9 @@ RECIPE = "recipe"
 """Name of the metadata under which a safetensors file of ours tells how its model is built."""
 
 
+_NO_SLOTS = SelectionSpec()
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or does not fit the model: says what is missing, unexpected or mismatched."""
 
@@ -39,6 +42,12 @@ class Checkpoint:
     def selector_keys(self) -> list[str]:
         """Keys of selectors, in the file's own words."""
         return [key for key in self.state if re.match(r"(backbone\.)?((time|space)_score_predictor|slots)\.", key)]
+
+    @property
+    def num_classes(self) -> int | None:
+        """Rows of the classifier's head; None where the file has none."""
+        heads = (value.shape[0] for key, value in self.state.items() if _our_key(key, self.layout, _NO_SLOTS) == "head.weight")
+        return next(heads, None)
 
     def backbone(self) -> dict[str, Any]:
         """Constructor arguments of the backbone that this file implies."""

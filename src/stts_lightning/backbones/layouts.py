@@ -13,6 +13,7 @@ class Layout:
         name: for messages.
         family: class of the backbone that such files hold; None where the file itself says it.
         signature: keys that, together, only this layout has.
+        licence: of the code that wrote such files; what its weights are under is the publisher's to say.
         rules: (pattern of their key, replacement to our key), tried in order; the first full match wins. An empty
             replacement leaves the key out: what can be computed, or stands in the file twice. A replacement that ends in
             `@<letter>` is one part of a weight; the parts are strung together in the order of `PARTS`.
@@ -24,6 +25,7 @@ class Layout:
     name: str
     family: str | None
     signature: tuple[str, ...]
+    licence: str
     rules: tuple[tuple[str, str], ...]
     scorer: str | None = None
     backbone: Mapping[str, Any] = field(default_factory=dict)
@@ -32,7 +34,7 @@ class Layout:
 
 PARTS = "qkv"
 
-OWN = Layout("stts_lightning", None, ("backbone.norm.weight", "head.weight"), ((r"(.*)", r"\1"),))
+OWN = Layout("stts_lightning", None, ("backbone.norm.weight", "head.weight"), "yours", ((r"(.*)", r"\1"),))
 
 # Selectors of the official code, numbered in the order of their places; "<time 0>" is resolved when the slots are known.
 _SELECTORS = (
@@ -62,6 +64,7 @@ STTS_MVIT = Layout(
     name="official STTS / SlowFast MViT",
     family="MViT",
     signature=("cls_token", "pos_embed_spatial", "blocks.0.attn.qkv.weight"),
+    licence="MIT (STTS), Apache-2.0 (SlowFast)",
     rules=(*_SLOWFAST, *_SELECTORS),
     scorer="official",
     backbone={"pool_norm_eps": 1e-6},
@@ -72,6 +75,7 @@ SLOWFAST_MVIT = Layout(
     name="SlowFast MViT before MViTv2",
     family="MViT",
     signature=("cls_token", "pos_embed_spatial", "blocks.0.attn.q.weight"),
+    licence="Apache-2.0",
     rules=_SLOWFAST,
     backbone={"pool_norm_eps": 1e-5},
 )
@@ -84,6 +88,7 @@ PYTORCHVIDEO_MVIT = Layout(
         "cls_positional_encoding.pos_embed_spatial",
         "patch_embed.patch_model.weight",
     ),
+    licence="Apache-2.0",
     rules=((r"blocks\.\d+\.attn\._attention_pool_[qkv]\..*", ""), *_SLOWFAST),
     backbone={"pool_norm_eps": 1e-6},
 )
@@ -92,6 +97,7 @@ TORCHVISION_MVIT = Layout(
     name="torchvision mvit_v1_b",
     family="MViT",
     signature=("pos_encoding.class_token", "pos_encoding.spatial_pos", "conv_proj.weight"),
+    licence="BSD-3-Clause",
     rules=(
         *_MVIT,
         (r"pos_encoding\.class_token", "backbone.cls_token"),
@@ -121,6 +127,7 @@ MMACTION_SWIN = Layout(
     name="official STTS / Video-Swin (mmaction)",
     family="VideoSwin",
     signature=("backbone.patch_embed.proj.weight", "backbone.layers.0.blocks.0.attn.qkv.weight"),
+    licence="MIT (STTS), Apache-2.0 (mmaction, on which Video-Swin stands)",
     rules=(
         *_SWIN,
         (r"backbone\.layers\.(\d+)\.downsample\.(.*)", r"backbone.stages.\1.merge.\2"),
@@ -135,6 +142,7 @@ TORCHVISION_SWIN = Layout(
     name="torchvision swin3d",
     family="VideoSwin",
     signature=("patch_embed.proj.weight", "features.0.0.attn.qkv.weight"),
+    licence="BSD-3-Clause",
     rules=(
         *_SWIN,
         *((rf"features\.{2 * i}\.(\d+)\.mlp\.0\.(.*)", rf"backbone.stages.{i}.blocks.\1.mlp.fc1.\2") for i in range(4)),
@@ -149,6 +157,7 @@ IMAGENET_SWIN = Layout(
     name="ImageNet Swin (2-D)",
     family="VideoSwin",
     signature=("patch_embed.proj.weight", "layers.0.blocks.0.attn.qkv.weight", "layers.0.downsample.norm.weight"),
+    licence="MIT",
     rules=(*_SWIN, (r"layers\.(\d+)\.downsample\.(.*)", r"backbone.stages.\1.merge.\2"), (r"head\.(weight|bias)", r"head.\1")),
 )
 
@@ -156,6 +165,7 @@ TIMM_SWIN = Layout(
     name="timm Swin (2-D)",
     family="VideoSwin",
     signature=("patch_embed.proj.weight", "layers.0.blocks.0.attn.qkv.weight", "layers.3.downsample.norm.weight"),
+    licence="Apache-2.0 (timm), MIT (the weights' first publisher)",
     rules=(
         *_SWIN,
         *((rf"layers\.{i + 1}\.downsample\.(.*)", rf"backbone.stages.{i}.merge.\1") for i in range(3)),

@@ -19,23 +19,27 @@ class PartSpec:
     Attributes:
         lr_scale: peak learning rate as a multiple of `OptimSpec.lr`.
         lr_cap: upper limit of the scheduled rate, as a multiple of `OptimSpec.lr`.
-        warmup_epochs: linear warm-up from 0.
+        warmup_epochs: linear warm-up.
+        warmup_from: where it begins, as a share of the rate it leads to.
         frozen_epochs: epochs at rate 0 before anything else.
         decay_all: weight decay on norms, biases and embeddings too.
         decay_embeddings: weight decay on embeddings too.
+        decay_biases: weight decay on the biases of linear layers too.
     """
 
     lr_scale: float = 1.0
     lr_cap: float = math.inf
     warmup_epochs: float = 0.0
+    warmup_from: float = 0.0
     frozen_epochs: float = 0.0
     decay_all: bool = False
     decay_embeddings: bool = False
+    decay_biases: bool = False
 
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """AdamW with a cosine schedule a step.
+    """AdamW with a cosine schedule.
 
     Attributes:
         lr: learning rate of the selectors; the other parts scale it.
@@ -43,6 +47,7 @@ class OptimSpec:
         betas: of AdamW.
         final_lr: rate at the last step as a share of the peak.
         epochs: length of the schedule in epochs, for `warmup_epochs` and `frozen_epochs`.
+        steps_of: the cosine moves each "step", or each "epoch" (mmcv's way: of the whole run, its last epoch above 0).
         parts: see `PartSpec`; of selectors, backbone, head.
     """
 
@@ -51,11 +56,14 @@ class OptimSpec:
     epochs: float
     betas: tuple[float, float] = (0.9, 0.999)
     final_lr: float = 0.0
+    steps_of: str = "step"
     parts: dict[str, PartSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.parts) - set(PARTS)):
             raise ValueError(f"optim.parts.{unknown[0]}: unknown; the parts are {', '.join(PARTS)}")
+        if self.steps_of not in ("step", "epoch"):
+            raise ValueError(f"optim.steps_of={self.steps_of!r}: allowed are step, epoch")
 
     def part(self, name: str) -> PartSpec:
         """How a part learns."""
@@ -67,13 +75,20 @@ def lr_factor(part: PartSpec, spec: OptimSpec, progress: float) -> float:
     epoch = progress * spec.epochs
     if epoch < part.frozen_epochs:
         return 0.0
-    epoch -= part.frozen_epochs
-    if epoch < part.warmup_epochs:
-        return min(part.lr_scale * epoch / part.warmup_epochs, part.lr_cap)
-    # After a frozen start the cosine is the one of the whole run; after a warm-up it is one of what is left.
-    done = progress if part.frozen_epochs else (epoch - part.warmup_epochs) / max(spec.epochs - part.warmup_epochs, 1e-9)
+    since = epoch - part.frozen_epochs
+    warming = since < part.warmup_epochs
+    # After a frozen start, and by epochs, the cosine is the one of the whole run; after a warm-up one of what is left.
+    if spec.steps_of == "epoch":
+        done = math.floor(epoch) / spec.epochs
+    elif part.frozen_epochs:
+        done = progress
+    else:
+        done = max(since - part.warmup_epochs, 0.0) / max(spec.epochs - part.warmup_epochs, 1e-9)
     cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    return min(part.lr_scale * (spec.final_lr + (1 - spec.final_lr) * cosine), part.lr_cap)
+    factor = part.lr_scale * (spec.final_lr + (1 - spec.final_lr) * cosine)
+    if warming:
+        factor *= part.warmup_from + (1 - part.warmup_from) * since / part.warmup_epochs
+    return min(factor, part.lr_cap)
 
 
 def parameter_groups(model: VideoClassifier, spec: OptimSpec) -> list[dict[str, object]]:
@@ -94,7 +109,9 @@ def parameter_groups(model: VideoClassifier, spec: OptimSpec) -> list[dict[str, 
         part = spec.part(parts[id(parameter)])
         if part.decay_all:
             return True
-        return id(parameter) not in norms | biases and (part.decay_embeddings or id(parameter) not in embeddings)
+        if id(parameter) in biases and id(parameter) not in norms:
+            return part.decay_biases
+        return id(parameter) not in norms and (part.decay_embeddings or id(parameter) not in embeddings)
 
     groups = {f"{part}/{kind}": [] for part in PARTS for kind in ("decay", "no_decay")}
     for parameter in model.parameters():
