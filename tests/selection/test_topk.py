@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stts_lightning.selection.topk import ESTIMATORS, hard_topk, one_hot, perturbed_topk
+from stts_lightning.selection.topk import ESTIMATORS, Exact, exact_topk, hard_topk, one_hot, perturbed_topk
 
 
 @pytest.mark.reference
@@ -127,7 +127,7 @@ def test_estimators_repeat_with_their_generator(name: str) -> None:
     scores, sigma = torch.rand(2, 8), torch.tensor(0.3)
     draws = [estimator(scores, 3, sigma, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
+    assert torch.equal(draws[0], draws[2]) == (name == "exact"), "only the exact expectation has nothing to draw"
 
 
 @pytest.mark.parametrize("k", [0, 5])
@@ -155,3 +155,43 @@ def test_nothing_as_large_as_rows_samples_kept_candidates_is_held() -> None:
         out = perturbed_topk(scores, k, 0.1, noise)
         out.backward(torch.ones_like(out))
     assert biggest <= rows * samples * n
+
+
+@pytest.mark.parametrize(("n", "k", "sigma"), [(8, 5, 0.1), (4, 1, 0.05), (9, 3, 0.2), (6, 6, 0.1), (16, 10, 0.5), (8, 5, 0.01)])
+def test_exact_is_the_expectation(n: int, k: int, sigma: float) -> None:
+    scores = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    exact = exact_topk(scores[None], k, sigma)[0]
+    torch.testing.assert_close(exact.sum(-1), torch.ones(k, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(exact, dense_expectation(scores, k, sigma), atol=4e-3, rtol=0)
+    # Finer than any sampling: the quadrature itself.
+    torch.testing.assert_close(exact, exact_topk(scores[None], k, sigma, nodes=160)[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(exact, exact_topk(scores[None], k, sigma, chunk=3)[0], atol=1e-12, rtol=0)
+
+
+def test_exact_gradient_is_its_derivative_and_what_the_samples_estimate() -> None:
+    scores = torch.rand(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: exact_topk(s, 3, 0.1), (scores,))
+    assert torch.autograd.gradcheck(lambda s: exact_topk(s, 3, 0.1, chunk=2), (scores,))
+    upstream = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    noise = torch.randn(2, 400_000, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    exact, estimated = (
+        torch.autograd.grad(y, scores, upstream)[0] for y in (exact_topk(scores, 3, 0.1), perturbed_topk(scores, 3, 0.1, noise))
+    )
+    torch.testing.assert_close(estimated, exact, atol=0.02 * float(exact.abs().max()), rtol=0)
+
+
+def test_exact_goes_smoothly_to_the_hard_choice() -> None:
+    scores = torch.tensor([[0.0, 0.3, 1.0, 0.31]])
+    hard = one_hot(hard_topk(scores, 2), 4, torch.float32)
+    gaps = [float((exact_topk(scores, 2, sigma) - hard).abs().max()) for sigma in (0.1, 0.01, 0.003, 0.001, 1e-5, 0.0)]
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] == 0
+    for values in (scores, torch.full((1, 4), 0.5)):  # also where all are equal
+        for sigma in (0.1, 1e-3, 1e-6, 0.0):
+            leaf = values.clone().requires_grad_()
+            y = exact_topk(leaf, 2, sigma)
+            y.square().sum().backward()
+            assert torch.isfinite(y).all()
+            assert torch.isfinite(leaf.grad).all()
+    with pytest.raises(ValueError, match="made for 256 candidates at most, here are 3136"):
+        Exact(0)(torch.rand(1, 3136), 4, torch.tensor(0.1), None)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stts_lightning.selection.scorer import SCORERS, Scorer
 from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec
-from stts_lightning.selection.topk import ESTIMATORS, MonteCarlo
+from stts_lightning.selection.topk import ESTIMATORS, Estimator
 
 T = TypeVar("T")
 
@@ -77,12 +77,12 @@ def build_scorer(selection: SelectionSpec) -> type[Scorer]:
     return _named(SCORERS, "scorer", selection.scorer)
 
 
-def build_estimator(selection: SelectionSpec) -> MonteCarlo:
+def build_estimator(selection: SelectionSpec) -> Estimator:
     """The Top-K's estimator by name. Raises SelectionError for an unknown one."""
     return _named(ESTIMATORS, "estimator", selection.estimator)(selection.samples)
 
 
-def _named(table: dict[str, type[T]], key: str, name: str) -> type[T]:
+def _named(table: dict[str, T], key: str, name: str) -> T:
     if name not in table:
         raise SelectionError(f"selection.{key}={name!r}: allowed are {', '.join(table)}")
     return table[name]

@@ -102,8 +102,9 @@ class SelectionSpec:
         slots: the slots; an empty tuple is the plain model.
         sigma: standard deviation of the noise of Eq. 7, on scores that lie in [0, 1].
         scorer: `paper` (Eq. 2-3) or `official` (the released code's, which published checkpoints hold).
-        estimator: `monte_carlo` (Eq. 7-8) or `official` (Eq. 7 with only the diagonal of the Jacobian of Eq. 8).
-        samples: number n of noise samples.
+        estimator: `monte_carlo` (Eq. 7-8), `exact` (the expectation that it estimates) or `official` (Eq. 7 with only the
+            diagonal of the Jacobian of Eq. 8).
+        samples: number n of noise samples; `exact` needs none.
     """
 
     slots: tuple[SlotSpec, ...] = ()

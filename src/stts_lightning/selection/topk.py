@@ -5,10 +5,14 @@ candidate, in input order, comes from. Nothing here ever holds `(B, S, K, N)`: t
 by scatter, the backward pass gathers one weight a sample and takes one product with the noise.
 """
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 
 def hard_topk(scores: Tensor, k: int) -> Tensor:
@@ -99,6 +103,105 @@ def perturbed_topk(scores: Tensor, k: int, sigma: Tensor | float, noise: Tensor,
     return _PerturbedTopK.apply(scores, noise, sigma, k, jacobian == "diagonal")  # type: ignore[return-value]
 
 
+def _counts(chance: Tensor, most: int) -> list[Tensor]:
+    """Before each candidate: the probability that c of those before it are selected, `(..., most + 1)` each.
+
+    Args:
+        chance: `(..., N)`, independent probabilities of being selected.
+        most: largest count that matters.
+    """
+    found = chance.new_zeros(*chance.shape[:-1], most + 1)
+    found[..., 0] = 1.0
+    rows: list[Tensor] = []
+    for a in chance.unbind(-1):
+        rows.append(found)
+        a = a.unsqueeze(-1)
+        one_less = torch.nn.functional.pad(found[..., :-1], (1, 0))
+        found = found + a * (one_less - found)
+    return rows
+
+
+def _given_last(scores: Tensor, first: int, last: int, k: int, scale: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
+    """The part of the expectation where one of the candidates `first` to `last - 1` is the K-th largest, `(B, K, N)`."""
+    gaps = (scores.unsqueeze(1) - scores[:, first:last].unsqueeze(2)) * scale  # (B, M, N)
+    chance = 0.5 * torch.erfc((nodes.view(-1, 1) - gaps.unsqueeze(2)) * math.sqrt(0.5))  # (B, M, Q, N), Phi of the difference
+    own = torch.eye(scores.shape[1], device=scores.device, dtype=torch.bool)[first:last].unsqueeze(1)  # (M, 1, N)
+    chance = chance.masked_fill(own, 1.0)
+    before = _counts(chance, k - 1)
+    after = _counts(chance.flip(-1), k - 1)[::-1]
+    weighted = (chance * weights.view(-1, 1)).unbind(-1)
+    # Candidate l is the k-th kept if k - 1 before and K - k after it are selected.
+    columns = [(w.unsqueeze(-1) * b * a.flip(-1)).sum((1, 2)) for w, b, a in zip(weighted, before, after, strict=True)]
+    return torch.stack(columns, -1)
+
+
+def exact_topk(scores: Tensor, k: int, sigma: Tensor | float, nodes: int = 64, chunk: int | None = None) -> Tensor:
+    """Expectation of the Top-K indicator under Gaussian noise on the scores (Eq. 7), computed instead of estimated.
+
+    Given which candidate is the K-th largest and its noise, the others lie above it independently; how many of them
+    before and after a candidate do is a Poisson-binomial count. The noise of the K-th largest is integrated by
+    Gauss-Hermite quadrature. Gradients are those of the expectation itself; nothing is random.
+
+    Costs about N * N * K * nodes multiply-adds a row: made for tens of candidates, not for thousands.
+
+    Args:
+        scores: `(B, N)`.
+        k: how many to keep, 1 to N.
+        sigma: standard deviation of the noise; 0 gives the hard Top-K and a zero gradient.
+        nodes: of the quadrature.
+        chunk: candidates that are taken for the K-th largest at a time, recomputed in the backward pass; None keeps what
+            one pass holds below about 64 MiB.
+
+    Returns:
+        Indicator `(B, K, N)`; each row sums to 1 up to the quadrature, rows are in input order.
+
+    Raises:
+        ValueError: if k is not in 1..N.
+    """
+    rows, candidates = scores.shape
+    if not 1 <= k <= candidates:
+        raise ValueError(f"k={k}: must lie in 1..{candidates}")
+    sigma = torch.as_tensor(sigma, dtype=scores.dtype, device=scores.device)
+    # Below this the noise is less than the scores' own resolution.
+    floor = torch.finfo(scores.dtype).eps
+    scale = 1.0 / sigma.clamp_min(floor)
+    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    points, weights = (scores.new_tensor(values) for values in (points, weights / weights.sum()))
+    if chunk is None:
+        chunk = max(1, 2**24 // max(rows * nodes * candidates * k * 2, 1))
+    indicator = scores.new_zeros(rows, k, candidates)
+    for first in range(0, candidates, chunk):
+        arguments = (scores, first, min(first + chunk, candidates), k, scale, points, weights)
+        part: Tensor = checkpoint(_given_last, *arguments, use_reentrant=False, preserve_rng_state=False)  # type: ignore[assignment]
+        indicator = indicator + part
+    # At sigma = 0 the operator is the hard Top-K, whose gradient vanishes (end of Sec. 3.2).
+    return torch.where(sigma > floor, indicator, one_hot(hard_topk(scores.detach(), k), candidates, scores.dtype))
+
+
+class Estimator(Protocol):
+    """From scores `(B, N)`, how many to keep, sigma and the source of the noise to the indicator `(B, K, N)` of Eq. 7."""
+
+    def __call__(self, scores: Tensor, k: int, sigma: Tensor, generator: torch.Generator | None) -> Tensor:
+        """See the class."""
+        ...
+
+
+class Exact:
+    """The expectation of Eq. 7 itself; needs no samples and no noise."""
+
+    limit = 256
+    """Candidates above which an exact expectation costs more than the model that it serves."""
+
+    def __init__(self, samples: int) -> None:
+        pass
+
+    def __call__(self, scores: Tensor, k: int, sigma: Tensor, generator: torch.Generator | None) -> Tensor:
+        """See `Estimator`. Raises ValueError for more candidates than `limit`."""
+        if scores.shape[1] > self.limit:
+            raise ValueError(f"selection.estimator='exact': made for {self.limit} candidates at most, here are {scores.shape[1]}")
+        return exact_topk(scores, k, sigma)
+
+
 class MonteCarlo:
     """Estimate the expectation of Eq. 7 from S samples drawn on the scores' device."""
 
@@ -120,4 +223,8 @@ class OfficialMonteCarlo(MonteCarlo):
     jacobian = "diagonal"
 
 
-ESTIMATORS: dict[str, type[MonteCarlo]] = {"monte_carlo": MonteCarlo, "official": OfficialMonteCarlo}
+ESTIMATORS: dict[str, Callable[[int], Estimator]] = {
+    "monte_carlo": MonteCarlo,
+    "exact": Exact,
+    "official": OfficialMonteCarlo,
+}
