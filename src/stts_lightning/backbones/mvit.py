@@ -97,7 +97,7 @@ class PooledAttention(nn.Module):
     def __init__(self, dim: int, heads: int, q_stride: Triple, kv_stride: Triple, pool_eps: float) -> None:
         super().__init__()
         self.heads = heads
-        self.q_stride = q_stride
+        self.q_stride, self.kv_stride = q_stride, kv_stride
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         head_dim = dim // heads
@@ -105,8 +105,12 @@ class PooledAttention(nn.Module):
         self.pool_k = Pool(head_dim, kv_stride, pool_eps)
         self.pool_v = Pool(head_dim, kv_stride, pool_eps)
 
-    def forward(self, cls: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-        """Args: cls `(B, 1, C)`, grid `(B, T, H, W, C)`. Returns: the same, the grid pooled by `q_stride`."""
+    def forward(self, cls: Tensor, grid: Tensor, tell: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Args: cls `(B, 1, C)`, grid `(B, T, H, W, C)`. Returns: the same, the grid pooled by `q_stride`.
+
+        And, if `tell`, the class token's attention to each token of the grid that comes out, `(B, T', H', W')`: the mean
+        over heads, each value of the pooled keys standing for the tokens it was pooled from.
+        """
         t, h, w = grid.shape[1:4]
         size: GridSize = (t, h, w)
         q_cls, k_cls, v_cls = self.qkv(cls).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -120,7 +124,12 @@ class PooledAttention(nn.Module):
             size = pooled(size, self.q_stride)
         out = F.scaled_dot_product_attention(q, k, v)
         out = self.proj(out.transpose(1, 2).flatten(2))
-        return out[:, :1], out[:, 1:].unflatten(1, size)
+        attention = None
+        if tell:
+            paid = (q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean(1)[:, 0, 1:]
+            paid = paid.unflatten(1, pooled((t, h, w), self.kv_stride)).detach()
+            attention = F.interpolate(paid.unsqueeze(1), size, mode="nearest").squeeze(1)
+        return out[:, :1], out[:, 1:].unflatten(1, size), attention
 
 
 class Block(nn.Module):
@@ -145,9 +154,12 @@ class Block(nn.Module):
         x = F.max_pool3d(grid.permute(0, 4, 1, 2, 3), kernel, list(stride), [k // 2 for k in kernel])
         return x.permute(0, 2, 3, 4, 1)
 
-    def forward(self, cls: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-        """Args: cls `(B, 1, C)`, grid `(B, T, H, W, C)`. Returns: cls `(B, 1, C')`, grid `(B, T', H', W', C')`."""
-        attended_cls, attended = self.attn(self.norm1(cls), self.norm1(grid))
+    def forward(self, cls: Tensor, grid: Tensor, tell: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Args: cls `(B, 1, C)`, grid `(B, T, H, W, C)`. Returns: cls `(B, 1, C')`, grid `(B, T', H', W', C')`, attention.
+
+        The attention of the class token, `(B, T', H', W')`, is there if `tell`.
+        """
+        attended_cls, attended, attention = self.attn(self.norm1(cls), self.norm1(grid), tell)
         size = attended.shape[1:4]
         # Class token and grid join for the row-wise rest, so that drop path drops a whole clip at once.
         x = torch.cat((cls, self._shortcut(grid).flatten(1, 3)), dim=1)
@@ -155,7 +167,7 @@ class Block(nn.Module):
         normed = self.norm2(x)
         shortcut = x if isinstance(self.proj, nn.Identity) else self.proj(normed)
         x = shortcut + self.drop_path(self.mlp(normed))
-        return x[:, :1], x[:, 1:].unflatten(1, size)
+        return x[:, :1], x[:, 1:].unflatten(1, size), attention
 
 
 class MViT(Backbone):
@@ -211,7 +223,7 @@ class MViT(Backbone):
         self.block_sizes: list[GridSize] = []
         """Size of the grid that reaches each block."""
         for i in range(depth):
-            grid = self.slots.attach(i, grid, dim)
+            grid = self.slots.attach(i, grid, dim, "" if i else "no self-attention is computed before block 0")
             self.block_sizes.append(grid)
             q_stride = (1, 2, 2) if i in stages else (1, 1, 1)
             if i in stages:
@@ -275,9 +287,10 @@ class MViT(Backbone):
         if tuple(clip.shape[2:]) != self.clip_size:
             raise ValueError(f"clip of {tuple(clip.shape[2:])} frames x height x width: this backbone takes {self.clip_size}")
         cls, grid = self.embed(clip)
+        attention = None
         for i, block in enumerate(self.blocks):
-            grid = self.slots(i, grid, kept)
-            cls, grid = block(cls, grid)
+            grid = self.slots(i, grid, kept, attention)
+            cls, grid, attention = block(cls, grid, self.slots.wants_attention(i + 1))
         return self.norm(cls[:, 0])
 
 

@@ -296,7 +296,7 @@ class VideoSwin(Backbone):
             blocks = []
             for i in range(depth):
                 number = len(self.block_sizes)
-                grid = self.slots.attach(number, grid, dim)
+                grid = self.slots.attach(number, grid, dim, "this backbone has no class token")
                 self.block_sizes.append(grid)
                 rate = drop_path * number / max(total - 1, 1)
                 blocks.append(Block(dim, stage_heads, limit, i % 2 == 1, window_policy, rate))

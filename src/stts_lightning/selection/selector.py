@@ -22,7 +22,7 @@ class Selection(NamedTuple):
 
     Attributes:
         slot: name of the slot, as `t0`.
-        indices: temporal: kept frames `(B, K)`, ascending; spatial: kept anchor `(B, T)`.
+        indices: temporal: kept frames `(B, K)`, ascending; spatial: kept anchor `(B, T)`, or tokens `(B, T, K)`.
         windows: spatial: `(B, T, 4)` top, left, height, width of the kept window in tokens; temporal: None.
         scores: normalised scores, temporal `(B, T)`, spatial `(B, T, G)` for G anchors.
         indicator: in training the soft indicator of Eq. 7, `(B, K, T)` or `(B, T, G)`; in evaluation None.
@@ -37,19 +37,36 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a selector stands: all it may know of the backbone."""
+    """Where a selector stands: all it may know of the backbone.
+
+    Attributes:
+        slot: what it keeps.
+        size: frames, height and width of the grid that reaches it.
+        dim: channels of that grid.
+        selection: the operator.
+        no_attention: why the class token's attention of the block before cannot be had here; empty where it can.
+    """
 
     slot: SlotSpec
     size: GridSize
     dim: int
     selection: SelectionSpec
+    no_attention: str = "this backbone does not tell it"
 
 
 class Selector(nn.Module, ABC):
-    """Base of all selectors. A new one is a subclass in a file of its own, named by `_target_` in a slot."""
+    """Base of all selectors. A new one is a subclass in a file of its own, named by `selector` in a slot."""
+
+    needs_attention = False
+    """Whether `forward` is to be given the class token's attention of the block before."""
 
     def __init__(self, place: Place) -> None:
         super().__init__()
+        if self.needs_attention and place.no_attention:
+            raise SelectionError(
+                f"selection.slots.{place.slot.name}: selection by the class token's attention is impossible here: "
+                f"{place.no_attention}"
+            )
         self.slot = place.slot.name
         self.in_size = place.size
 
@@ -59,13 +76,16 @@ class Selector(nn.Module, ABC):
         """Size of the grid that comes out."""
 
     @abstractmethod
-    def forward(self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Selection]:
+    def forward(
+        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
+    ) -> tuple[Tensor, Selection]:
         """Select. Training and evaluation differ only in the Top-K operator.
 
         Args:
             grid: `(B, T, H, W, C)`.
             sigma: 0-d, standard deviation of the noise.
             generator: source of the noise on the grid's device; None is torch's default.
+            attention: `(B, T, H, W)`, what the class token paid to each token in the block before, where that is needed.
 
         Returns:
             The smaller grid `(B, T', H', W', C)` and what was kept.

@@ -4,11 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from stts_lightning.selection.selector import GridSize, Place, Selection, Selector
-from stts_lightning.selection.spatial import SpatialSelector
+from stts_lightning.selection.siblings import find_selector
 from stts_lightning.selection.spec import SelectionError, SelectionSpec
-from stts_lightning.selection.temporal import TemporalSelector
-
-LEARNED: dict[str, type[Selector]] = {"t": TemporalSelector, "s": SpatialSelector}
 
 
 class SlotBank(nn.Module):
@@ -29,13 +26,14 @@ class SlotBank(nn.Module):
         self.register_buffer("sigma", torch.tensor(float(selection.sigma)), persistent=False)
         self._seed: int | None = None
 
-    def attach(self, block: int, size: GridSize, dim: int) -> GridSize:
+    def attach(self, block: int, size: GridSize, dim: int, no_attention: str = Place.no_attention) -> GridSize:
         """Build the selectors that stand before a block.
 
         Args:
             block: number of the self-attention block, from 0.
             size: frames, height and width of the grid that reaches the slot.
             dim: its channels.
+            no_attention: why the class token's attention of the block before cannot be had; empty where it can.
 
         Returns:
             Size of the grid that reaches the block.
@@ -45,7 +43,7 @@ class SlotBank(nn.Module):
         """
         here = sorted((slot for slot in self.selection.slots if slot.block == block), key=lambda slot: "ts".index(slot.axis))
         for slot in here:
-            selector = (slot.selector or LEARNED[slot.axis])(Place(slot, size, dim, self.selection))
+            selector = find_selector(slot, self.selection)(Place(slot, size, dim, self.selection, no_attention))
             self.selectors[slot.name] = selector
             self.at_block.setdefault(block, []).append(slot.name)
             size = selector.out_size
@@ -61,20 +59,33 @@ class SlotBank(nn.Module):
         """Draw the next forward pass's noise from this seed (one for each rank and step); None is torch's default."""
         self._seed = seed
 
-    def forward(self, block: int, grid: Tensor, kept: list[Selection] | None = None) -> Tensor:
+    def wants_attention(self, block: int) -> bool:
+        """Whether a slot before this block needs the class token's attention of the block before it."""
+        return any(self._selector(name).needs_attention for name in self.at_block.get(block, ()))
+
+    def _selector(self, name: str) -> Selector:
+        selector = self.selectors[name]
+        assert isinstance(selector, Selector)
+        return selector
+
+    def forward(self, block: int, grid: Tensor, kept: list[Selection] | None = None, attention: Tensor | None = None) -> Tensor:
         """Apply the slots before a block.
 
         Args:
             block: number of the block.
             grid: `(B, T, H, W, C)`.
             kept: where to append what each slot kept, if that is wanted.
+            attention: `(B, T, H, W)`, of the class token in the block before, if `wants_attention`.
 
         Returns:
             `(B, T', H', W', C)`; the grid itself where no slot stands.
         """
         for number, name in enumerate(self.at_block.get(block, ())):
-            selector = self.selectors[name]
-            grid, selection = selector(grid, self.sigma, self._generator(grid.device, block, number))
+            selector = self._selector(name)
+            grid, selection = selector(grid, self.sigma, self._generator(grid.device, block, number), attention)
+            if attention is not None and selector.out_size[0] < attention.shape[1]:
+                # The spatial slot at this place sees what the temporal one left.
+                attention = attention[torch.arange(len(attention), device=attention.device)[:, None], selection.indices]
             if kept is not None:
                 kept.append(selection)
         return grid

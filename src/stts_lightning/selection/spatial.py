@@ -51,11 +51,8 @@ class _WeightedWindows(torch.autograd.Function):
         return grad_grid, grad_weights, None, None
 
 
-class SpatialSelector(Selector):
-    """Scores each token, averages the scores in every anchor and keeps the best anchor of each frame (Top-1).
-
-    Because a window of a grid is a grid, everything downstream simply works on the smaller one.
-    """
+class WindowSelector(Selector):
+    """What all anchor-based selectors share: the anchors of a frame, and keeping one."""
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
@@ -66,47 +63,71 @@ class SpatialSelector(Selector):
         self.corners = tuple(
             (top, left) for top in anchor_starts(height, self.window[0]) for left in anchor_starts(width, self.window[1])
         )
-        self.scorer = build_scorer(place.selection)(place.dim)
-        self.estimator = build_estimator(place.selection)
 
     @property
     def out_size(self) -> GridSize:
         """See `Selector.out_size`."""
         return self._out_size
 
-    def _anchor_scores(self, grid: Tensor) -> Tensor:
+    def anchor_means(self, maps: Tensor) -> Tensor:
+        """Mean over each anchor: `(B T, C, H, W)` -> `(B T, C, G)`."""
+        return F.avg_pool2d(maps, self.window, self.strides).flatten(2)
+
+    def windows_of(self, best: Tensor) -> Tensor:
+        """Top, left, height and width of anchors `(B, T)`, in tokens: `(B, T, 4)`."""
+        h, w = self.window
+        # Corner of an anchor from its number, not from a table: a table on another device would cost a copy a step.
+        columns = (self.in_size[2] - w) // self.strides[1] + 1
+        top = best.div(columns, rounding_mode="floor") * self.strides[0]
+        left = best.remainder(columns) * self.strides[1]
+        return torch.stack((top, left, torch.full_like(top, h), torch.full_like(top, w)), dim=-1)
+
+    def take(self, grid: Tensor, scores: Tensor, windows: Tensor, best: Tensor) -> tuple[Tensor, Selection]:
+        """Keep a window of each frame: grid `(B, T, H, W, C)`, windows `(B, T, 4)` -> `(B, T, h, w, C)`."""
+        batch, frames = grid.shape[:2]
+        h, w = self.window
+        top, left = windows[..., 0], windows[..., 1]
+        rows = (top.unsqueeze(-1) + torch.arange(h, device=grid.device)).unsqueeze(-1)  # (B, T, h, 1)
+        cols = (left.unsqueeze(-1) + torch.arange(w, device=grid.device)).unsqueeze(-2)  # (B, T, 1, w)
+        b = torch.arange(batch, device=grid.device).view(-1, 1, 1, 1)
+        t = torch.arange(frames, device=grid.device).view(1, -1, 1, 1)
+        return grid[b, t, rows, cols], Selection(self.slot, best, windows, scores, None)
+
+    def extra_repr(self) -> str:
+        """What is kept, in integers."""
+        return f"{self.window[0]}x{self.window[1]} of {self.in_size[1]}x{self.in_size[2]}, {len(self.corners)} anchors"
+
+
+class SpatialSelector(WindowSelector):
+    """Scores each token, averages the scores in every anchor and keeps the best anchor of each frame (Top-1).
+
+    Because a window of a grid is a grid, everything downstream simply works on the smaller one.
+    """
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self.scorer = build_scorer(place.selection)(place.dim)
+        self.estimator = build_estimator(place.selection)
+
+    def anchor_scores(self, grid: Tensor) -> Tensor:
         """Mean score of each anchor: `(B, T, H, W, C)` -> `(B * T, G)`."""
         batch, frames, height, width, _ = grid.shape
         tokens = self.scorer(grid.flatten(2, 3).flatten(0, 1)).float()
         if self.scorer.normalizes_tokens:
             tokens = self.scorer.normalize(tokens)
-        score_map = tokens.view(batch * frames, 1, height, width)
-        anchors = F.avg_pool2d(score_map, self.window, self.strides).flatten(1)
+        anchors = self.anchor_means(tokens.view(batch * frames, 1, height, width)).squeeze(1)
         return anchors if self.scorer.normalizes_tokens else self.scorer.normalize(anchors)
 
-    def forward(self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Selection]:
+    def forward(
+        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
+    ) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""
         batch, frames = grid.shape[:2]
-        h, w = self.window
-        scores = self._anchor_scores(grid)
+        scores = self.anchor_scores(grid)
         best = scores.detach().argmax(-1).view(batch, frames)
-        # Corner of an anchor from its number, not from a table: a table on another device would cost a copy a step.
-        columns = (self.in_size[2] - w) // self.strides[1] + 1
-        top = best.div(columns, rounding_mode="floor") * self.strides[0]
-        left = best.remainder(columns) * self.strides[1]
-        windows = torch.stack((top, left, torch.full_like(top, h), torch.full_like(top, w)), dim=-1)
-        if self.training:
-            weights = self.estimator(scores, 1, sigma, generator).view(batch, frames, -1)
-            kept = _WeightedWindows.apply(grid, weights.to(grid.dtype), self.corners, self.window)
-        else:
-            weights = None
-            rows = (top.unsqueeze(-1) + torch.arange(h, device=grid.device)).unsqueeze(-1)  # (B, T, h, 1)
-            cols = (left.unsqueeze(-1) + torch.arange(w, device=grid.device)).unsqueeze(-2)  # (B, T, 1, w)
-            b = torch.arange(batch, device=grid.device).view(-1, 1, 1, 1)
-            t = torch.arange(frames, device=grid.device).view(1, -1, 1, 1)
-            kept = grid[b, t, rows, cols]
-        return kept, Selection(self.slot, best, windows, scores.view(batch, frames, -1), weights)  # type: ignore[arg-type]
-
-    def extra_repr(self) -> str:
-        """What is kept, in integers."""
-        return f"{self.window[0]}x{self.window[1]} of {self.in_size[1]}x{self.in_size[2]}, {len(self.corners)} anchors"
+        windows, shown = self.windows_of(best), scores.view(batch, frames, -1)
+        if not self.training:
+            return self.take(grid, shown, windows, best)
+        weights = self.estimator(scores, 1, sigma, generator).view(batch, frames, -1)
+        kept: Tensor = _WeightedWindows.apply(grid, weights.to(grid.dtype), self.corners, self.window)  # type: ignore[assignment]
+        return kept, Selection(self.slot, best, windows, shown, weights)

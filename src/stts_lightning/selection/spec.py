@@ -34,14 +34,14 @@ class SlotSpec:
         ratio: share of the frames (t) or of the tokens of a frame (s) to keep, in (0, 1].
         keep: number of frames to keep, instead of what the ratio says (temporal only).
         side: side of the window to keep, in tokens, instead of what the ratio says (spatial only).
-        selector: class of the selector; None is the learned selector of the axis.
+        selector: which, by name (see `SELECTORS`) or by the dotted path of a class; None is the selection's.
     """
 
     name: str
     ratio: float | None = None
     keep: int | None = None
     side: int | None = None
-    selector: type | None = None
+    selector: str | None = None
 
     def __post_init__(self) -> None:
         if not _SLOT_NAME.fullmatch(self.name):
@@ -67,9 +67,7 @@ class SlotSpec:
 
     def plain(self) -> dict[str, Any]:
         """What was given, as plain values."""
-        given = {key: value for key in ("ratio", "keep", "side") if (value := getattr(self, key)) is not None}
-        target = {"_target_": f"{self.selector.__module__}.{self.selector.__qualname__}"} if self.selector else {}
-        return {**target, **given}
+        return {key: value for key in ("ratio", "keep", "side", "selector") if (value := getattr(self, key)) is not None}
 
     def _check(self, key: str, value: int, limit: int, what: str) -> int:
         if not 1 <= value <= limit:
@@ -105,6 +103,7 @@ class SelectionSpec:
         estimator: `monte_carlo` (Eq. 7-8), `exact` (the expectation that it estimates) or `official` (Eq. 7 with only the
             diagonal of the Jacobian of Eq. 8).
         samples: number n of noise samples; `exact` needs none.
+        selector: of the slots that name none: `learned` (the paper's), or one of its siblings (see `SELECTORS`).
     """
 
     slots: tuple[SlotSpec, ...] = ()
@@ -112,6 +111,7 @@ class SelectionSpec:
     scorer: str = "paper"
     estimator: str = "monte_carlo"
     samples: int = 500
+    selector: str = "learned"
 
     def __post_init__(self) -> None:
         if self.sigma < 0:
@@ -165,13 +165,16 @@ def _slot(name: str, values: Mapping[str, Any] | float | int) -> SlotSpec:
     if isinstance(values, int | float):
         return SlotSpec(name, ratio=float(values))
     values = dict(values)
-    target = values.pop("_target_", None)
-    if unknown := sorted(set(values) - {"ratio", "keep", "side"}):
-        raise SelectionError(f"selection.slots.{name}.{unknown[0]}: unknown key; allowed are ratio, keep, side, _target_")
-    return SlotSpec(name, selector=_import(target) if target else None, **values)
+    values["selector"] = values.pop("_target_", None) or values.pop("selector", None)
+    if unknown := sorted(set(values) - {"ratio", "keep", "side", "selector"}):
+        raise SelectionError(f"selection.slots.{name}.{unknown[0]}: unknown key; allowed are ratio, keep, side, selector")
+    if values["selector"] and "." in values["selector"]:
+        selector_class(values["selector"])  # Refused now, not when the model is built.
+    return SlotSpec(name, **values)
 
 
-def _import(path: str) -> type:
+def selector_class(path: str) -> type:
+    """The class that a dotted path names. Raises SelectionError if there is none."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name)

@@ -7,7 +7,36 @@ from stts_lightning.selection.selector import GridSize, Place, Selection, Select
 from stts_lightning.selection.topk import hard_topk
 
 
-class TemporalSelector(Selector):
+class FrameSelector(Selector):
+    """What all temporal selectors share: how many frames they keep, and keeping them."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        frames, height, width = place.size
+        self.keep = place.slot.frames(frames)
+        self._out_size = (self.keep, height, width)
+
+    @property
+    def out_size(self) -> GridSize:
+        """See `Selector.out_size`."""
+        return self._out_size
+
+    def take(self, grid: Tensor, scores: Tensor, indices: Tensor) -> tuple[Tensor, Selection]:
+        """Keep whole frames: grid `(B, T, H, W, C)`, indices `(B, K)` ascending -> `(B, K, H, W, C)`."""
+        rows = torch.arange(grid.shape[0], device=grid.device).unsqueeze(1)
+        return grid[rows, indices], Selection(self.slot, indices, None, scores, None)
+
+    def mix(self, grid: Tensor, scores: Tensor, indicator: Tensor) -> tuple[Tensor, Selection]:
+        """Weighted sums of all frames, Y^T x (Eq. 9): indicator `(B, K, T)` -> `(B, K, H, W, C)`."""
+        kept = torch.matmul(indicator.to(grid.dtype), grid.flatten(2)).reshape(-1, self.keep, *grid.shape[2:])
+        return kept, Selection(self.slot, hard_topk(scores.detach(), self.keep), None, scores, indicator)
+
+    def extra_repr(self) -> str:
+        """What is kept, in integers."""
+        return f"{self.keep} of {self.in_size[0]} frames"
+
+
+class TemporalSelector(FrameSelector):
     """Scores each frame by its pooled tokens and keeps the best K.
 
     In training the frames that come out are weighted sums of all frames, Y^T x (Eq. 9); in evaluation they are the
@@ -16,30 +45,19 @@ class TemporalSelector(Selector):
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
-        frames, height, width = place.size
-        self.keep = place.slot.frames(frames)
-        self._out_size = (self.keep, height, width)
         scorer = build_scorer(place.selection)
         self.scorer = scorer(scorer.frame_width * place.dim)
         self.estimator = build_estimator(place.selection)
 
-    @property
-    def out_size(self) -> GridSize:
-        """See `Selector.out_size`."""
-        return self._out_size
+    def scores(self, grid: Tensor) -> Tensor:
+        """Normalised score of each frame: `(B, T, H, W, C)` -> `(B, T)`."""
+        return self.scorer.normalize(self.scorer(self.scorer.describe_frames(grid)).float())
 
-    def forward(self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Selection]:
+    def forward(
+        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
+    ) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
-        raw = self.scorer(self.scorer.describe_frames(grid)).float()
-        scores = self.scorer.normalize(raw)
-        indices = hard_topk(scores.detach(), self.keep)
+        scores = self.scores(grid)
         if self.training:
-            indicator = self.estimator(scores, self.keep, sigma, generator)
-            kept = torch.matmul(indicator.to(grid.dtype), grid.flatten(2)).reshape(-1, self.keep, *grid.shape[2:])
-            return kept, Selection(self.slot, indices, None, scores, indicator)
-        rows = torch.arange(grid.shape[0], device=grid.device).unsqueeze(1)
-        return grid[rows, indices], Selection(self.slot, indices, None, scores, None)
-
-    def extra_repr(self) -> str:
-        """What is kept, in integers."""
-        return f"{self.keep} of {self.in_size[0]} frames"
+            return self.mix(grid, scores, self.estimator(scores, self.keep, sigma, generator))
+        return self.take(grid, scores, hard_topk(scores, self.keep))

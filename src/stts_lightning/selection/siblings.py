@@ -1,0 +1,292 @@
+"""Siblings of the learned selectors: the baselines of Tables 1 and 4, the ablations of Table 6, and choices without training.
+
+All keep the same numbers of frames and the same windows as the learned ones, so that a comparison is one of *which*.
+"""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stts_lightning.selection.selector import GridSize, Place, Selection, Selector
+from stts_lightning.selection.spatial import SpatialSelector, WindowSelector
+from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec, selector_class
+from stts_lightning.selection.temporal import FrameSelector, TemporalSelector
+from stts_lightning.selection.topk import hard_topk, one_hot
+
+
+def _uniform_noise(selector: Selector, shape: tuple[int, int], grid: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform noise; in evaluation the same in every pass, so that a random choice can be measured again."""
+    if not selector.training:
+        generator = torch.Generator(grid.device).manual_seed(0)
+    return torch.rand(shape, device=grid.device, generator=generator)
+
+
+class HardFrames(FrameSelector):
+    """Keeps the K frames with the highest of some scores, in training and evaluation alike; nothing is learned."""
+
+    @abstractmethod
+    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+        """Score of each frame, `(B, T)`."""
+
+    def forward(
+        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
+    ) -> tuple[Tensor, Selection]:
+        """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
+        scores = self.scores(grid.detach(), generator, attention).float()
+        return self.take(grid, scores, hard_topk(scores, self.keep))
+
+
+class RandomFrames(HardFrames):
+    """Random frames (Table 1, Rand.)."""
+
+    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+        """Noise."""
+        return _uniform_noise(self, (grid.shape[0], grid.shape[1]), grid, generator)
+
+
+class UniformFrames(HardFrames):
+    """The middles of K equal parts of the clip."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        parts = place.size[0] / self.keep
+        chosen = torch.tensor([int(i * parts + parts / 2) for i in range(self.keep)])
+        self.register_buffer("chosen", one_hot(chosen, place.size[0], torch.float32).sum(0), persistent=False)
+        self.chosen: Tensor
+
+    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+        """1 for the frames to keep."""
+        return self.chosen.expand(grid.shape[0], -1)
+
+
+class NormFrames(HardFrames):
+    """The frames with the largest mean token norm: a choice without training."""
+
+    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+        """Mean norm of a frame's tokens."""
+        return _norm(grid).mean((2, 3))
+
+
+class DifferenceFrames(HardFrames):
+    """The frames that differ most from the one before (the first: from the one after): a choice without training."""
+
+    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+        """Mean norm of the tokens' change."""
+        return _change(grid).mean((2, 3))
+
+
+class AttentionFrames(HardFrames):
+    """The frames to which the class token paid most attention in the block before (Table 1, Atten.)."""
+
+    needs_attention = True
+
+    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+        """Attention of a frame."""
+        assert attention is not None
+        return attention.mean((2, 3))
+
+
+class GumbelFrames(TemporalSelector):
+    """The learned scorer with a Gumbel-Softmax instead of the perturbed Top-K (Table 1, GS).
+
+    K draws without replacement: each is a softmax of the scores that the draws before have left, passed straight through.
+    The paper does not give its temperature; it is 1 here.
+    """
+
+    temperature = 1.0
+
+    def forward(
+        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
+    ) -> tuple[Tensor, Selection]:
+        """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
+        raw = self.scorer(self.scorer.describe_frames(grid)).float()
+        if not self.training:
+            return self.take(grid, raw, hard_topk(raw, self.keep))
+        noise = torch.rand(raw.shape, device=raw.device, generator=generator).clamp(1e-9, 1 - 1e-7)
+        left = raw - torch.log(-torch.log(noise))
+        order = left.detach().topk(self.keep, dim=-1).indices
+        draws: list[Tensor] = []
+        for _ in range(self.keep):
+            draws.append((left / self.temperature).softmax(-1))
+            left = left + torch.log1p(-draws[-1].clamp_max(1 - 1e-6))
+        # Frames keep the order of the input: the draw of the earliest frame comes first.
+        ranks = order.argsort(-1)
+        soft = torch.stack(draws, 1).gather(1, ranks.unsqueeze(-1).expand(-1, -1, raw.shape[1]))
+        hard = one_hot(order.sort(-1).values, raw.shape[1], soft.dtype)
+        kept, selection = self.mix(grid, raw, hard + soft - soft.detach())
+        return kept, selection._replace(indices=order.sort(-1).values)
+
+
+class HardWindows(WindowSelector):
+    """Keeps of each frame the window with the highest of some scores; nothing is learned."""
+
+    @abstractmethod
+    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+        """Score of each anchor, `(B, T, G)`."""
+
+    def of_tokens(self, tokens: Tensor) -> Tensor:
+        """Mean score in each anchor: `(B, T, H, W)` -> `(B, T, G)`."""
+        means = self.anchor_means(tokens.float().flatten(0, 1).unsqueeze(1))
+        return means.view(*tokens.shape[:2], len(self.corners))
+
+    def forward(
+        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
+    ) -> tuple[Tensor, Selection]:
+        """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""
+        scores = self.scores(grid.detach(), generator, attention)
+        best = scores.argmax(-1)
+        return self.take(grid, scores, self.windows_of(best), best)
+
+
+class RandomWindow(HardWindows):
+    """A random anchor of each frame (Table 1, Rand.)."""
+
+    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+        """Noise."""
+        noise = _uniform_noise(self, (grid.shape[0], grid.shape[1] * len(self.corners)), grid, generator)
+        return noise.view(*grid.shape[:2], len(self.corners))
+
+
+class CentreWindow(HardWindows):
+    """The window in the middle of each frame."""
+
+    def windows_of(self, best: Tensor) -> Tensor:
+        """The one window, whatever the anchors."""
+        (h, w), (_, height, width) = self.window, self.in_size
+        return torch.tensor([(height - h) // 2, (width - w) // 2, h, w], device=best.device).expand(*best.shape, 4)
+
+    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+        """Nothing is scored."""
+        return grid.new_zeros(*grid.shape[:2], 1, dtype=torch.float32)
+
+
+class NormWindow(HardWindows):
+    """The window with the largest mean token norm: a choice without training."""
+
+    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+        """Mean norm of an anchor's tokens."""
+        return self.of_tokens(_norm(grid))
+
+
+class DifferenceWindow(HardWindows):
+    """The window that differs most from the frame before (of the first frame: after): a choice without training."""
+
+    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+        """Mean norm of the change of an anchor's tokens."""
+        return self.of_tokens(_change(grid))
+
+
+class AttentionWindow(HardWindows):
+    """The window to which the class token paid most attention in the block before (Table 1, Atten.)."""
+
+    needs_attention = True
+
+    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+        """Mean attention of an anchor."""
+        assert attention is not None
+        return self.of_tokens(attention)
+
+
+class AnchorFeatures(SpatialSelector):
+    """Learned, but scores the mean features of each anchor instead of averaging its tokens' scores (Table 6, "A")."""
+
+    def anchor_scores(self, grid: Tensor) -> Tensor:
+        """Score of each anchor's features: `(B, T, H, W, C)` -> `(B * T, G)`."""
+        features = self.anchor_means(grid.flatten(0, 1).permute(0, 3, 1, 2)).transpose(1, 2)
+        return self.scorer.normalize(self.scorer(features).float())
+
+
+class Tokens(Selector):
+    """Learned, but keeps single tokens of each frame instead of a window (Table 6, without anchors).
+
+    As many as the window would hold, in input order, laid out as a grid of the window's size, which tears neighbours
+    apart: the paper's reason for anchors.
+    """
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        # The scorer and operator of spatial selection, without its anchors.
+        self.anchored = SpatialSelector(place)
+
+    @property
+    def out_size(self) -> GridSize:
+        """See `Selector.out_size`."""
+        return self.anchored.out_size
+
+    def forward(
+        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
+    ) -> tuple[Tensor, Selection]:
+        """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""
+        batch, frames, *_, channels = grid.shape
+        _, h, w = self.out_size
+        tokens = grid.flatten(2, 3).flatten(0, 1)  # (B T, N, C)
+        scorer = self.anchored.scorer
+        scores = scorer.normalize(scorer(tokens).float())
+        indices = hard_topk(scores.detach(), h * w)
+        if self.training:
+            indicator = self.anchored.estimator(scores, h * w, sigma, generator)
+            kept = torch.matmul(indicator.to(grid.dtype), tokens)
+        else:
+            kept = tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, channels))
+        shape = (batch, frames, -1)
+        selection = Selection(self.slot, indices.view(shape), None, scores.view(shape), None)
+        return kept.view(batch, frames, h, w, channels), selection
+
+    def extra_repr(self) -> str:
+        """What is kept, in integers."""
+        (_, h, w), (_, height, width) = self.out_size, self.in_size
+        return f"{h * w} of {height * width} tokens of each frame"
+
+
+def _norm(tokens: Tensor) -> Tensor:
+    """Norm of each token: `(..., C)` -> `(...)`."""
+    return tokens.float().square().sum(-1).sqrt()
+
+
+def _change(grid: Tensor) -> Tensor:
+    """Norm of each token's change from the frame before, of the first frame to the one after: `(B, T, H, W)`."""
+    change = _norm(grid[:, 1:] - grid[:, :-1])
+    if change.shape[1] == 0:
+        return torch.zeros(grid.shape[:-1], device=grid.device)
+    return F.pad(change, (0, 0, 0, 0, 1, 0)).index_copy(1, torch.zeros(1, dtype=torch.long, device=grid.device), change[:, :1])
+
+
+SELECTORS: dict[str, dict[str, type[Selector]]] = {
+    "t": {
+        "learned": TemporalSelector,
+        "random": RandomFrames,
+        "uniform": UniformFrames,
+        "norm": NormFrames,
+        "difference": DifferenceFrames,
+        "attention": AttentionFrames,
+        "gumbel": GumbelFrames,
+    },
+    "s": {
+        "learned": SpatialSelector,
+        "random": RandomWindow,
+        "centre": CentreWindow,
+        "norm": NormWindow,
+        "difference": DifferenceWindow,
+        "attention": AttentionWindow,
+        "anchor_features": AnchorFeatures,
+        "tokens": Tokens,
+    },
+}
+
+_REASONS = {
+    ("s", "gumbel"): "; a Gumbel-Softmax keeps single tokens, which the spatial downsampling of these models cannot take",
+}
+
+
+def find_selector(slot: SlotSpec, selection: SelectionSpec) -> type[Selector]:
+    """The class of a slot's selector. Raises SelectionError for a name that its axis does not have."""
+    name = slot.selector or selection.selector
+    if "." in name:
+        return selector_class(name)
+    if name not in SELECTORS[slot.axis]:
+        key = f"selection.slots.{slot.name}.selector" if slot.selector else f"selection.selector, at slot {slot.name}"
+        allowed = ", ".join(SELECTORS[slot.axis])
+        raise SelectionError(f"{key}={name!r}: allowed are {allowed}{_REASONS.get((slot.axis, name), '')}")
+    return SELECTORS[slot.axis][name]
