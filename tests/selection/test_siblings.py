@@ -146,7 +146,9 @@ def test_attention_is_the_class_tokens_own(selection: str) -> None:
         q = seen["pool_q"][:, :, :1] if block.attn.pool_q is not None else q
         weights = (q @ seen["pool_k"].transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 0, 1:]
     assert told.shape == seen["out"][1].shape[:4]
-    for one, expected in zip(told.flatten(1), weights, strict=True):
-        nearest = (one[:, None] - expected).abs()
-        assert nearest.amin(1).max() < 1e-6, "each token has the value of a pooled key"
-        assert nearest.amin(0).max() < 1e-6, "and each key stands for a token"
+    torch.testing.assert_close(told.mean((1, 2, 3)), weights.mean(-1), atol=1e-6, rtol=1e-5)
+    if told[0].numel() >= weights[0].numel():  # else several keys are averaged
+        for one, expected in zip(told.flatten(1), weights, strict=True):
+            nearest = (one[:, None] - expected).abs()
+            assert nearest.amin(1).max() < 1e-6, "each token has the value of a pooled key"
+            assert nearest.amin(0).max() < 1e-6, "and each key stands for a token"

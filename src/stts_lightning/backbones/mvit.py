@@ -109,7 +109,7 @@ class PooledAttention(nn.Module):
         """Args: cls `(B, 1, C)`, grid `(B, T, H, W, C)`. Returns: the same, the grid pooled by `q_stride`.
 
         And, if `tell`, the class token's attention to each token of the grid that comes out, `(B, T', H', W')`: the mean
-        over heads, each value of the pooled keys standing for the tokens it was pooled from.
+        over heads, of the pooled keys where the token lies (their mean, if queries are pooled more than keys).
         """
         t, h, w = grid.shape[1:4]
         size: GridSize = (t, h, w)
@@ -128,7 +128,7 @@ class PooledAttention(nn.Module):
         if tell:
             paid = (q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean(1)[:, 0, 1:]
             paid = paid.unflatten(1, pooled((t, h, w), self.kv_stride)).detach()
-            attention = F.interpolate(paid.unsqueeze(1), size, mode="nearest").squeeze(1)
+            attention = F.interpolate(paid.unsqueeze(1), size, mode="area").squeeze(1)
         return out[:, :1], out[:, 1:].unflatten(1, size), attention
 
 
