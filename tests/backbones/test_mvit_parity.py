@@ -36,7 +36,8 @@ def test_golden(shared: Path, load_rule: Callable[[str], ModuleType], tmp_path: 
     torch.save({"epoch": 20, "model_state": state, "cfg": ""}, tmp_path / "checkpoint.pyth")
     selection = "none" if config == "unpruned" else config
     model = create_model("mvit_b16", selection, pretrained=tmp_path / "checkpoint.pyth").eval()
-    assert model.backbone.blocks[0].attn.pool_k.norm.eps == 1e-5, "the release's norms after pooling"
+    # The release's norms after pooling; without selectors the file is one of SlowFast's, whose eps is another.
+    assert model.backbone.blocks[0].attn.pool_k.norm.eps == (1e-6 if config == "unpruned" else 1e-5)
     golden = np.load(folder / f"golden_{config}.npz")
     with torch.inference_mode():
         logits, kept = model(torch.from_numpy(rule.inp()), return_selection=True)
