@@ -1,10 +1,15 @@
 """Early checks of the installation."""
 
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 
 def check_installation() -> None:
-    """Exit with one line if torch and torchvision do not belong together (their operators do not register)."""
+    """Exit with one line if torch and torchvision do not belong together (their operators do not register).
+
+    To be called before anything heavy is imported: it also hushes what libraries say of themselves on import.
+    """
+    warnings.filterwarnings("ignore", message=".*torch.jit.*")
     try:
         import torchvision  # noqa: F401
     except (RuntimeError, ImportError, OSError) as error:
