@@ -180,9 +180,14 @@ def quiet_libraries() -> None:
 
 def build_model_shape(cfg: DictConfig) -> tuple[int, int, int]:
     """Clip size of the configured model, from a weightless copy. Raises SelectionError for an impossible selection."""
-    values: dict[str, Any] = plain(cfg.backbone)
     with torch.device("meta"):
-        return create_model(values.pop("name"), plain(cfg.selection), **values).backbone.clip_size
+        return build_untrained(cfg, 1).backbone.clip_size
+
+
+def build_untrained(cfg: DictConfig, num_classes: int) -> VideoClassifier:
+    """The classifier without weights from a file."""
+    values: dict[str, Any] = plain(cfg.backbone)
+    return create_model(values.pop("name"), plain(cfg.selection), num_classes, **values)
 
 
 def build_model(cfg: DictConfig, num_classes: int) -> VideoClassifier:

@@ -40,7 +40,8 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         model = assembly.build_model(cfg, len(data.classes))
         module = assembly.build_module(cfg, model)
     known = facts(trainer, module, data)
-    sigma = f"{known['sigma']} -> 0, linear over the steps" if cfg.callbacks.sigma.decay else f"{known['sigma']}, constant"
+    decays = bool(cfg.callbacks.sigma and cfg.callbacks.sigma.decay)
+    sigma = f"{known['sigma']}{' -> 0, linear over the steps' if decays else ', constant'}"
     lines = {
         **rows(known),
         "lr": f"{cfg.optim.lr}, recipe of {cfg.trainer.max_epochs} epochs",

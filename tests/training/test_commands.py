@@ -94,6 +94,24 @@ def test_evaluate_gives_what_the_run_gave_and_asks_again_without_a_pass(place: P
     assert json.loads((place / "runs/two/evaluation.json").read_text())["views"] == 2
 
 
+def test_two_processes_test_each_video_once(place: Path, finished: Path) -> None:
+    """11 videos on 2 processes are 11, with the figures of one process."""
+    lines = (place / "data/demo/val.csv").read_text().splitlines()
+    (place / "data/demo/eleven.csv").write_text("\n".join(lines[-11:]) + "\n")
+    data = ["dataset=list", "dataset.train=null", "dataset.val=data/demo/eleven.csv", "dataset.classes=classes.txt"]
+    (place / "classes.txt").write_text("\n".join(f"c{i}" for i in range(8)))
+    found = []
+    for name, trainer in (("one", []), ("two", ["trainer=ddp", "trainer.devices=2"])):
+        run = [f"hydra.run.dir=runs/{name}", "clip.short_side=72", "clip.stride=2", "clip.test_views=2"]
+        door("evaluate", place, "run=runs/full", *data, *EVALUATE, *trainer, *run)
+        found.append(json.loads((place / "runs" / name / "evaluation.json").read_text()))
+    assert [f["videos"] for f in found] == [11, 11]
+    for key in ("top1", "top5", "mean_class_accuracy", "top1_interval"):
+        assert found[0][key] == found[1][key]
+    assert found[0]["calibration_error"] == pytest.approx(found[1]["calibration_error"], abs=1e-5)
+    assert sorted(f.name for f in (place / "runs/two").glob("*.npz")) == ["predictions.npz"]
+
+
 def test_evaluate_a_file_by_itself(place: Path, finished: Path) -> None:
     """A checkpoint away from its run folder still says how its model is built, not what data it saw."""
     (place / "alone.ckpt").write_bytes((finished / "checkpoints" / "last.ckpt").read_bytes())
@@ -232,3 +250,18 @@ def test_list_with_a_missing_file(tmp_path: Path) -> None:
     done = command(tmp_path, *lists, check=False, base=["backbone=mvit_tiny", "selection=none"])
     assert done.returncode == 2
     assert "1 of 1 listed videos do not exist, first " in done.stderr
+
+
+def test_flops_says_what_a_configuration_costs(tmp_path: Path) -> None:
+    done = door("flops", tmp_path, "backbone=mvit_tiny", "selection=t0_0.5", "json=cost.json", "csv=costs.csv")
+    found = json.loads((tmp_path / "cost.json").read_text())
+    assert found["gflops"] == pytest.approx(sum(found["gflops_by_part"].values()))
+    assert found["gflops_of_test"] == pytest.approx(5 * found["gflops"])
+    assert found["tokens_of_blocks"][0] == [4, 16, 16]
+    assert f"{found['parameters']:,}" in done.stdout
+    door("flops", tmp_path, "-m", "backbone=mvit_tiny", "selection=none,s0_0.5", "csv=costs.csv")
+    with (tmp_path / "costs.csv").open() as file:
+        assert [row["selection"] for row in csv.DictReader(file)] == ["t0_0.5", "none", "s0_0.5"]
+    failed = door("flops", tmp_path, "backbone=mvit_tiny", "selection=t0_0.5", "selection.slots.t0.ratio=2", check=False)
+    assert failed.returncode == 2
+    assert failed.stderr.strip().splitlines()[-1] == "error: selection.slots.t0.ratio=2: must lie in (0, 1]"

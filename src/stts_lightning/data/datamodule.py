@@ -232,6 +232,11 @@ class VideoDataModule(pl.LightningDataModule):
         options = self.loader
         size = options.batch_size if train else options.eval_batch_size or options.batch_size
         dataset = ClipDataset(self.splits[split], clip, transform, train, self._reading)
+        devices = self.trainer.world_size if self.trainer else 1
+        if not train and len(dataset) < devices:
+            raise LoaderError(
+                f"data set {self.source.name}: {len(dataset)} videos of {split} cannot be shared by {devices} devices"
+            )
         return DataLoader(
             dataset,
             batch_size=self.per_device(size),
