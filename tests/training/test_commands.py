@@ -162,7 +162,7 @@ def test_killed_run_goes_on_where_it_was(place: Path) -> None:
     whole, killed = losses(place / "runs" / "whole"), losses(place / "runs" / "killed")
     assert max(whole) == max(killed) == 23
     for step in (19, 23):  # sigma is exact whatever the moment of the kill
-        assert killed[step][1] == pytest.approx(whole[step][1], rel=1e-5) == pytest.approx(0.1 * (1 - step / 24), rel=1e-3)
+        assert killed[step][1] == pytest.approx(whole[step][1], rel=1e-5) == pytest.approx(0.5 * (1 - step / 24), rel=1e-3)
 
 
 def test_sweep_over_sigma_and_a_ratio(place: Path) -> None:
