@@ -9,9 +9,8 @@ from pathlib import Path
 
 from stts_lightning import create_model
 from stts_lightning.analysis.model_card import model_card
-from stts_lightning.backbones import BackboneError, CheckpointError
+from stts_lightning.backbones import CheckpointError
 from stts_lightning.backbones.checkpoints import read_checkpoint, save_weights
-from stts_lightning.selection.spec import SelectionError
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,7 +35,7 @@ if __name__ == "__main__":
         if given.selection is not None:
             recipe["selection"] = json.loads(given.selection) if given.selection.startswith("{") else given.selection
         model = create_model(**{**recipe, "pretrained": given.source})
-    except (CheckpointError, SelectionError, BackboneError) as error:
+    except ValueError as error:  # Each refusal of the package is one, JSON's too.
         raise SystemExit(f"error: {error}") from error
     notes = {"source": given.source.name, "layout": checkpoint.layout.name}
     save_weights(model, model.recipe, given.converted, notes)

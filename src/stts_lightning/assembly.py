@@ -110,7 +110,7 @@ def evaluation_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig
     file = Path(cfg.run) / "checkpoints" / f"{cfg.which}.ckpt" if cfg.run else Path(cfg.checkpoint)
     if cfg.run and not file.is_file():
         raise ConfigError(f"run={cfg.run}: there is no {file}; give the folder of a run that wrote a checkpoint")
-    stored = _stored(file)
+    stored = _stored(file, cfg.trust)
     chosen = {override.partition("=")[0].lstrip("+") for override in overrides}
     if stored is not None:
         # Whatever the model or its data set bring along (views, a stride) is composed for that backbone.
@@ -118,7 +118,8 @@ def evaluation_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig
         OmegaConf.set_struct(cfg, False)
         for key in ("backbone", "selection", "dataset", "clip", "loader", "seed"):
             if key in stored and key not in chosen and not (key == "clip" and "dataset" in chosen):
-                cfg[key] = stored[key]
+                # A recipe names only what it was given: the rest of a backbone is its option's.
+                cfg[key] = OmegaConf.merge(cfg[key], stored[key]) if key == "backbone" else stored[key]
         # Unknown keys of a group were refused by Hydra; those inside one are by the constructor that they go to.
         cfg.merge_with(OmegaConf.from_dotlist([o.lstrip("+") for o in overrides if "." in o.partition("=")[0]]))
         OmegaConf.set_struct(cfg, True)
@@ -126,14 +127,14 @@ def evaluation_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig
     return cfg, file
 
 
-def _stored(file: Path) -> DictConfig | None:
+def _stored(file: Path, trust: bool) -> DictConfig | None:
     """What a checkpoint's run folder, or else the checkpoint itself, says of its model; None where neither does."""
     beside = file.parent.parent / CONFIG
-    if beside.is_file():
+    if file.parent.name == "checkpoints" and beside.is_file():
         cfg = OmegaConf.load(beside)
         assert isinstance(cfg, DictConfig)
         return cfg
-    recipe = dict(read_checkpoint(file).model or {})
+    recipe = dict(read_checkpoint(file, trust).model or {})
     if not recipe:
         return None
     selection = recipe.pop("selection")

@@ -134,7 +134,7 @@ def load_model(path: str | Path, **changes: Any) -> VideoClassifier:
     Raises:
         CheckpointError: if the file does not say how its model is built; and as `create_model`.
     """
-    recipe = read_checkpoint(path).model
+    recipe = read_checkpoint(path, bool(changes.get("trust"))).model
     if not recipe:
         raise CheckpointError(f"checkpoint {path}: does not say how its model is built; name the backbone and selection")
     return create_model(**{**recipe, "pretrained": path, **changes})

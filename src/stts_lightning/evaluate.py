@@ -75,12 +75,12 @@ def prepared(arguments: list[str]) -> list[str]:
     A value of the model or its data may belong to an option that only the run or the file knows of: it is added by force
     and judged when that is read. The output folder is `evaluation` in the run that `run=` names.
     """
-    tested = next((a.removeprefix("run=") for a in arguments if a.startswith("run=")), "")
+    tested = next((a.removeprefix("run=").strip("'\"") for a in arguments if a.startswith("run=")), "")
     known_later = ("backbone.", "selection.", "dataset.")
     arguments = [f"++{a}" if a.startswith(known_later) else a for a in arguments]
     if not tested or not Path(tested).is_dir() or any(a.startswith("hydra.run.dir=") for a in arguments):
         return arguments
-    return [*arguments, f"hydra.run.dir={tested}/evaluation"]
+    return [*arguments, f"hydra.run.dir='{tested}/evaluation'"]
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="evaluate")

@@ -65,7 +65,8 @@ def write(found: dict[str, Any], json_file: str | None, csv_file: str | None) ->
     if json_file:
         Path(json_file).write_text(json.dumps(found, indent=2) + "\n")
     if csv_file:
-        names = ("backbone", "selection", "parameters", "gflops", "views", "gflops_of_test")
+        found = {**found, "slots": "; ".join(f"{name}: {text}" for name, text in found["slots"].items())}
+        names = ("backbone", "selection", "slots", "parameters", "gflops", "views", "gflops_of_test")
         path = Path(csv_file)
         new = not path.is_file()
         with path.open("a", newline="") as file:

@@ -74,10 +74,10 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
 
 def in_run_folder(arguments: list[str]) -> list[str]:
     """Arguments with Hydra's output folder set to the run that `resume=` names, so that a resumed run makes no second one."""
-    run = next((a.removeprefix("resume=") for a in arguments if a.startswith("resume=")), "")
+    run = next((a.removeprefix("resume=").strip("'\"") for a in arguments if a.startswith("resume=")), "")
     if not run or not Path(run).is_dir() or any(a.startswith("hydra.run.dir=") for a in arguments):
         return arguments
-    return [*arguments, f"hydra.run.dir={run}", "hydra.output_subdir=null"]
+    return [*arguments, f"hydra.run.dir='{run}'", "hydra.output_subdir=null"]
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="train")

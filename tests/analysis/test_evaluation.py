@@ -57,6 +57,7 @@ def test_parts_merge_to_each_video_once(tmp_path: Path) -> None:
     parts = [Predictions(*(getattr(whole, n)[r::2] for n in ("logits", "label", "video", "valid"))) for r in range(2)]
     merged = Predictions.merged(parts, 11)
     assert np.array_equal(merged.logits, whole.logits)
+    assert Predictions.merged([parts[0]], None).video.tolist() == [0, 2, 4, 6, 8, 10], "a limited test"
     merged.save(tmp_path / "predictions.npz")
     assert np.array_equal(Predictions.load(tmp_path).label, whole.label)
     with pytest.raises(ValueError, match="a test of 11 videos left 17 predictions of 11 videos"):

@@ -136,6 +136,16 @@ def test_safetensors_of_ours_says_how_it_is_built(tmp_path: Path) -> None:
         load_model(tmp_path / "bare.pt")
 
 
+def test_what_the_first_file_settled_is_handed_on(tmp_path: Path) -> None:
+    """A run tuned from an official file stays what it was when its own checkpoint is loaded without being told."""
+    for name, choice, value in (("mvit_tiny", "pool_norm_eps", 1e-5), ("video_swin_tiny", "window_policy", "official")):
+        model = create_model(name, "t0_0.5", 5, **{choice: value})
+        torch.save({"state_dict": model.state_dict(), "model": dict(model.recipe)}, tmp_path / "own.ckpt")
+        again = create_model(name, "t0_0.5", 5, pretrained=tmp_path / "own.ckpt")
+        assert again.recipe[choice] == value
+        assert create_model(name, "t0_0.5", 5, pretrained=tmp_path / "own.ckpt", **{choice: model.recipe[choice]})
+
+
 def test_a_slot_more_than_the_file_has_is_new(tmp_path: Path) -> None:
     path = saved(create_model("mvit_tiny", "t0_0.5", **TINY), tmp_path / "m.pt")
     model = create_model("mvit_tiny", "t0_0.5_s2_0.6", pretrained=path, **TINY)

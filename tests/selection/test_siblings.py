@@ -58,6 +58,16 @@ def test_random_differs_from_step_to_step_and_follows_its_generator() -> None:
         assert not torch.equal(draws[0], draws[2])
 
 
+def test_random_in_evaluation_depends_on_slot_and_clip_alone() -> None:
+    grid = grid_of(12)
+    for axis in "ts":
+        selector = build(axis, "random").eval()
+        together = selector(grid, torch.tensor(0.1), None)[1].indices
+        alone = torch.cat([selector(one[None], torch.tensor(0.1), None)[1].indices for one in grid])
+        assert torch.equal(together, alone)
+        assert len(together.unique(dim=0)) > 4, "clips differ"
+
+
 def test_uniform_and_centre() -> None:
     indices = build("t", "uniform", ratio=None, keep=3)(grid_of(), torch.tensor(0.1), None)[1].indices
     assert indices.tolist() == [[1, 3, 5]] * 2

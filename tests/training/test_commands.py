@@ -252,6 +252,20 @@ def test_list_with_a_missing_file(tmp_path: Path) -> None:
     assert "1 of 1 listed videos do not exist, first " in done.stderr
 
 
+def test_a_converted_swin_is_tested_by_name_alone(place: Path, finished: Path) -> None:
+    from stts_lightning import create_model
+    from stts_lightning.backbones.checkpoints import save_weights
+
+    model = create_model("video_swin_t", "t0_0.5", 8, dim=8, depths=(1, 1), heads=(1, 1), frames=8, size=48)
+    save_weights(model, model.recipe, place / "swin.safetensors")
+    data = ["dataset=list", "dataset.train=null", "dataset.val=data/demo/val.csv", "dataset.classes=eight.txt"]
+    (place / "eight.txt").write_text("\n".join(f"c{i}" for i in range(8)))
+    some = ["+trainer.limit_test_batches=1", "loader.batch_size=4", "hydra.run.dir=runs/swin"]
+    door("evaluate", place, "checkpoint=swin.safetensors", *data, *EVALUATE, *some)
+    found = json.loads((place / "runs/swin/evaluation.json").read_text())
+    assert (found["backbone"], found["views"], found["videos"]) == ("video_swin_t", 12, 4)
+
+
 def test_flops_says_what_a_configuration_costs(tmp_path: Path) -> None:
     done = door("flops", tmp_path, "backbone=mvit_tiny", "selection=t0_0.5", "json=cost.json", "csv=costs.csv")
     found = json.loads((tmp_path / "cost.json").read_text())

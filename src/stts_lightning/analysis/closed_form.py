@@ -11,6 +11,7 @@ from stts_lightning.backbones.video_swin import Block as SwinBlock
 from stts_lightning.backbones.video_swin import Stage, VideoSwin, windows
 from stts_lightning.classifier import VideoClassifier
 from stts_lightning.selection.selector import Selector
+from stts_lightning.selection.siblings import AnchorFeatures
 
 NORM = 5
 """What fvcore counts for an element of a LayerNorm with weights."""
@@ -21,6 +22,8 @@ def _scorers(backbone: Backbone) -> float:
     total = 0
     for name, selector in backbone.slots.selectors.named_children():
         assert isinstance(selector, Selector)
+        if selector.needs_attention or isinstance(selector, AnchorFeatures):
+            raise TypeError(f"the cost of {type(selector).__name__} is not written out in analysis/closed_form.py")
         candidates = selector.in_size[0] if name.startswith("t") else math.prod(selector.in_size)
         for layer in selector.modules():
             if isinstance(layer, nn.Linear):

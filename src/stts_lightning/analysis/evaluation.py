@@ -46,14 +46,19 @@ class Predictions:
             return cls(content["logits"], content["label"], content["video"], content["valid"])
 
     @classmethod
-    def merged(cls, parts: Sequence["Predictions"], videos: int) -> Self:
+    def merged(cls, parts: Sequence["Predictions"], videos: int | None) -> Self:
         """All parts of a test by several processes, in the order of the list.
 
+        Args:
+            parts: what each process found.
+            videos: of the list; None where only some were to be tested.
+
         Raises:
-            ValueError: unless each of the list's `videos` stands in exactly one part.
+            ValueError: unless each of the list's videos stands in exactly one part.
         """
         numbers = np.concatenate([part.video for part in parts])
-        if not np.array_equal(np.sort(numbers), np.arange(videos)):
+        expected = np.unique(numbers) if videos is None else np.arange(videos)
+        if not np.array_equal(np.sort(numbers), expected):
             raise ValueError(f"a test of {videos} videos left {len(numbers)} predictions of {len(set(numbers.tolist()))} videos")
         order = np.argsort(numbers)
         logits, label, valid = (np.concatenate([getattr(p, name) for p in parts])[order] for name in ("logits", "label", "valid"))

@@ -50,7 +50,10 @@ class Checkpoint:
         return next(heads, None)
 
     def backbone(self) -> dict[str, Any]:
-        """Constructor arguments of the backbone that this file implies."""
+        """Constructor arguments of the backbone that this file implies; one of ours hands on what its own start settled."""
+        if self.layout is OWN:
+            settled = {key for layout in LAYOUTS for key in (*layout.backbone, *layout.tuned)}
+            return {key: value for key, value in (self.model or {}).items() if key in settled}
         return {**self.layout.backbone, **(self.layout.tuned if self.selector_keys else {})}
 
     def scorer(self) -> str | None:
@@ -192,7 +195,7 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, selection: Selecti
         )
     target = model.state_dict()
     state = checkpoint.translated(selection)
-    left_out = len(checkpoint.state) - len(state)
+    left_out = sum(not _our_key(key, checkpoint.layout, selection) for key in checkpoint.state)
     if head == "reset":
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
     fitted = []

@@ -252,6 +252,8 @@ class MViT(Backbone):
     def fitted(self, name: str, weight: Tensor, made_for: Mapping[str, Any]) -> Tensor:
         """See `Backbone.fitted`: positions `(1, N, C)` of another frame size (bicubic) or number of frames (linear)."""
         frames, *size = self.clip_size
+        if name.startswith("pos_embed_") and weight.dim() == 2:  # torchvision's
+            weight = weight.unsqueeze(0)
         if name == "pos_embed_temporal" and weight.dim() == 3:
             return F.interpolate(weight.transpose(1, 2).float(), frames // 2, mode="linear").transpose(1, 2)
         if name == "pos_embed_spatial" and weight.dim() == 3:

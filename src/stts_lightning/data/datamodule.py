@@ -170,8 +170,8 @@ class VideoDataModule(pl.LightningDataModule):
         test_views: int,
         loader: LoaderOptions,
         train_transform: dict[str, Any] | None = None,
-        short_side: int | None = None,
-        test_short_side: int | None = None,
+        short_side: int | str | None = None,
+        test_short_side: int | str | None = None,
         test_crops: int = 1,
         sampling: str = "spread",
         decoder: str = "decord",
@@ -219,13 +219,11 @@ class VideoDataModule(pl.LightningDataModule):
             **{f"{split}_hash": list_hash(videos) for split, videos in self.splits.items()},
         }
 
-    def per_device(self, batch_size: int) -> int:
+    def per_device(self, batch_size: int, key: str = "batch_size") -> int:
         """Share of a device in a global batch. Raises LoaderError if the devices cannot share it evenly."""
         devices = self.trainer.world_size if self.trainer else 1
         if batch_size % devices:
-            raise LoaderError(
-                f"loader.batch_size={batch_size}: is for all devices and must be a multiple of their number, {devices}"
-            )
+            raise LoaderError(f"loader.{key}={batch_size}: is for all devices and must be a multiple of their number, {devices}")
         return batch_size // devices
 
     def _loader(self, split: str, clip: ClipSpec, transform: Transform, train: bool = False) -> DataLoader[Batch]:
@@ -239,7 +237,7 @@ class VideoDataModule(pl.LightningDataModule):
             )
         return DataLoader(
             dataset,
-            batch_size=self.per_device(size),
+            batch_size=self.per_device(size, "batch_size" if train or options.eval_batch_size is None else "eval_batch_size"),
             shuffle=train,
             sampler=None if train else EachOnce(dataset),
             drop_last=train and len(self.splits[split]) >= size,

@@ -44,16 +44,17 @@ class EvalTransform:
 
     Args:
         size: height and width of the crop in pixels.
-        short_side: what the shorter side is resized to; as in the field, 256 for crops of 224.
+        short_side: what the shorter side is resized to; None is, as in the field, 256 for crops of 224; "crop" is the crop's
+            longer side.
         crops: 1, the centre; or 3, both ends and the centre of the longer side.
     """
 
-    def __init__(self, size: int | Sequence[int], short_side: int | None = None, crops: int = 1) -> None:
+    def __init__(self, size: int | Sequence[int], short_side: int | str | None = None, crops: int = 1) -> None:
         self.height, self.width = _pair(size)
         longest = max(self.height, self.width)
-        short = short_side if short_side is not None else round(longest * 256 / 224)
-        if short < longest:
-            raise ValueError(f"short_side={short}: must be at least the crop, {longest}")
+        short = {None: round(longest * 256 / 224), "crop": longest}.get(short_side, short_side)
+        if not isinstance(short, int) or short < longest:
+            raise ValueError(f"short_side={short}: must be at least the crop, {longest}, or 'crop'")
         if crops not in (1, 3):
             raise ValueError(f"clip.test_crops={crops}: allowed are 1 and 3")
         self.crops = crops

@@ -17,10 +17,16 @@ from stts_lightning.selection.topk import hard_topk, one_hot
 
 
 def _uniform_noise(selector: Selector, shape: tuple[int, int], grid: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform noise; in evaluation the same in every pass, so that a random choice can be measured again."""
-    if not selector.training:
-        generator = torch.Generator(grid.device).manual_seed(0)
-    return torch.rand(shape, device=grid.device, generator=generator)
+    """Uniform noise `(B, n)`; in evaluation it follows from slot and clip alone, so that a choice can be measured again."""
+    if selector.training:
+        return torch.rand(shape, device=grid.device, generator=generator)
+    tokens = grid.flatten(1)
+    # Some rounded values tell clips apart, whatever batch they stand in and to the last bits of whatever device.
+    some = (tokens[:, :: max(tokens.shape[1] // 256, 1)].float() * 8).round().long().cpu()
+    seeds = [int(seed) for seed in (some * torch.arange(1, some.shape[1] + 1).square()).sum(1)]
+    salt = sum(ord(letter) * 257**i for i, letter in enumerate(selector.slot))
+    rows = [torch.rand(shape[1], generator=torch.Generator().manual_seed((seed * 1_000_003 + salt) % 2**63)) for seed in seeds]
+    return torch.stack(rows).to(grid.device)
 
 
 class HardFrames(FrameSelector):
@@ -284,7 +290,10 @@ def find_selector(slot: SlotSpec, selection: SelectionSpec) -> type[Selector]:
     """The class of a slot's selector. Raises SelectionError for a name that its axis does not have."""
     name = slot.selector or selection.selector
     if "." in name:
-        return selector_class(name)
+        found = selector_class(name)
+        if not (isinstance(found, type) and issubclass(found, Selector)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SelectionError(f"selection.slots.{slot.name}.selector={name!r}: not a subclass of Selector")
+        return found
     if name not in SELECTORS[slot.axis]:
         key = f"selection.slots.{slot.name}.selector" if slot.selector else f"selection.selector, at slot {slot.name}"
         allowed = ", ".join(SELECTORS[slot.axis])

@@ -52,7 +52,8 @@ def run_test(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataM
     if not trainer.is_global_zero:
         return None
     files = [collect.file(rank) for rank in range(trainer.world_size)]
-    whole = Predictions.merged([Predictions.load(file) for file in files], len(data.tested))
+    limited = trainer.limit_test_batches not in (None, 1.0)
+    whole = Predictions.merged([Predictions.load(file) for file in files], None if limited else len(data.tested))
     whole.save(collect.folder / FILE)
     write_tables(whole, data.classes, collect.folder)
     for file in files:
