@@ -52,7 +52,8 @@ def run_test(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataM
     if not trainer.is_global_zero:
         return None
     files = [collect.file(rank) for rank in range(trainer.world_size)]
-    limited = trainer.limit_test_batches not in (None, 1.0)
+    # A share of 1.0 is all; the integer 1, equal to it, is one batch.
+    limited = isinstance(trainer.limit_test_batches, int) or trainer.limit_test_batches != 1.0
     whole = Predictions.merged([Predictions.load(file) for file in files], None if limited else len(data.tested))
     whole.save(collect.folder / FILE)
     write_tables(whole, data.classes, collect.folder)
