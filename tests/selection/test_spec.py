@@ -71,7 +71,7 @@ def test_non_square_grid_keeps_a_window_of_its_shape() -> None:
 def test_own_selector_by_target() -> None:
     target = "stts_lightning.selection.temporal.TemporalSelector"
     model = create_model("mvit_tiny", {"slots": {"t0": {"ratio": 0.5, "_target_": target}}}, size=64)
-    assert model.slots.describe() == {"t0": "4 of 8 frames"}
+    assert model.slots.describe() == {"t0": "4 of 8 frames (TemporalSelector)"}, "one that is not the default is named"
 
 
 def test_notation_round_trip() -> None:

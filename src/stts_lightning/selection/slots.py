@@ -99,5 +99,5 @@ class SlotBank(nn.Module):
     def describe(self) -> dict[str, str]:
         """What each slot keeps, in integers, by name: {"t0": "5 of 8 frames", "s4": "13x13 of 14x14, 4 anchors"}."""
         named = {slot.name: slot.selector or self.selection.selector for slot in self.selection.slots}
-        which = {name: "" if kind == "learned" else f" ({kind})" for name, kind in named.items()}
+        which = {name: "" if kind == "learned" else f" ({kind.rpartition('.')[2]})" for name, kind in named.items()}
         return {name: f"{selector.extra_repr()}{which[name]}" for name, selector in self.selectors.items()}
