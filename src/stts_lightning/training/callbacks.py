@@ -46,7 +46,7 @@ class FailureLog(pl.Callback):
 
     @rank_zero_only
     def _warn(self, failure: Failure) -> None:
-        log.warning("cannot decode, another sample is used: %s", failure.reason)
+        log.warning("cannot decode, replaced in training and left out of a test: %s", failure.reason)
 
     def _note(self, batch: Batch) -> None:
         for failure in batch.failures:
