@@ -25,6 +25,7 @@ from stts_lightning.data.annotations import AnnotationError
 from stts_lightning.data.datamodule import LoaderError, LoaderOptions, VideoDataModule
 from stts_lightning.data.decode import DecodeError
 from stts_lightning.selection.spec import SelectionError
+from stts_lightning.training.augment import BatchAugment
 from stts_lightning.training.module import ClassificationModule
 from stts_lightning.training.optim import OptimSpec, PartSpec
 
@@ -218,7 +219,10 @@ def build_optim(cfg: DictConfig) -> OptimSpec:
 
 def build_module(cfg: DictConfig, model: VideoClassifier) -> ClassificationModule:
     """The LightningModule around a model."""
-    return ClassificationModule(model, build_optim(cfg), model.head.out_features, cfg.label_smoothing, cfg.seed)
+    classes = model.head.out_features
+    values = plain(cfg.augment) if "augment" in cfg else {}
+    augment = BatchAugment(classes, **values) if any(values.values()) else None
+    return ClassificationModule(model, build_optim(cfg), classes, cfg.label_smoothing, cfg.seed, augment)
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:

@@ -39,6 +39,8 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         data.setup()
         model = assembly.build_model(cfg, len(data.classes))
         module = assembly.build_module(cfg, model)
+        if module.augment:
+            module.augment.check_batch(cfg.loader.batch_size // trainer.world_size * data.copies)
     known = facts(trainer, module, data)
     decays = bool(cfg.callbacks.sigma and cfg.callbacks.sigma.decay)
     sigma = f"{known['sigma']}{' -> 0, linear over the steps' if decays else ', constant'}"

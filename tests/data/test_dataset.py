@@ -1,13 +1,17 @@
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from stts_lightning.data.annotations import Video, VideoList
 from stts_lightning.data.dataset import ClipDataset, ClipSpec, Reading, collate
 from stts_lightning.data.decode import DecodeError, write_mp4
-from stts_lightning.data.transforms import EvalTransform, TrainTransform
+from stts_lightning.data.transforms import ClipRandAugment, EvalTransform, TrainTransform
 
 
 @pytest.fixture
@@ -47,10 +51,43 @@ def test_all_files_broken_is_an_error(videos: VideoList) -> None:
 
 def test_one_draw_for_all_frames_of_a_clip() -> None:
     frame = torch.randint(0, 256, (1, 3, 60, 80), dtype=torch.uint8)
-    for transform in (TrainTransform(32), TrainTransform(32, randaugment=7)):
-        out = transform(frame.expand(8, -1, -1, -1))
-        assert out.shape == (1, 8, 3, 32, 32)
-        assert (out == out[:, :1]).all()
+    for transform in (TrainTransform(32), TrainTransform(32, randaugment="rand-m7-n4-mstd0.5-inc1", copies=2)):
+        drawn = []
+        for _ in range(4):
+            out = transform(frame.expand(8, -1, -1, -1))
+            assert out.shape == (transform.copies, 8, 3, 32, 32)
+            assert (out == out[:, :1]).all()
+            drawn += list(out[:, 0])
+        assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i]), "copies and clips differ"
+
+
+def test_randaugment_of_a_clip_is_timms_of_each_frame() -> None:
+    policy = "rand-m7-n4-mstd0.5-inc1"
+    frames = torch.randint(0, 256, (3, 3, 40, 50), dtype=torch.uint8)
+    plain = rand_augment_transform(policy, {"translate_const": int(0.45 * 40), "interpolation": Image.Resampling.BICUBIC})
+    for seed in range(8):
+        torch.manual_seed(seed)
+        out = ClipRandAugment(policy, (40, 50))(frames)
+        torch.manual_seed(seed)
+        drawn = int(torch.randint(2**31, ()))
+        for frame, expected in zip(frames, out, strict=True):
+            random.seed(drawn)
+            np.random.seed(drawn)
+            assert torch.equal(pil_to_tensor(plain(to_pil_image(frame))), expected)
+
+
+@pytest.mark.parametrize("policy", ["m7", "rand-q7", "7"])
+def test_an_unknown_policy_is_refused(policy: str) -> None:
+    with pytest.raises(ValueError, match=f"randaugment='{policy}': expected as in rand-m7"):
+        TrainTransform(32, randaugment=policy)
+
+
+def test_copies_of_a_clip_stay_together(videos: VideoList) -> None:
+    with pytest.raises(ValueError, match="copies=0: must be 1 or more"):
+        TrainTransform(32, copies=0)
+    item = ClipDataset(videos, ClipSpec(8, 2), TrainTransform(32, copies=3), train=True)[0]
+    assert item.clip.shape == (3, 3, 8, 32, 32)
+    assert collate([item, item]).clip.shape == (2, 3, 3, 8, 32, 32)
 
 
 def test_evaluation_resizes_the_short_side_and_crops_the_centre() -> None:

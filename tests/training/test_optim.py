@@ -3,7 +3,7 @@ import torch
 
 from stts_lightning import create_model
 from stts_lightning.training.callbacks import annealed_sigma
-from stts_lightning.training.optim import OptimSpec, PartSpec, build_optimizer, lr_factor, parameter_groups
+from stts_lightning.training.optim import OptimSpec, PartSpec, build_optimizer, freeze, lr_factor, parameter_groups
 
 PAPER = OptimSpec(
     lr=1e-4,
@@ -106,3 +106,20 @@ def test_sigma_falls_linearly_to_zero() -> None:
     assert values[5] == pytest.approx(0.05)
     assert values[9] == pytest.approx(0.01)
     assert values[10] == values[11] == 0
+
+
+def test_a_frozen_part_takes_no_part_in_training() -> None:
+    model = create_model("mvit_tiny", "t0_0.6_s2_0.6", 5, size=64)
+    spec = OptimSpec(1e-3, 0.05, 1, parts={"backbone": PartSpec(frozen=True), "head": PartSpec(frozen=True)})
+    freeze(model, spec)
+    assert {name.partition("/")[0] for name in named(model, spec)} == {"selectors"}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer, _ = build_optimizer(model, spec, total_steps=10)
+    model.train()(torch.randn(2, 3, 16, 64, 64)).square().sum().backward()
+    optimizer.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name, _ in model.named_parameters() if ".slots." in name}
+    with pytest.raises(ValueError, match="all that this model has is frozen"):
+        freeze(create_model("mvit_tiny", None, 5, size=64), spec)
+    freeze(model, PAPER)
+    assert all(p.requires_grad for p in model.parameters())

@@ -105,7 +105,7 @@ class LoaderOptions:
     """Batches and workers.
 
     Attributes:
-        batch_size: clips a step over all devices together.
+        batch_size: videos a step over all devices together; each gives one clip, or `copies` of one.
         num_workers: decoding processes a device.
         eval_batch_size: videos a step in evaluation over all devices; None is `batch_size`.
         timeout: seconds after which a worker that delivers nothing is an error (0: never).
@@ -186,6 +186,8 @@ class VideoDataModule(pl.LightningDataModule):
         self._test_clip = replace(self._clip, views=test_views)
         self._reading = Reading(decoder, on_error)
         self._train_transform = TrainTransform(size, **(train_transform or {}))
+        self.copies = self._train_transform.copies
+        """Clips of each video of a training batch."""
         self._val_transform = EvalTransform(size, short_side)
         self._test_transform = EvalTransform(size, short_side if test_short_side is None else test_short_side, test_crops)
         self.splits: dict[str, VideoList] = {}

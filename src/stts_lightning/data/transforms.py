@@ -1,21 +1,66 @@
-"""Crops, flips and colour on clips, with torchvision's v2 transforms: one draw for all frames of a clip."""
+"""Crops, flips and colour on clips, with torchvision's v2 transforms and timm's RandAugment: one draw for a clip."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+
+class ClipRandAugment:
+    """timm's RandAugment, the same draw for all frames of a clip.
+
+    Args:
+        policy: in timm's words, as "rand-m7-n4-mstd0.5-inc1": 4 operations, each applied with probability 0.5, of magnitude
+            7 (of 10) with a standard deviation of 0.5, growing in strength with it.
+        size: height and width of the frames in pixels; bounds translations.
+
+    Raises:
+        ValueError: for a policy that timm does not know.
+    """
+
+    def __init__(self, policy: str, size: tuple[int, int]) -> None:
+        limits = {"translate_const": int(0.45 * min(size)), "interpolation": Image.Resampling.BICUBIC}
+        try:
+            self.augment = rand_augment_transform(policy, limits)
+        except (AssertionError, ValueError) as error:
+            raise ValueError(
+                f"clip.train_transform.randaugment={policy!r}: expected as in rand-m7-n4-mstd0.5-inc1 (magnitude, operations, "
+                "spread of the magnitude, growing strength)"
+            ) from error
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """Frames `(T, 3, H, W)` uint8 -> the same."""
+        # timm draws from the global generators: each frame starts them anew. Workers have generators of their own.
+        seed = int(torch.randint(2**31, ()))
+        python, numpy = random.getstate(), np.random.get_state()
+        done = []
+        try:
+            for frame in frames:
+                random.seed(seed)
+                np.random.seed(seed)
+                done.append(pil_to_tensor(self.augment(to_pil_image(frame))))
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+        return torch.stack(done)
 
 
 class TrainTransform:
-    """Random resized crop and horizontal flip; RandAugment on request.
+    """Random resized crop and horizontal flip; RandAugment and several copies on request.
 
     Args:
         size: height and width of the clip in pixels.
         scale: range of the crop's share of the area.
         ratio: range of the crop's aspect ratio.
         flip: probability of a horizontal flip; 0 where left and right matter.
-        randaugment: magnitude 0-30 of RandAugment, or None.
+        randaugment: a policy of `ClipRandAugment`, or None. It comes after the crop, which spares three quarters of the work.
+        copies: differently augmented copies of each decoded clip (repeated augmentation).
     """
 
     def __init__(
@@ -24,19 +69,23 @@ class TrainTransform:
         scale: Sequence[float] = (0.08, 1.0),
         ratio: Sequence[float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
-        randaugment: int | None = None,
+        randaugment: str | None = None,
+        copies: int = 1,
     ) -> None:
+        if copies < 1:
+            raise ValueError(f"clip.train_transform.copies={copies}: must be 1 or more")
+        self.copies = copies
         crop = v2.RandomResizedCrop(_pair(size), (scale[0], scale[1]), (ratio[0], ratio[1]), antialias=True)
-        steps: list[torch.nn.Module] = [crop]
+        steps: list[Callable[[Tensor], Tensor]] = [crop]
         if flip > 0:
             steps.append(v2.RandomHorizontalFlip(flip))
         if randaugment is not None:
-            steps.append(v2.RandAugment(num_ops=4, magnitude=randaugment))
+            steps.append(ClipRandAugment(randaugment, _pair(size)))
         self.steps = v2.Compose(steps)
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Frames `(T, 3, H, W)` uint8 -> `(1, T, 3, size, size)` uint8."""
-        return self.steps(frames)[None]
+        """Frames `(T, 3, H, W)` uint8 -> `(copies, T, 3, size, size)` uint8."""
+        return torch.stack([self.steps(frames) for _ in range(self.copies)])
 
 
 class EvalTransform:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stts_lightning.selection.selector import GridSize, Place, Selection, Selector
+from stts_lightning.selection.selector import GridSize, Place, Selection, Selector, build_estimator, build_scorer
 from stts_lightning.selection.spatial import SpatialSelector, WindowSelector
 from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec, selector_class
 from stts_lightning.selection.temporal import FrameSelector, TemporalSelector
@@ -204,8 +204,8 @@ class AnchorFeatures(SpatialSelector):
         return self.scorer.normalize(self.scorer(features).float())
 
 
-class Tokens(Selector):
-    """Learned, but keeps single tokens of each frame instead of a window (Table 6, without anchors).
+class TokenSelector(Selector):
+    """Keeps single tokens of each frame instead of a window (Table 6, without anchors).
 
     As many as the window would hold, in input order, laid out as a grid of the window's size, which tears neighbours
     apart: the paper's reason for anchors.
@@ -213,37 +213,69 @@ class Tokens(Selector):
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
-        # The scorer and operator of spatial selection, without its anchors.
-        self.anchored = SpatialSelector(place)
+        frames, height, width = place.size
+        self._out_size = (frames, *place.slot.window(height, width))
 
     @property
     def out_size(self) -> GridSize:
         """See `Selector.out_size`."""
-        return self.anchored.out_size
+        return self._out_size
+
+    @property
+    def keep(self) -> int:
+        """Tokens kept of each frame."""
+        return self._out_size[1] * self._out_size[2]
+
+    def take(self, grid: Tensor, scores: Tensor, indicator: Tensor | None = None) -> tuple[Tensor, Selection]:
+        """Keep the best tokens, or weighted sums: grid `(B, T, H, W, C)`, scores `(B T, N)` -> `(B, T, h, w, C)`.
+
+        Args:
+            grid: all tokens.
+            scores: of each token of each frame.
+            indicator: `(B T, K, N)` of Eq. 7; None keeps the tokens with the highest scores as they are.
+        """
+        batch, frames, _, _, channels = grid.shape
+        tokens = grid.flatten(2, 3).flatten(0, 1)  # (B T, N, C)
+        indices = hard_topk(scores.detach(), self.keep)
+        if indicator is None:
+            kept = tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, channels))
+        else:
+            kept = torch.matmul(indicator.to(grid.dtype), tokens)
+        shape = (batch, frames, -1)
+        selection = Selection(self.slot, indices.view(shape), None, scores.view(shape), None)
+        return kept.view(batch, *self.out_size, channels), selection
+
+    def extra_repr(self) -> str:
+        """What is kept, in integers."""
+        return f"{self.keep} of {self.in_size[1] * self.in_size[2]} tokens of each frame"
+
+
+class Tokens(TokenSelector):
+    """The tokens with the highest learned scores (Table 6, STTS without anchors)."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self.scorer = build_scorer(place.selection)(place.dim)
+        self.estimator = build_estimator(place.selection)
 
     def forward(
         self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
     ) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""
-        batch, frames, *_, channels = grid.shape
-        _, h, w = self.out_size
-        tokens = grid.flatten(2, 3).flatten(0, 1)  # (B T, N, C)
-        scorer = self.anchored.scorer
-        scores = scorer.normalize(scorer(tokens).float())
-        indices = hard_topk(scores.detach(), h * w)
-        if self.training:
-            indicator = self.anchored.estimator(scores, h * w, sigma, generator)
-            kept = torch.matmul(indicator.to(grid.dtype), tokens)
-        else:
-            kept = tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, channels))
-        shape = (batch, frames, -1)
-        selection = Selection(self.slot, indices.view(shape), None, scores.view(shape), None)
-        return kept.view(batch, frames, h, w, channels), selection
+        scores = self.scorer.normalize(self.scorer(grid.flatten(2, 3).flatten(0, 1)).float())
+        return self.take(grid, scores, self.estimator(scores, self.keep, sigma, generator) if self.training else None)
 
-    def extra_repr(self) -> str:
-        """What is kept, in integers."""
-        (_, h, w), (_, height, width) = self.out_size, self.in_size
-        return f"{h * w} of {height * width} tokens of each frame"
+
+class RandomTokens(TokenSelector):
+    """Random tokens (Table 6, Rand. without anchors)."""
+
+    def forward(
+        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
+    ) -> tuple[Tensor, Selection]:
+        """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""
+        batch, frames, height, width, _ = grid.shape
+        noise = _uniform_noise(self, (batch, frames * height * width), grid, generator)
+        return self.take(grid, noise.view(batch * frames, height * width))
 
 
 def _norm(tokens: Tensor) -> Tensor:
@@ -278,6 +310,7 @@ SELECTORS: dict[str, dict[str, type[Selector]]] = {
         "attention": AttentionWindow,
         "anchor_features": AnchorFeatures,
         "tokens": Tokens,
+        "random_tokens": RandomTokens,
     },
 }
 

@@ -10,7 +10,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from stts_lightning.classifier import VideoClassifier
 from stts_lightning.data.dataset import Batch
-from stts_lightning.training.optim import OptimSpec, build_optimizer
+from stts_lightning.training.augment import BatchAugment
+from stts_lightning.training.optim import OptimSpec, build_optimizer, freeze
 
 
 class ClassificationModule(pl.LightningModule):
@@ -21,7 +22,8 @@ class ClassificationModule(pl.LightningModule):
         optim: learning rates, decay and schedule.
         num_classes: number of classes.
         label_smoothing: of the cross-entropy.
-        seed: seeds the selectors' noise, with rank and step.
+        seed: seeds the selectors' noise and `augment`, with rank and step.
+        augment: of training batches, or None.
     """
 
     def __init__(
@@ -31,11 +33,14 @@ class ClassificationModule(pl.LightningModule):
         num_classes: int,
         label_smoothing: float = 0.0,
         seed: int = 0,
+        augment: BatchAugment | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.optim = optim
         self.seed = seed
+        self.augment = augment
+        freeze(model, optim)
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         accuracy = {f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in (1, 5) if k <= num_classes}
         self.val_metrics = MetricCollection(accuracy, prefix="val/")  # type: ignore[arg-type]
@@ -46,12 +51,18 @@ class ClassificationModule(pl.LightningModule):
         return ((self.seed * 65_537 + self.global_rank) * 10_000_019 + self.global_step) * 1_009 + micro
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy of one clip a video."""
-        self.model.slots.seed_noise(self.noise_seed(batch_idx))
-        logits = self.model(batch.clip.flatten(0, 1))
-        loss = self.loss(logits, batch.label)
+        """Cross-entropy of the clips of a batch, `(B, copies, 3, T, H, W)`."""
+        seed = self.noise_seed(batch_idx)
+        self.model.slots.seed_noise(seed)
+        clip, label = batch.clip.flatten(0, 1), batch.label.repeat_interleave(batch.clip.shape[1])
+        target = label
+        if self.augment is not None:
+            clip, target = self.augment(self.model.normalize(clip), label, seed)
+        logits = self.model(clip)
+        loss = self.loss(logits, target)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.label))
-        self.log("train/top1", (logits.argmax(-1) == batch.label).float().mean(), batch_size=len(batch.label))
+        if target is label:  # A mixed clip is of no one class.
+            self.log("train/top1", (logits.argmax(-1) == label).float().mean(), batch_size=len(batch.label))
         return loss
 
     def view_logits(self, clip: Tensor) -> Tensor:

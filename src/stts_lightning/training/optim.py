@@ -25,6 +25,7 @@ class PartSpec:
         decay_all: weight decay on norms, biases and embeddings too.
         decay_embeddings: weight decay on embeddings too.
         decay_biases: weight decay on the biases of linear layers too.
+        frozen: does not learn at all; costs neither gradients nor optimiser state.
     """
 
     lr_scale: float = 1.0
@@ -35,6 +36,7 @@ class PartSpec:
     decay_all: bool = False
     decay_embeddings: bool = False
     decay_biases: bool = False
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,15 +93,30 @@ def lr_factor(part: PartSpec, spec: OptimSpec, progress: float) -> float:
     return min(factor, part.lr_cap)
 
 
-def parameter_groups(model: VideoClassifier, spec: OptimSpec) -> list[dict[str, object]]:
-    """AdamW's groups, named `<part>/decay` and `<part>/no_decay`; each parameter lies in exactly one.
+def part_parameters(model: VideoClassifier) -> dict[str, list[nn.Parameter]]:
+    """Parameters of each part: the slots, the rest of the backbone, the head."""
+    slots = list(model.slots.parameters())
+    selectors = {id(p) for p in slots}
+    rest = [p for p in model.backbone.parameters() if id(p) not in selectors]
+    return {"selectors": slots, "backbone": rest, "head": list(model.head.parameters())}
 
-    Parts are modules: the slots, the rest of the backbone, the head. No decay for parameters of norms, for biases, and
-    for the embeddings that the backbone names.
+
+def freeze(model: VideoClassifier, spec: OptimSpec) -> None:
+    """Take the parameters of frozen parts out of training. Raises ValueError if nothing is left that learns."""
+    parts = part_parameters(model)
+    for part, parameters in parts.items():
+        for parameter in parameters:
+            parameter.requires_grad_(not spec.part(part).frozen)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("optim.parts: all that this model has is frozen; nothing would learn")
+
+
+def parameter_groups(model: VideoClassifier, spec: OptimSpec) -> list[dict[str, object]]:
+    """AdamW's groups, named `<part>/decay` and `<part>/no_decay`; each parameter that learns lies in exactly one.
+
+    No decay for parameters of norms, for biases, and for the embeddings that the backbone names.
     """
-    parts: dict[int, str] = {id(p): "head" for p in model.head.parameters()}
-    parts |= {id(p): "backbone" for p in model.backbone.parameters()}
-    parts |= {id(p): "selectors" for p in model.slots.parameters()}
+    parts = {id(p): part for part, parameters in part_parameters(model).items() for p in parameters}
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
     biases = {id(p) for name, p in model.named_parameters() if name.endswith(".bias")}
     named = dict(model.backbone.named_parameters())
@@ -114,7 +131,7 @@ def parameter_groups(model: VideoClassifier, spec: OptimSpec) -> list[dict[str, 
         return id(parameter) not in norms and (part.decay_embeddings or id(parameter) not in embeddings)
 
     groups = {f"{part}/{kind}": [] for part in PARTS for kind in ("decay", "no_decay")}
-    for parameter in model.parameters():
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         groups[f"{parts[id(parameter)]}/{'decay' if decays(parameter) else 'no_decay'}"].append(parameter)
     return [
         {"name": name, "params": params, "lr": spec.lr, "weight_decay": spec.weight_decay if name.endswith("/decay") else 0.0}

@@ -1,0 +1,189 @@
+"""Which way of selecting is worth its cost: every selector and estimator on small data, equal budgets, several seeds.
+
+    python scripts/study.py runs/study --ut ../shared/data/ut_interaction
+
+Each seed trains one plain model a data set; every variant starts from it and is tuned for the same number of steps. A run is a
+`python -m stts_lightning.train` in a process and a folder of its own; what is finished is not run again, what fails is named
+and the rest goes on. At the end the tables in docs/study.md are written anew.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import Progress
+
+from stts_lightning.analysis.results import read_result
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "study.md"
+MARKS = ("<!-- tables: written by scripts/study.py -->", "<!-- end of tables -->")
+
+# What is kept -> how it is chosen -> overrides. The paper's Table 1 in small, with its N/A: no attention before block 0, no
+# Gumbel-Softmax in space. Slots before block 1 are there for the attention.
+LEARNED = {f"STTS, {name}": [f"selection.estimator={name}"] for name in ("official", "monte_carlo", "exact")}
+STTS = {"STTS, monte_carlo": LEARNED["STTS, monte_carlo"]}
+
+
+def named(*names: str) -> dict[str, list[str]]:
+    """Variants that are a selector's name."""
+    return {name: [f"selection.selector={name}"] for name in names}
+
+
+VARIANTS: dict[str, dict[str, list[str]]] = {
+    "none": {"all tokens": []},
+    "t0_0.5": {**named("random", "uniform", "gumbel"), **LEARNED},
+    "t1_0.5": {**named("random", "attention"), **STTS},
+    "s0_0.5": {**named("random", "centre"), **LEARNED, **named("anchor_features", "tokens", "random_tokens")},
+    "s1_0.5": {**named("random", "attention"), **STTS},
+    "t0_0.5_s1_0.5": {
+        **named("random"),
+        "uniform, centre": ["selection.slots.t0.selector=uniform", "selection.slots.s1.selector=centre"],
+        **LEARNED,
+    },
+}
+
+COMMON = ["backbone=mvit_tiny", "backbone.size=48", "callbacks.progress=null", "callbacks.best=null", "logger=none"]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """How a data set is used.
+
+    Attributes:
+        data: overrides of every run.
+        plain: overrides of the plain models.
+        tuned: overrides of what starts from them.
+    """
+
+    data: list[str]
+    plain: list[str]
+    tuned: list[str]
+
+
+def data_sets(root: Path, ut: Path | None) -> dict[str, DataSet]:
+    """The data sets at hand."""
+    tuned = ["recipe=finetune", "selection.sigma=0.5"]
+    found = {"demo": DataSet(["dataset=demo"], ["recipe=scratch"], [*tuned, "trainer.max_epochs=2"])}
+    if ut:
+        lists = [f"dataset.{key}={ut.resolve()}/{file}" for key, file in (("train", "train.csv"), ("val", "val.csv"))]
+        # Few and long videos: a clip has a frame of each sixteenth of a video; the plain model starts from the demo's.
+        clip = ["clip.sampling=segments", "clip.test_views=1", "clip.short_side=48"]
+        light = ["clip.train_transform.scale=[0.6,1.0]", "clip.train_transform.ratio=[0.9,1.1]"]
+        found["ut_interaction"] = DataSet(
+            ["dataset=list", *lists, f"dataset.classes={ut.resolve()}/classes.txt", *clip, *light],
+            ["recipe=scratch", f"pretrained={root}/demo/plain_seed%d/checkpoints/last.ckpt", "head=reset", "optim.lr=1e-3"]
+            + ["trainer.max_epochs=300", "trainer.check_val_every_n_epoch=100"],
+            [*tuned, "trainer.max_epochs=30", "trainer.check_val_every_n_epoch=30", "optim.lr=1e-3"],
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its folder and its overrides."""
+
+    folder: Path
+    overrides: list[str]
+
+    def run(self, threads: int) -> bool:
+        """Run it unless it has a result; True if it has one afterwards."""
+        result = self.folder / "result.json"
+        if not result.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "-m", "stts_lightning.train", *COMMON, *self.overrides, f"hydra.run.dir={self.folder}"]
+            with (self.folder / "output.log").open("w") as log:
+                environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+                subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+            if not result.is_file():
+                print(f"failed: {self.folder} (see output.log in it)", file=sys.stderr)
+        return result.is_file()
+
+
+def folder(root: Path, name: str, kept: str, how: str, seed: int) -> Path:
+    """Where a variant's run lies."""
+    return root / name / f"{kept}_{how.replace(', ', '_').replace(' ', '_')}_seed{seed}"
+
+
+def plain_jobs(root: Path, name: str, data: DataSet, seeds: range) -> list[Job]:
+    """The models that variants start from."""
+    return [
+        Job(
+            root / name / f"plain_seed{seed}",
+            [*data.data, "selection=none", *(o.replace("%d", str(seed)) for o in data.plain), f"seed={seed}"],
+        )
+        for seed in seeds
+    ]
+
+
+def tuned_jobs(root: Path, name: str, data: DataSet, seeds: range) -> Iterator[Job]:
+    """All variants of all seeds, seed by seed."""
+    for seed in seeds:
+        start = f"pretrained={root}/{name}/plain_seed{seed}/checkpoints/last.ckpt"
+        for kept, variants in VARIANTS.items():
+            slots = [f"+selection.slots.{slot}.ratio={ratio}" for slot, ratio in zip(*[iter(kept.split("_"))] * 2, strict=False)]
+            for how, overrides in variants.items():
+                chosen = ["selection=none", *slots, *(f"+{o}" if ".slots." in o else o for o in overrides)]
+                yield Job(folder(root, name, kept, how, seed), [*data.data, *chosen, *data.tuned, start, f"seed={seed}"])
+
+
+def row(results: list[dict[str, object]], *labels: str) -> str:
+    """A line of a table: mean and standard deviation over seeds."""
+    top1 = [100 * float(str(result["top1"])) for result in results]
+    spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
+    each = ", ".join(f"{value:.1f}" for value in top1)
+    cost = float(str(results[0]["gflops_per_view"]))
+    return "| " + " | ".join([*labels, f"{cost:.3f}", f"{statistics.mean(top1):.1f} ± {spread:.1f}", each]) + " |"
+
+
+def tables(root: Path, names: list[str], seeds: range) -> str:
+    """All tables in Markdown, of the runs that have a result."""
+    lines: list[str] = []
+    for name in names:
+        lines += ["", f"### {name}", "", "| keeps | chosen by | GFLOPs a view | top-1, mean ± deviation | each seed |"]
+        lines.append("|---|---|---|---|---|")
+        groups = {("all tokens", "the plain model, before tuning"): [root / name / f"plain_seed{seed}" for seed in seeds]}
+        for kept, variants in VARIANTS.items():
+            for how in variants:
+                label = ("all tokens", "the plain model, tuned as the others") if kept == "none" else (kept, how)
+                groups[label] = [folder(root, name, kept, how, seed) for seed in seeds]
+        for labels, folders in groups.items():
+            results = [read_result(f) for f in folders if (f / "result.json").is_file()]
+            lines.append(row(results, *labels) if results else f"| {labels[0]} | {labels[1]} | | no result | |")
+    return "\n".join(lines).strip()
+
+
+def main() -> None:
+    """Run what is missing, then write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="folder of the runs")
+    parser.add_argument("--ut", type=Path, help="folder of UT-Interaction, with train.csv, val.csv and classes.txt")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=max((os.cpu_count() or 2) // 2, 1), help="runs at a time")
+    parser.add_argument("--threads", type=int, default=2, help="threads a run")
+    parser.add_argument("--tables", action="store_true", help="only write the tables of what is there")
+    options = parser.parse_args()
+    root, seeds = options.root.resolve(), range(options.seeds)
+    found = data_sets(root, options.ut)
+    if not options.tables:
+        plain = [plain_jobs(root, name, data, seeds) for name, data in found.items()]
+        tuned = [list(tuned_jobs(root, name, data, seeds)) for name, data in found.items()]
+        with Progress() as progress, ThreadPoolExecutor(options.parallel) as pool:
+            # A data set's plain models may start from those of the one before.
+            for title, jobs in [*(("plain models", jobs) for jobs in plain), *(("variants", jobs) for jobs in tuned)]:
+                task = progress.add_task(title, total=len(jobs))
+                for _ in pool.map(lambda job: job.run(options.threads), jobs):
+                    progress.advance(task)
+    page = PAGE.read_text()
+    head, _, rest = page.partition(MARKS[0])
+    tail = rest.partition(MARKS[1])[2]
+    PAGE.write_text(f"{head}{MARKS[0]}\n\n{tables(root, list(found), seeds)}\n\n{MARKS[1]}{tail}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Augmentation of batches: boxes in space alone, the same in all frames, and labels that say what a clip holds."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from stts_lightning.training.augment import BatchAugment
+
+SHAPE = (8, 3, 5, 24, 32)
+
+
+def clips() -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip i is all of value i, and of class i."""
+    return torch.arange(8.0).view(-1, 1, 1, 1, 1).expand(SHAPE).clone(), torch.arange(8)
+
+
+def test_cutmix_label_is_the_share_of_the_picture_and_the_box_spans_all_frames() -> None:
+    areas = []
+    for seed in range(30):
+        clip, target = BatchAugment(8, cutmix=1.0)(*clips(), seed)
+        for i in range(8):
+            own = (clip[i] == i)[0]  # (T, H, W)
+            other = (clip[i] == 7 - i)[0]
+            assert (own | other).all()
+            assert (own == own[:1]).all(), "the box is the same in all frames"
+            assert target[i, i] == pytest.approx(float(own.float().mean()), abs=1e-6)
+            assert target[i, 7 - i] == pytest.approx(1 - float(own.float().mean()), abs=1e-6)
+        areas.append(float(target[0, 0]))
+    assert len(set(areas)) > 20
+    assert min(areas) < 0.3
+    assert max(areas) > 0.7
+
+
+def test_mixup_weighs_clips_as_labels() -> None:
+    for seed in range(10):
+        clip, target = BatchAugment(8, mixup=0.8)(*clips(), seed)
+        expected = (target * torch.arange(8.0)).sum(1)
+        torch.testing.assert_close(clip[:, 0, 0, 0, 0], expected)
+        assert torch.equal(clip.amin((1, 2, 3, 4)), clip.amax((1, 2, 3, 4)))
+        torch.testing.assert_close(target.sum(1), torch.ones(8))
+
+
+def test_both_take_turns() -> None:
+    kinds = set()
+    for seed in range(12):
+        clip, _ = BatchAugment(8, mixup=0.8, cutmix=1.0)(*clips(), seed)
+        kinds.add("mixup" if bool((clip[0] != 0).all()) else "cutmix")
+    assert kinds == {"mixup", "cutmix"}
+
+
+def test_erasing_fills_one_box_in_all_frames_with_noise() -> None:
+    erased = 0
+    for seed in range(20):
+        clip, label = BatchAugment(8, erasing=0.25)(*clips(), seed)
+        assert torch.equal(label, torch.arange(8)), "labels stay"
+        changed = clip != torch.arange(8.0).view(-1, 1, 1, 1, 1)
+        for one in changed.all(1):  # (T, H, W)
+            assert (one == one[:1]).all()
+            erased += bool(one.any())
+            rows, columns = one[0].any(1).nonzero()[:, 0], one[0].any(0).nonzero()[:, 0]
+            if len(rows):
+                box = len(rows) * len(columns)
+                assert box == int(one[0].sum()), "a box"
+                assert 0.01 < box / (24 * 32) < 0.36
+    assert 0.12 < erased / 160 < 0.40
+
+
+def test_the_draw_follows_from_the_seed_and_leaves_the_generators() -> None:
+    augment = BatchAugment(8, mixup=0.8, cutmix=1.0, erasing=0.5)
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())  # type: ignore[union-attr]
+    a, b, c = (augment(*clips(), seed) for seed in (1, 1, 2))
+    assert torch.equal(a[0], b[0])
+    assert torch.equal(a[1], b[1])
+    assert not torch.equal(a[0], c[0])
+    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())  # type: ignore[union-attr]
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+
+
+def test_an_odd_last_batch_goes_unmixed_and_odd_batches_are_refused() -> None:
+    augment = BatchAugment(8, mixup=0.8)
+    clip, label = clips()
+    same, target = augment(clip[:3].clone(), label[:3], 0)
+    assert torch.equal(same, clip[:3])
+    assert torch.equal(target, torch.eye(8)[:3])
+    augment.check_batch(4)
+    with pytest.raises(ValueError, match="even number of clips a device; here it is 3"):
+        augment.check_batch(3)
+
+
+@pytest.mark.parametrize("values", [{"mixup": -1.0}, {"cutmix": -0.1}, {"erasing": 1.5}])
+def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"augment.{next(iter(values))}="):
+        BatchAugment(8, **values)
