@@ -186,10 +186,11 @@ def build_model_shape(cfg: DictConfig) -> tuple[int, int, int]:
         return build_untrained(cfg, 1).backbone.clip_size
 
 
-def build_untrained(cfg: DictConfig, num_classes: int) -> VideoClassifier:
-    """The classifier without weights from a file."""
+def build_untrained(cfg: DictConfig, num_classes: int, slots: dict[str, Any] | None = None) -> VideoClassifier:
+    """The classifier without weights from a file, with other slots if some are given."""
     values: dict[str, Any] = plain(cfg.backbone)
-    return create_model(values.pop("name"), plain(cfg.selection), num_classes, **values)
+    selection = plain(cfg.selection) if slots is None else {**plain(cfg.selection), "slots": slots}
+    return create_model(values.pop("name"), selection, num_classes, **values)
 
 
 def build_model(cfg: DictConfig, num_classes: int) -> VideoClassifier:

@@ -1,25 +1,25 @@
-"""`python -m stts_lightning.flops`: what a configuration costs, by part of the model and for a whole test."""
+"""`python -m stts_lightning.flops`: what a configuration costs, or all shipped ones, or which ones a budget allows."""
 
 import csv
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from stts_lightning.conf_dir import conf_dir
 from stts_lightning.doctor import check_installation
 
+if TYPE_CHECKING:
+    from stts_lightning.classifier import VideoClassifier
 
-def costs(cfg: DictConfig) -> dict[str, Any]:
-    """Figures of one configuration, as `json=` writes them."""
-    from stts_lightning import assembly
-    from stts_lightning.analysis.flops import count
+COLUMNS = ("backbone", "selection", "slots", "parameters", "gflops", "views", "gflops_of_test")
 
-    with assembly.refusals():
-        model = assembly.build_untrained(cfg, cfg.num_classes)
-    cost = count(model)
+
+def facts(cfg: DictConfig, model: "VideoClassifier", gflops: float) -> dict[str, Any]:
+    """Figures of a model, as `json=` writes them."""
     views = cfg.clip.test_views * cfg.clip.test_crops
     return {
         "backbone": cfg.backbone.name,
@@ -29,17 +29,74 @@ def costs(cfg: DictConfig) -> dict[str, Any]:
         "clip": list(model.backbone.clip_size),
         "parameters": sum(p.numel() for p in model.parameters()),
         "selector_parameters": sum(p.numel() for p in model.slots.parameters()),
-        "gflops": cost.gflops,
+        "gflops": gflops,
         "views": views,
-        "gflops_of_test": cost.gflops * views,
+        "gflops_of_test": gflops * views,
+    }
+
+
+def one(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Figures of the configuration, counted operator by operator."""
+    from stts_lightning import assembly
+    from stts_lightning.analysis.flops import count
+
+    with assembly.refusals():
+        model = assembly.build_untrained(cfg, cfg.num_classes)
+    cost = count(model)
+    details = {
         "gflops_by_part": cost.parts,
         "tokens_of_blocks": model.backbone.block_sizes,
         "uncounted_operators": cost.uncounted,
     }
+    return [{**facts(cfg, model, cost.gflops), **details}]
 
 
-def lines(found: dict[str, Any]) -> dict[str, str]:
-    """The same as a table's lines."""
+def shipped(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Figures of every shipped selection that the backbone can honour, from sizes alone."""
+    import torch
+
+    from stts_lightning import assembly
+    from stts_lightning.analysis.closed_form import closed_form
+    from stts_lightning.selection.spec import SelectionError
+
+    found = []
+    for file in (Path(conf_dir()) / "selection").glob("*.yaml"):
+        if file.stem == "operator":  # What the others have in common.
+            continue
+        slots = assembly.plain(OmegaConf.load(file)).get("slots", {})
+        with assembly.refusals(), torch.device("meta"):
+            try:
+                model = assembly.build_untrained(cfg, cfg.num_classes, slots)
+            except SelectionError as error:
+                print(f"left out {file.stem}: {error}")
+                continue
+        found.append(facts(cfg, model, closed_form(model)))
+    return sorted(found, key=lambda row: -row["gflops"])
+
+
+def affordable(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Figures of the selections that use up a budget."""
+    import torch
+
+    from stts_lightning import assembly
+    from stts_lightning.analysis.closed_form import within_budget
+
+    blocks = list(cfg.budget_blocks)
+    with assembly.refusals(), torch.device("meta"):
+        choices = within_budget(assembly.build_untrained(cfg, cfg.num_classes, {}), cfg.budget, blocks)
+        if not choices:
+            raise assembly.ConfigError(f"budget={cfg.budget}: no selection before blocks {blocks} costs so little")
+        found = []
+        for choice in choices:
+            slots = choice.selection.plain()["slots"]
+            model = assembly.build_untrained(cfg, cfg.num_classes, slots)
+            keys = (f"++selection.slots.{slot}.{key}={value}" for slot, kept in slots.items() for key, value in kept.items())
+            found.append({**facts(cfg, model, choice.gflops), "overrides": ["selection=none", *keys]})
+    return found
+
+
+def lines(found: Mapping[str, Any]) -> dict[str, str]:
+    """One configuration as a table's lines."""
     slots = "; ".join(f"{name.upper()}: {text}" for name, text in found["slots"].items())
     blocks: list[str] = []
     for number, size in enumerate(found["tokens_of_blocks"]):
@@ -60,35 +117,60 @@ def lines(found: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def write(found: dict[str, Any], json_file: str | None, csv_file: str | None) -> None:
-    """Write figures: the whole as JSON; a row to a CSV file, which a sweep fills."""
+def print_many(found: Sequence[Mapping[str, Any]], title: str) -> None:
+    """A table with a line for each configuration."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in ("selection", "keeps"):
+        table.add_column(name, overflow="fold")
+    for name in ("GFLOPs a view", "a test", "parameters"):
+        table.add_column(name, justify="right")
+    for row in found:
+        kept = "; ".join(f"{name.upper()}: {text}" for name, text in row["slots"].items())
+        figures = (f"{row['gflops']:.2f}", f"{row['gflops_of_test']:.1f}", f"{row['parameters']:,}")
+        table.add_row(row["selection"], kept or "all tokens", *figures)
+    Console().print(table)
+
+
+def write(found: Sequence[Mapping[str, Any]], json_file: str | None, csv_file: str | None) -> None:
+    """Write figures: the whole as JSON, a list where there are many; a row each to a CSV file, which a sweep fills."""
     if json_file:
-        Path(json_file).write_text(json.dumps(found, indent=2) + "\n")
+        Path(json_file).write_text(json.dumps(found[0] if len(found) == 1 else found, indent=2) + "\n")
     if csv_file:
-        found = {**found, "slots": "; ".join(f"{name}: {text}" for name, text in found["slots"].items())}
-        names = ("backbone", "selection", "slots", "parameters", "gflops", "views", "gflops_of_test")
         path = Path(csv_file)
         new = not path.is_file()
         with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, names)
+            writer = csv.DictWriter(file, COLUMNS)
             if new:
                 writer.writeheader()
-            writer.writerow({name: found[name] for name in names})
+            for row in found:
+                slots = "; ".join(f"{name}: {text}" for name, text in row["slots"].items())
+                writer.writerow({name: {**row, "slots": slots}[name] for name in COLUMNS})
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="flops")
 def main(cfg: DictConfig) -> float:
-    """Print the costs of one configuration; returns its GFLOPs for sweepers."""
+    """Print costs; returns the GFLOPs of the configuration, or of the dearest one, for sweepers."""
     check_installation()
     from stts_lightning import assembly
     from stts_lightning.training.summary import show
 
     with assembly.one_line_errors():
         assembly.quiet_libraries()
-        found = costs(cfg)
-    show(lines(found))
-    write(found, cfg.json, cfg.csv)
-    return found["gflops"]
+        if cfg.budget is not None:
+            found = affordable(cfg)
+            print_many(found, f"{cfg.backbone.name} within {cfg.budget} GFLOPs a view")
+            print("The first is", *found[0]["overrides"])
+        elif cfg.all:
+            found = shipped(cfg)
+            print_many(found, f"shipped selections of {cfg.backbone.name}")
+        else:
+            found = one(cfg)
+            show(lines(found[0]))
+        write(found, cfg.json, cfg.csv)
+    return found[0]["gflops"]
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from stts_lightning import create_model
-from stts_lightning.analysis.closed_form import closed_form
+from stts_lightning.analysis.closed_form import UnwrittenCost, closed_form, within_budget
 from stts_lightning.analysis.flops import count
+from stts_lightning.selection.spec import SelectionError, SelectionSpec
 
 CASES: list[tuple[str, Any, dict[str, Any]]] = [
     ("mvit_tiny", None, {}),
@@ -50,3 +51,57 @@ def test_official_figures(shared: Path) -> None:
     # 6 frames need no padding, so that there is nothing that we spare.
     keep6 = {"slots": {"t0": {"keep": 6}}, "scorer": "official"}
     assert closed("video_swin_b", keep6) == pytest.approx(swin["t0_0.375"]["gflops"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("backbone", "arguments"), [("mvit_tiny", {"size": (64, 96)}), ("video_swin_tiny", {"size": 56})])
+def test_the_closed_form_tells_of_selections_that_are_not_built(backbone: str, arguments: dict[str, Any]) -> None:
+    plain = create_model(backbone, None, 7, **arguments)
+    for selection in ("t0_0.6_s3_0.5", "t1_0.5_s1_0.5_t4_0.5", "s2_0.9"):
+        spec = SelectionSpec.of(selection)
+        assert closed_form(plain, spec) == pytest.approx(count(create_model(backbone, spec, 7, **arguments)).gflops, rel=1e-12)
+    with pytest.raises(SelectionError, match="slots.t9: no block 9; this backbone has 0 to 5"):
+        closed_form(plain, SelectionSpec.of("t9_0.5"))
+    with pytest.raises(UnwrittenCost, match="selector attention"):
+        closed_form(plain, SelectionSpec.of({"slots": {"t1": 0.5}, "selector": "attention"}))
+
+
+@pytest.mark.parametrize("backbone", ["mvit_tiny", "video_swin_tiny"])
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.9])
+def test_a_budget_is_used_up(backbone: str, share: float) -> None:
+    """Against every selection of one temporal and one spatial slot, written out."""
+    model = create_model(backbone, None, 7)
+    budget = share * closed_form(model)
+    choices = within_budget(model, budget, [0, 3])
+    found = {(s.slots[0].name if s.slots else "", str(s)) for s, _, _ in choices}
+    assert len(found) == len(choices)
+    side_at = {0: 16, 3: model.backbone.block_sizes[3][1]}
+
+    def cost(keep: int, side: int, t: int, s: int) -> float:
+        slots = {f"t{t}": {"keep": keep}} if keep < 8 else {}
+        slots |= {f"s{s}": {"side": side}} if side < side_at[s] else {}
+        return closed_form(model, SelectionSpec.of({"slots": slots}))
+
+    for selection, kept, gflops in choices:
+        assert gflops <= budget
+        assert gflops == pytest.approx(closed_form(model, selection))
+        assert set(kept) == {slot.name for slot in selection.slots}
+    expected = set()
+    for t in (0, 3):
+        for s in (0, 3):
+            fits = {(k, h) for k in range(1, 9) for h in range(1, side_at[s] + 1) if cost(k, h, t, s) <= budget}
+            for k, h in fits:
+                if not any(a >= k and b >= h and (a, b) != (k, h) for a, b in fits):
+                    expected.add((t if k < 8 else None, k, s if h < side_at[s] else None, h if h < side_at[s] else None))
+    shown = set()
+    for selection, _, _ in choices:
+        at = {slot.axis: slot for slot in selection.slots}
+        t, s = at.get("t"), at.get("s")
+        shown.add((t.block if t else None, t.keep if t else 8, s.block if s else None, s.side if s else None))
+    assert shown == expected
+
+
+def test_a_budget_beyond_the_plain_model_and_one_below_all() -> None:
+    model = create_model("mvit_tiny", None, 7)
+    (only,) = within_budget(model, 1.0, [0])
+    assert not only.selection.slots
+    assert within_budget(model, 1e-6, [0]) == []

@@ -279,3 +279,22 @@ def test_flops_says_what_a_configuration_costs(tmp_path: Path) -> None:
     failed = door("flops", tmp_path, "backbone=mvit_tiny", "selection=t0_0.5", "selection.slots.t0.ratio=2", check=False)
     assert failed.returncode == 2
     assert failed.stderr.strip().splitlines()[-1] == "error: selection.slots.t0.ratio=2: must lie in (0, 1]"
+
+
+def test_flops_of_all_shipped_selections_and_of_a_budget(tmp_path: Path) -> None:
+    done = door("flops", tmp_path, "backbone=mvit_tiny", "all=true", "json=all.json", "csv=all.csv")
+    rows = {row["selection"]: row for row in json.loads((tmp_path / "all.json").read_text())}
+    assert {"none", "t0_0.6_s4_0.9", "s0_0.5"} <= set(rows)
+    assert rows["none"]["gflops"] == max(row["gflops"] for row in rows.values())
+    assert re.search(r"left out t4_0.6.*no block 8; this backbone has 0 to 5", done.stdout.replace("\n", ""))
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == len(rows) + 1
+    done = door("flops", tmp_path, "backbone=mvit_tiny", "budget=0.2", "json=some.json")
+    first = json.loads((tmp_path / "some.json").read_text())[0]
+    assert 0.15 < first["gflops"] <= 0.2
+    said = done.stdout.split("The first is ")[1].split()
+    assert said == first["overrides"]
+    door("flops", tmp_path, "backbone=mvit_tiny", *said, "json=one.json")
+    one = json.loads((tmp_path / "one.json").read_text())
+    assert one["gflops"] == pytest.approx(first["gflops"], rel=1e-9)
+    failed = door("flops", tmp_path, "backbone=mvit_tiny", "budget=0.001", check=False)
+    assert failed.stderr.strip().splitlines()[-1] == "error: budget=0.001: no selection before blocks [0, 4] costs so little"

@@ -238,6 +238,8 @@ class MViT(Backbone):
         self._init_weights(init_std)
 
     def _init_weights(self, std: float) -> None:
+        if self.cls_token.is_meta:
+            return
         for name in ("cls_token", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class"):
             trunc_normal_(getattr(self, name), std=0.02)
         for module in self.modules():

@@ -309,7 +309,7 @@ class VideoSwin(Backbone):
         self.slots.check_all_attached(total)
         self.norm = nn.LayerNorm(dim)
         self.out_dim = dim
-        for module in self.modules():
+        for module in () if self.norm.weight.is_meta else self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=init_std)
                 if module.bias is not None:
