@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     },
 }
 
-COMMON = ["backbone=mvit_tiny", "backbone.size=48", "callbacks.progress=null", "callbacks.best=null", "logger=none"]
+COMMON = ["backbone=mvit_tiny", "backbone.size=48", "callbacks.progress=null", "callbacks.best=null"]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +18,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from stts_lightning.analysis.closed_form import UnwrittenCost, closed_form
+from stts_lightning.analysis.flops import count_gflops
 from stts_lightning.backbones import BackboneError, CheckpointError
 from stts_lightning.backbones.checkpoints import read_checkpoint
 from stts_lightning.classifier import VideoClassifier, create_model
@@ -191,6 +193,27 @@ def build_untrained(cfg: DictConfig, num_classes: int, slots: dict[str, Any] | N
     values: dict[str, Any] = plain(cfg.backbone)
     selection = plain(cfg.selection) if slots is None else {**plain(cfg.selection), "slots": slots}
     return create_model(values.pop("name"), selection, num_classes, **values)
+
+
+class ExperimentCost(NamedTuple):
+    """What one view of an experiment's model costs, in GFLOPs, how many views its test has, and its backbone."""
+
+    gflops: float
+    views: int
+    backbone: str
+
+
+def experiment_cost(name: str) -> ExperimentCost:
+    """Cost of a shipped experiment on its own data set, from sizes alone where its closed form is known."""
+    cfg = compose("train", [f"experiment={name}"])
+    classes = {"ssv2": 174}.get(cfg.dataset.name, 400)
+    with torch.device("meta"):
+        model = build_untrained(cfg, classes)
+    try:
+        gflops = closed_form(model)
+    except UnwrittenCost:
+        gflops = count_gflops(build_untrained(cfg, classes))
+    return ExperimentCost(gflops, cfg.clip.test_views * cfg.clip.test_crops, cfg.backbone.name)
 
 
 def build_model(cfg: DictConfig, num_classes: int) -> VideoClassifier:

@@ -119,3 +119,16 @@ def test_views_are_each_crop_of_each_clip(videos: VideoList) -> None:
     brightness = item.clip.float().mean((1, 2, 3, 4))
     assert torch.equal(brightness[:3], brightness[:1].expand(3)), "three crops of one clip"
     assert brightness[3] > brightness[2], "then the later clip"
+
+
+@pytest.mark.parametrize("picture", [(120, 180), (128, 190), (200, 100), (64, 96)])
+def test_a_wide_crop_shows_as_much_as_it_can(picture: tuple[int, int]) -> None:
+    frame = torch.zeros(1, 3, *picture, dtype=torch.uint8)
+    frame[..., 1:-1, 1:-1] = 200  # a dark rim
+    whole = EvalTransform((32, 48), "crop")(frame)
+    assert whole.shape == (1, 1, 3, 32, 48)
+    rim = whole[0, 0, 0].float()
+    rows, columns = rim[[0, -1]].mean(), rim[:, [0, -1]].mean()
+    assert min(rows, columns) < 198, "one pair of sides is seen to the rim"
+    assert EvalTransform((32, 48))(frame).float().mean() > whole.float().mean(), "and not with the usual margin"
+    assert EvalTransform((32, 48), "crop", crops=3)(frame).shape == (3, 1, 3, 32, 48)

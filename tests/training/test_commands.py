@@ -298,3 +298,37 @@ def test_flops_of_all_shipped_selections_and_of_a_budget(tmp_path: Path) -> None
     assert one["gflops"] == pytest.approx(first["gflops"], rel=1e-9)
     failed = door("flops", tmp_path, "backbone=mvit_tiny", "budget=0.001", check=False)
     assert failed.stderr.strip().splitlines()[-1] == "error: budget=0.001: no selection before blocks [0, 4] costs so little"
+
+
+def test_report_sets_our_runs_beside_the_paper(tmp_path: Path) -> None:
+    small = ["backbone=mvit_tiny", "backbone.size=64", "dataset=demo", "dataset.train=4", "dataset.val=1", "loader.batch_size=4"]
+    quick = ["trainer.max_steps=2", "callbacks.progress=null", "trainer.accelerator=cpu", "logger=none"]
+    row = "paper/mvit_b16_t0_0.6_s4_0.9"
+    door("train", tmp_path, f"experiment={row}", *small, *quick, "hydra.run.dir=runs/deep/below")
+    found = json.loads((tmp_path / "runs/deep/below/result.json").read_text())
+    assert found["experiment"] == row
+    door("report", tmp_path, "paper_table=4", "csv=four.csv", "markdown=tables.md")
+    with (tmp_path / "four.csv").open() as file:
+        lines = {line["configuration"]: line for line in csv.DictReader(file)}
+    assert len(lines) == 7
+    assert lines["T0:0.6 S4:0.9"]["top-1, ours"] == f"{100 * found['top1']:.1f} (demo, mvit_tiny)"
+    assert lines["T0:0.6 S4:0.9"]["GFLOPs, paper"] == "38.1"
+    assert lines["S0:0.6"]["ours"].endswith("%)"), "a difference that needs explaining is marked"
+    assert lines["T0:0.6"]["ours"] == "41.29"
+    assert lines["T0:0.6"]["top-1, ours"] == ""
+    door("report", tmp_path, "paper_table=8", "markdown=tables.md")
+    assert (tmp_path / "tables.md").read_text().count("### Table") == 2
+    failed = door("report", tmp_path, "paper_table=9", check=False)
+    assert failed.stderr.strip().splitlines()[-1] == "error: paper_table=9: allowed are 1 to 8"
+    failed = door("report", tmp_path, check=False)
+    assert failed.stderr.strip().splitlines()[-1] == "error: paper_table: must be given, as in paper_table=..."
+
+
+def test_a_model_is_tested_as_it_comes(tmp_path: Path) -> None:
+    plain = ["backbone=mvit_tiny", "dataset.train=2", "dataset.val=1", "selection=t1_0.5", "selection.selector=attention"]
+    door(
+        "train", tmp_path, *plain, "recipe=none", "hydra.run.dir=runs/free", "callbacks.progress=null", "trainer.accelerator=cpu"
+    )
+    found = json.loads((tmp_path / "runs/free/result.json").read_text())
+    assert (found["steps"], found["videos"]) == (0, 8)
+    assert found["slots"] == {"t1": "4 of 8 frames (attention)"}

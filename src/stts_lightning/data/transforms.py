@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 
 
 class ClipRandAugment:
@@ -89,29 +89,37 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Resize the short side; crop the centre, or crop three times along the longer side.
+    """Resize, keeping the aspect; crop the centre, or crop three times along the side that is left over.
 
     Args:
         size: height and width of the crop in pixels.
-        short_side: what the shorter side is resized to; None is, as in the field, 256 for crops of 224; "crop" is the crop's
-            longer side.
-        crops: 1, the centre; or 3, both ends and the centre of the longer side.
+        short_side: what the shorter side is resized to. None is, as in the field, 256 for crops of 224: 8/7 of the smallest
+            picture that covers the crop; "crop" is that picture itself.
+        crops: 1, the centre; or 3, both ends and the centre of the side that is left over.
     """
 
     def __init__(self, size: int | Sequence[int], short_side: int | str | None = None, crops: int = 1) -> None:
         self.height, self.width = _pair(size)
         longest = max(self.height, self.width)
-        short = {None: round(longest * 256 / 224), "crop": longest}.get(short_side, short_side)
-        if not isinstance(short, int) or short < longest:
-            raise ValueError(f"short_side={short}: must be at least the crop, {longest}, or 'crop'")
+        if short_side not in (None, "crop") and (not isinstance(short_side, int) or short_side < longest):
+            raise ValueError(f"short_side={short_side}: must be at least the crop, {longest}, or 'crop'")
         if crops not in (1, 3):
             raise ValueError(f"clip.test_crops={crops}: allowed are 1 and 3")
-        self.crops = crops
-        self.resize = v2.Resize(short, antialias=True)
+        self.short_side, self.crops = short_side, crops
+
+    def _resized(self, height: int, width: int) -> list[int]:
+        """Size of a picture after the resize: the shorter side alone for square crops, else both."""
+        if isinstance(self.short_side, int):
+            return [self.short_side]
+        zoom = 1.0 if self.short_side == "crop" else 256 / 224
+        if self.height == self.width:
+            return [round(self.height * zoom)]
+        zoom *= max(self.height / height, self.width / width)
+        return [max(round(height * zoom), self.height), max(round(width * zoom), self.width)]
 
     def __call__(self, frames: Tensor) -> Tensor:
         """Frames `(T, 3, H, W)` uint8 -> `(crops, T, 3, size, size)` uint8."""
-        frames = self.resize(frames)
+        frames = resize(frames, self._resized(frames.shape[-2], frames.shape[-1]), antialias=True)
         down, right = frames.shape[-2] - self.height, frames.shape[-1] - self.width
         centre = (round(down / 2), round(right / 2))
         corners = [centre]
