@@ -325,10 +325,9 @@ def test_report_sets_our_runs_beside_the_paper(tmp_path: Path) -> None:
 
 
 def test_a_model_is_tested_as_it_comes(tmp_path: Path) -> None:
-    plain = ["backbone=mvit_tiny", "dataset.train=2", "dataset.val=1", "selection=t1_0.5", "selection.selector=attention"]
-    door(
-        "train", tmp_path, *plain, "recipe=none", "hydra.run.dir=runs/free", "callbacks.progress=null", "trainer.accelerator=cpu"
-    )
+    chosen = ["selection=none", "+selection.slots.t1.ratio=0.5", "selection.selector=attention"]
+    small = ["backbone=mvit_tiny", "dataset.train=2", "dataset.val=1", "callbacks.progress=null", "trainer.accelerator=cpu"]
+    door("train", tmp_path, *small, *chosen, "recipe=none", "hydra.run.dir=runs/free")
     found = json.loads((tmp_path / "runs/free/result.json").read_text())
     assert (found["steps"], found["videos"]) == (0, 8)
     assert found["slots"] == {"t1": "4 of 8 frames (attention)"}
