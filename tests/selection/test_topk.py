@@ -193,5 +193,5 @@ def test_exact_goes_smoothly_to_the_hard_choice() -> None:
             y.square().sum().backward()
             assert torch.isfinite(y).all()
             assert torch.isfinite(leaf.grad).all()
-    with pytest.raises(ValueError, match="made for 256 candidates at most, here are 3136"):
+    with pytest.raises(ValueError, match="made for 64 candidates at most, here are 3136"):
         Exact(0)(torch.rand(1, 3136), 4, torch.tensor(0.1), None)

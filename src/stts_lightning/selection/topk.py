@@ -7,12 +7,12 @@ by scatter, the backward pass gathers one weight a sample and takes one product 
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
+from torch.autograd.function import once_differentiable
 
 
 def hard_topk(scores: Tensor, k: int) -> Tensor:
@@ -103,36 +103,103 @@ def perturbed_topk(scores: Tensor, k: int, sigma: Tensor | float, noise: Tensor,
     return _PerturbedTopK.apply(scores, noise, sigma, k, jacobian == "diagonal")  # type: ignore[return-value]
 
 
-def _counts(chance: Tensor, most: int) -> list[Tensor]:
-    """Before each candidate: the probability that c of those before it are selected, `(..., most + 1)` each.
+class _Chances(NamedTuple):
+    """The expectation's part in which certain candidates are the K-th largest, each with each noise of its own.
 
-    Args:
-        chance: `(..., N)`, independent probabilities of being selected.
-        most: largest count that matters.
+    R counts rows, those candidates and the nodes of the quadrature.
+
+    Attributes:
+        gaps: `(N, R)`, how far each candidate lies above the K-th largest, in standard deviations.
+        selected: `(N, R)`, probability of lying above it; 1 for the K-th largest itself.
+        others: `(N, R)` bool, False for the K-th largest itself.
     """
-    found = chance.new_zeros(*chance.shape[:-1], most + 1)
-    found[..., 0] = 1.0
-    rows: list[Tensor] = []
-    for a in chance.unbind(-1):
-        rows.append(found)
-        a = a.unsqueeze(-1)
-        one_less = torch.nn.functional.pad(found[..., :-1], (1, 0))
-        found = found + a * (one_less - found)
-    return rows
+
+    gaps: Tensor
+    selected: Tensor
+    others: Tensor
+
+    @classmethod
+    def of(cls, scores: Tensor, first: int, last: int, scale: Tensor, nodes: Tensor) -> "_Chances":
+        """For candidates `first` to `last - 1` of scores `(B, N)`."""
+        gaps = (scores.T[:, :, None] - scores[:, first:last]) * scale  # (N, B, M)
+        gaps = (gaps.unsqueeze(-1) - nodes).flatten(1)
+        own = torch.eye(scores.shape[1], device=scores.device, dtype=torch.bool)[:, first:last]
+        others = ~own[:, None, :, None].expand(-1, scores.shape[0], -1, len(nodes)).flatten(1)
+        return cls(gaps, torch.where(others, 0.5 * torch.erfc(gaps * -math.sqrt(0.5)), 1.0), others)
 
 
-def _given_last(scores: Tensor, first: int, last: int, k: int, scale: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
-    """The part of the expectation where one of the candidates `first` to `last - 1` is the K-th largest, `(B, K, N)`."""
-    gaps = (scores.unsqueeze(1) - scores[:, first:last].unsqueeze(2)) * scale  # (B, M, N)
-    chance = 0.5 * torch.erfc((nodes.view(-1, 1) - gaps.unsqueeze(2)) * math.sqrt(0.5))  # (B, M, Q, N), Phi of the difference
-    own = torch.eye(scores.shape[1], device=scores.device, dtype=torch.bool)[first:last].unsqueeze(1)  # (M, 1, N)
-    chance = chance.masked_fill(own, 1.0)
-    before = _counts(chance, k - 1)
-    after = _counts(chance.flip(-1), k - 1)[::-1]
-    weighted = (chance * weights.view(-1, 1)).unbind(-1)
-    # Candidate l is the k-th kept if k - 1 before and K - k after it are selected.
-    columns = [(w.unsqueeze(-1) * b * a.flip(-1)).sum((1, 2)) for w, b, a in zip(weighted, before, after, strict=True)]
-    return torch.stack(columns, -1)
+def _counts(selected: Tensor, k: int) -> Tensor:
+    """Probability that c of the candidates before each are selected, c below K: `(N, R)` -> `(N, K, R)` (Poisson-binomial)."""
+    counts = selected.new_zeros(selected.shape[0], k, selected.shape[1])
+    counts[0, 0] = 1.0
+    for found, after, chance in zip(counts[:-1], counts[1:], selected[:-1], strict=True):
+        torch.mul(found, 1 - chance, out=after)
+        after[1:].addcmul_(found[:-1], chance)
+    return counts
+
+
+def _less(adjoint: Tensor, chance: Tensor) -> Tensor:
+    """Gradient `(K, R)` of counts from that of the counts with one candidate more."""
+    before = adjoint * (1 - chance)
+    before[:-1].addcmul_(adjoint[1:], chance)
+    return before
+
+
+def _gain(adjoint: Tensor, found: Tensor) -> Tensor:
+    """Gradient `(R,)` of a candidate's probability from that of the counts that it joins."""
+    return (adjoint[1:] * found[:-1]).sum(0) - (adjoint * found).sum(0)
+
+
+class _ExactTopK(torch.autograd.Function):
+    """See `exact_topk`. Both passes go over the K-th largest in chunks and keep nothing of one for the other."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, scale: Tensor, k: int, nodes: Tensor, weights: Tensor, chunk: int) -> Tensor:
+        rows, candidates = scores.shape
+        ctx.save_for_backward(scores, scale, nodes, weights)
+        ctx.k, ctx.chunk = k, chunk
+        indicator = scores.new_zeros(candidates, k, rows)
+        for first in range(0, candidates, chunk):
+            last = min(first + chunk, candidates)
+            selected = _Chances.of(scores, first, last, scale, nodes).selected
+            before, after = _counts(selected, k), _counts(selected.flip(0), k).flip(0, 1)
+            weighted = (selected.view(candidates, -1, len(nodes)) * weights).flatten(1)
+            for found, left, weight, out in zip(before, after, weighted, indicator, strict=True):
+                # Candidate l is the k-th kept if k - 1 before and K - k after it are selected.
+                out.add_((found * left * weight).view(k, rows, -1).sum(-1))
+        return indicator.permute(2, 1, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        scores, scale, nodes, weights = ctx.saved_tensors
+        rows, candidates = scores.shape
+        k, chunk = ctx.k, ctx.chunk
+        above = grads[0].permute(2, 1, 0)  # (N, K, B)
+        grad = torch.zeros_like(scores)
+        for first in range(0, candidates, chunk):
+            last = min(first + chunk, candidates)
+            chances = _Chances.of(scores, first, last, scale, nodes)
+            selected = chances.selected
+            before, after = _counts(selected, k), _counts(selected.flip(0), k).flip(0, 1)
+            share = above.unsqueeze(-1) * weights.repeat(last - first)  # (N, K, B, M Q)
+            share = share.flatten(2)
+            slopes = torch.empty_like(selected)
+            adjoint = torch.zeros_like(before[0])
+            for at in reversed(range(candidates)):
+                direct = share[at] * after[at]
+                slopes[at] = _gain(adjoint, before[at]) + (direct * before[at]).sum(0)
+                adjoint = _less(adjoint, selected[at]).addcmul_(direct, selected[at])
+            adjoint.zero_()
+            for at in range(candidates):
+                slopes[at] += _gain(adjoint, after[at].flip(0))
+                adjoint = _less(adjoint, selected[at]).addcmul_((share[at] * before[at]).flip(0), selected[at])
+            # Through the normal distribution function, to the candidates and to the K-th largest.
+            slopes *= torch.exp(-0.5 * chances.gaps.square()) * (chances.others * scale / math.sqrt(2 * math.pi))
+            slopes = slopes.view(candidates, rows, last - first, -1).sum(-1)
+            grad += slopes.sum(2).T
+            grad[:, first:last] -= slopes.sum(0)
+        return grad, None, None, None, None, None
 
 
 def exact_topk(scores: Tensor, k: int, sigma: Tensor | float, nodes: int = 64, chunk: int | None = None) -> Tensor:
@@ -147,10 +214,9 @@ def exact_topk(scores: Tensor, k: int, sigma: Tensor | float, nodes: int = 64, c
     Args:
         scores: `(B, N)`.
         k: how many to keep, 1 to N.
-        sigma: standard deviation of the noise; 0 gives the hard Top-K and a zero gradient.
+        sigma: standard deviation of the noise; 0 gives the hard Top-K and a zero gradient. No gradient flows to it.
         nodes: of the quadrature.
-        chunk: candidates that are taken for the K-th largest at a time, recomputed in the backward pass; None keeps what
-            one pass holds below about 64 MiB.
+        chunk: candidates that are taken for the K-th largest at a time; None keeps what one pass holds near 64 MiB.
 
     Returns:
         Indicator `(B, K, N)`; each row sums to 1 up to the quadrature, rows are in input order.
@@ -164,16 +230,11 @@ def exact_topk(scores: Tensor, k: int, sigma: Tensor | float, nodes: int = 64, c
     sigma = torch.as_tensor(sigma, dtype=scores.dtype, device=scores.device)
     # Below this the noise is less than the scores' own resolution.
     floor = torch.finfo(scores.dtype).eps
-    scale = 1.0 / sigma.clamp_min(floor)
     points, weights = np.polynomial.hermite_e.hermegauss(nodes)
     points, weights = (scores.new_tensor(values) for values in (points, weights / weights.sum()))
     if chunk is None:
         chunk = max(1, 2**24 // max(rows * nodes * candidates * k * 2, 1))
-    indicator = scores.new_zeros(rows, k, candidates)
-    for first in range(0, candidates, chunk):
-        arguments = (scores, first, min(first + chunk, candidates), k, scale, points, weights)
-        part: Tensor = checkpoint(_given_last, *arguments, use_reentrant=False, preserve_rng_state=False)  # type: ignore[assignment]
-        indicator = indicator + part
+    indicator: Tensor = _ExactTopK.apply(scores, 1.0 / sigma.clamp_min(floor), k, points, weights, chunk)  # type: ignore[assignment]
     # At sigma = 0 the operator is the hard Top-K, whose gradient vanishes (end of Sec. 3.2).
     return torch.where(sigma > floor, indicator, one_hot(hard_topk(scores.detach(), k), candidates, scores.dtype))
 
@@ -189,7 +250,7 @@ class Estimator(Protocol):
 class Exact:
     """The expectation of Eq. 7 itself; needs no samples and no noise."""
 
-    limit = 256
+    limit = 64
     """Candidates above which an exact expectation costs more than the model that it serves."""
 
     def __init__(self, samples: int) -> None:
