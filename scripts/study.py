@@ -3,20 +3,21 @@
     python scripts/study.py runs/study --ut ../shared/data/ut_interaction
 
 Each seed trains one plain model a data set; every variant starts from it and is tuned for the same number of steps. A run is a
-`python -m stts_lightning.train` in a process and a folder of its own; what is finished is not run again, what fails is named
-and the rest goes on. At the end the tables in docs/study.md are written anew.
+`stts_lightning.train` in a process and a folder of its own; what is finished is not run again, what fails is named and the rest
+goes on. At the end the tables in docs/study.md are written anew.
 """
 
 import argparse
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.progress import Progress
 
 from stts_lightning.analysis.results import read_result
@@ -72,19 +73,38 @@ def data_sets(ut: Path | None) -> dict[str, DataSet]:
     demo = DataSet(["dataset=demo", "backbone.size=48"], ["recipe=scratch"], [*tuned, "trainer.max_epochs=2"])
     if ut is None:
         return {"demo": demo}
-    lists = [f"dataset.{key}={ut.resolve()}/{file}" for key, file in (("train", "train.csv"), ("val", "val.csv"))]
+    lists = [f"dataset.train={ut.resolve()}/train.csv", f"dataset.val={ut.resolve()}/val.csv", "dataset.name=ut_interaction"]
     # Few and long videos, half as wide again as high: a clip has a frame of each sixteenth of a video, and all of the picture.
     clip = ["backbone.size=[32,48]", "clip.sampling=segments", "clip.test_views=1", "clip.short_side=crop"]
-    light = ["clip.train_transform.scale=[0.7,1.0]", "clip.train_transform.ratio=[1.3,1.7]"]
-    rare = "trainer.check_val_every_n_epoch=20"
+    light = ["clip.train_transform.scale=[0.7,1.0]", "clip.train_transform.ratio=[1.3,1.7]", "optim.lr=5e-4"]
+    # Opening a file costs as much as a step of so small a model: each gives two clips.
+    two = ["clip.train_transform.copies=2", "loader.batch_size=8"]
+    rare = "trainer.check_val_every_n_epoch=40"
     return {
         "demo": demo,
         "ut_interaction": DataSet(
-            ["dataset=list", "dataset.name=ut_interaction", *lists, f"dataset.classes={ut.resolve()}/classes.txt", *clip, *light],
-            ["recipe=scratch", "optim.lr=3e-4", "trainer.max_epochs=240", rare],
-            [*tuned, "optim.lr=3e-4", "trainer.max_epochs=20", rare],
+            ["dataset=list", *lists, *clip, *light, *two],
+            ["recipe=scratch", "trainer.max_epochs=80", rare],
+            [*tuned, "trainer.max_epochs=6", rare],
         ),
     }
+
+
+def train(log: Path, overrides: list[str], threads: int) -> None:
+    """What a process of its own does: the training command, its output in a file."""
+    from stts_lightning.train import main
+
+    with log.open("w") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    torch.set_num_threads(threads)
+    sys.argv = ["train", *COMMON, *overrides]
+    main()
+
+
+# A server that has the packages loaded makes the processes: half of a short run would go into importing them.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["stts_lightning.train", "stts_lightning.assembly"])
 
 
 @dataclass(frozen=True)
@@ -99,10 +119,10 @@ class Job:
         result = self.folder / "result.json"
         if not result.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "stts_lightning.train", *COMMON, *self.overrides, f"hydra.run.dir={self.folder}"]
-            with (self.folder / "output.log").open("w") as log:
-                environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-                subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+            arguments = (self.folder / "output.log", [*self.overrides, f"hydra.run.dir={self.folder}"], threads)
+            process = PROCESSES.Process(target=train, args=arguments)
+            process.start()
+            process.join()
             if not result.is_file():
                 print(f"failed: {self.folder} (see output.log in it)", file=sys.stderr)
         return result.is_file()

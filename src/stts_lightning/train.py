@@ -60,7 +60,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         **tested,
         **last,
         **known,
-        "experiment": cfg.experiment_name,
+        "experiment": cfg.get("experiment_name"),  # A run of an earlier version has none.
         "sigma_last": float(model.slots.sigma),
         "steps": trainer.global_step,
         "undecodable_files": failures,

@@ -33,6 +33,7 @@ def facts(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModu
         "clip": list(model.backbone.clip_size),
         "dataset": data.summary(),
         "batch_size": data.loader.batch_size,
+        "clips_of_a_training_video": data.copies,
         "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
         "precision": trainer.precision,
         "seed": module.seed,
@@ -46,6 +47,7 @@ def rows(known: Mapping[str, Any]) -> dict[str, str]:
     size = "x".join(map(str, known["clip"]))
     videos = [str(dataset[key]) for key in ("train_videos", "val_videos") if key in dataset]
     choices = "".join(f", {name}={value}" for name, value in known["backbone_choices"].items())
+    copies = f" x {known['clips_of_a_training_video']} clips" if known["clips_of_a_training_video"] > 1 else ""
     return {
         "model": f"{known['backbone']} {known['selection']}, {size}{choices}",
         "weights": known["weights"],
@@ -53,7 +55,7 @@ def rows(known: Mapping[str, Any]) -> dict[str, str]:
         "parameters": f"{known['parameters']:,}",
         "GFLOPs": f"{known['gflops_per_view']:.2f} a view, {known['views']} views a test video",
         "data": f"{dataset['name']}: {' + '.join(videos)} videos, {dataset['classes']} classes",
-        "batch": f"{known['batch_size']} over {known['devices']}, {known['precision']}",
+        "batch": f"{known['batch_size']} videos{copies} over {known['devices']}, {known['precision']}",
     }
 
 
