@@ -39,14 +39,14 @@ def named(*names: str) -> dict[str, list[str]]:
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "none": {"all tokens": []},
     "t0_0.5": {**named("random", "uniform", "gumbel"), **LEARNED},
-    "t1_0.5": {**named("random", "attention"), **STTS},
-    "s0_0.5": {**named("random", "centre"), **LEARNED, **named("anchor_features", "tokens", "random_tokens")},
-    "s1_0.5": {**named("random", "attention"), **STTS},
+    "s0_0.5": {**named("random", "centre"), **LEARNED, **named("tokens", "random_tokens", "anchor_features")},
     "t0_0.5_s1_0.5": {
         **named("random"),
-        "uniform, centre": ["selection.slots.t0.selector=uniform", "selection.slots.s1.selector=centre"],
         **LEARNED,
+        "uniform, centre": ["selection.slots.t0.selector=uniform", "selection.slots.s1.selector=centre"],
     },
+    "t1_0.5": {**named("random", "attention"), **STTS},
+    "s1_0.5": {**named("random", "attention"), **STTS},
 }
 
 COMMON = ["backbone=mvit_tiny", "callbacks.progress=null", "callbacks.best=null"]
@@ -69,7 +69,7 @@ class DataSet:
 
 def data_sets(ut: Path | None) -> dict[str, DataSet]:
     """The data sets at hand."""
-    tuned = ["recipe=finetune", "selection.sigma=0.5"]
+    tuned = ["recipe=finetune", "selection.sigma=0.5", "trainer.limit_val_batches=0"]
     demo = DataSet(["dataset=demo", "backbone.size=48"], ["recipe=scratch"], [*tuned, "trainer.max_epochs=2"])
     if ut is None:
         return {"demo": demo}
@@ -79,13 +79,12 @@ def data_sets(ut: Path | None) -> dict[str, DataSet]:
     light = ["clip.train_transform.scale=[0.7,1.0]", "clip.train_transform.ratio=[1.3,1.7]", "optim.lr=5e-4"]
     # Opening a file costs as much as a step of so small a model: each gives two clips.
     two = ["clip.train_transform.copies=2", "loader.batch_size=8"]
-    rare = "trainer.check_val_every_n_epoch=40"
     return {
         "demo": demo,
         "ut_interaction": DataSet(
             ["dataset=list", *lists, *clip, *light, *two],
-            ["recipe=scratch", "trainer.max_epochs=80", rare],
-            [*tuned, "trainer.max_epochs=6", rare],
+            ["recipe=scratch", "trainer.max_epochs=80", "trainer.check_val_every_n_epoch=40"],
+            [*tuned, "trainer.max_epochs=6"],
         ),
     }
 
@@ -145,13 +144,13 @@ def plain_jobs(root: Path, name: str, data: DataSet, seeds: range) -> list[Job]:
 
 
 def tuned_jobs(root: Path, name: str, data: DataSet, seeds: range) -> Iterator[Job]:
-    """All variants of all seeds, seed by seed."""
-    for seed in seeds:
-        start = f"pretrained={root}/{name}/plain_seed{seed}/checkpoints/last.ckpt"
-        for kept, variants in VARIANTS.items():
-            slots = [f"+selection.slots.{slot}.ratio={ratio}" for slot, ratio in zip(*[iter(kept.split("_"))] * 2, strict=False)]
-            for how, overrides in variants.items():
-                chosen = ["selection=none", *slots, *(f"+{o}" if ".slots." in o else o for o in overrides)]
+    """All variants, each of all seeds."""
+    for kept, variants in VARIANTS.items():
+        slots = [f"+selection.slots.{slot}.ratio={ratio}" for slot, ratio in zip(*[iter(kept.split("_"))] * 2, strict=False)]
+        for how, overrides in variants.items():
+            chosen = ["selection=none", *slots, *(f"+{o}" if ".slots." in o else o for o in overrides)]
+            for seed in seeds:
+                start = f"pretrained={root}/{name}/plain_seed{seed}/checkpoints/last.ckpt"
                 yield Job(folder(root, name, kept, how, seed), [*data.data, *chosen, *data.tuned, start, f"seed={seed}"])
 
 
