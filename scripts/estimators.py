@@ -69,7 +69,7 @@ def quality() -> None:
     print("| candidates, kept | sigma | estimator | cosine of one draw | bias | deviation |\n|---|---|---|---|---|---|")
     generator = torch.Generator().manual_seed(0)
     for _, candidates, k in SIZES.values():
-        rows, draws = (4, 12) if candidates > 64 else (32, 60)
+        rows, draws = (2, 12) if candidates > 64 else (32, 60)
         scores = torch.rand(rows, candidates, generator=generator, dtype=torch.float64)
         scores = (scores - scores.amin(1, keepdim=True)) / (scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True))
         above = torch.randn(rows, k, candidates, generator=generator, dtype=torch.float64)
