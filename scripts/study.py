@@ -76,15 +76,13 @@ def data_sets(ut: Path | None) -> dict[str, DataSet]:
     lists = [f"dataset.train={ut.resolve()}/train.csv", f"dataset.val={ut.resolve()}/val.csv", "dataset.name=ut_interaction"]
     # Few and long videos, half as wide again as high: a clip has a frame of each sixteenth of a video, and all of the picture.
     clip = ["backbone.size=[32,48]", "clip.sampling=segments", "clip.test_views=1", "clip.short_side=crop"]
-    light = ["clip.train_transform.scale=[0.7,1.0]", "clip.train_transform.ratio=[1.3,1.7]", "optim.lr=5e-4"]
-    # Opening a file costs as much as a step of so small a model: each gives two clips.
-    two = ["clip.train_transform.copies=2", "loader.batch_size=8"]
+    light = ["clip.train_transform.scale=[0.7,1.0]", "clip.train_transform.ratio=[1.3,1.7]", "optim.lr=3e-4"]
     return {
         "demo": demo,
         "ut_interaction": DataSet(
-            ["dataset=list", *lists, *clip, *light, *two],
-            ["recipe=scratch", "trainer.max_epochs=80", "trainer.check_val_every_n_epoch=40"],
-            [*tuned, "trainer.max_epochs=6"],
+            ["dataset=list", *lists, *clip, *light],
+            ["recipe=scratch", "trainer.max_epochs=240", "trainer.check_val_every_n_epoch=80"],
+            [*tuned, "trainer.max_epochs=20"],
         ),
     }
 
