@@ -155,10 +155,10 @@ def tuned_jobs(root: Path, name: str, data: DataSet, seeds: range) -> Iterator[J
 def row(results: list[dict[str, object]], *labels: str) -> str:
     """A line of a table: mean and standard deviation over seeds."""
     top1 = [100 * float(str(result["top1"])) for result in results]
-    spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
+    spread = f" ± {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
     each = ", ".join(f"{value:.1f}" for value in top1)
     cost = float(str(results[0]["gflops_per_view"]))
-    return "| " + " | ".join([*labels, f"{cost:.3f}", f"{statistics.mean(top1):.1f} ± {spread:.1f}", each]) + " |"
+    return "| " + " | ".join([*labels, f"{cost:.3f}", f"{statistics.mean(top1):.1f}{spread}", each]) + " |"
 
 
 def tables(root: Path, names: list[str], seeds: range) -> str:
