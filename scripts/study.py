@@ -1,6 +1,6 @@
 """Which way of selecting is worth its cost: every selector and estimator on small data, equal budgets, several seeds.
 
-    python scripts/study.py runs/study --ut ../shared/data/ut_interaction
+    python scripts/study.py runs/study --ut DIR
 
 Each seed trains one plain model a data set; every variant starts from it and is tuned for the same number of steps. A run is a
 `stts_lightning.train` in a process and a folder of its own; what is finished is not run again, what fails is named and the rest
