@@ -118,7 +118,9 @@ def test_a_frozen_part_takes_no_part_in_training() -> None:
     model.train()(torch.randn(2, 3, 16, 64, 64)).square().sum().backward()
     optimizer.step()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {name for name, _ in model.named_parameters() if ".slots." in name}
+    selectors = {name for name, _ in model.named_parameters() if ".slots." in name}
+    # A constant added to all scores changes no choice: that bias has no gradient but rounding, and may stay where it is.
+    assert {name for name in selectors if not name.endswith("score.bias")} <= changed <= selectors
     with pytest.raises(ValueError, match="all that this model has is frozen"):
         freeze(create_model("mvit_tiny", None, 5, size=64), spec)
     freeze(model, PAPER)
