@@ -16,8 +16,10 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": {"classifier", "backbones", "selection", "data"},
     # What a run costs and what a test found is analysis' to say; it knows nothing of training.
     "training": {"classifier", "backbones", "selection", "data", "analysis"},
+    "arguments": set(),
     "conf_dir": set(),
     "doctor": set(),
+    "sweeps": {"analysis"},
     "assembly": {"classifier", "backbones", "selection", "data", "training", "analysis"},
 }
 DOORS = {"train", "evaluate", "predict", "flops", "benchmark", "report", "export", "prepare_data"}

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +25,16 @@ from stts_lightning.backbones.checkpoints import read_checkpoint
 from stts_lightning.classifier import VideoClassifier, create_model
 from stts_lightning.data.annotations import AnnotationError
 from stts_lightning.data.datamodule import LoaderError, LoaderOptions, VideoDataModule
+from stts_lightning.data.dataset import ClipSpec
 from stts_lightning.data.decode import DecodeError
+from stts_lightning.data.transforms import EvalTransform
+from stts_lightning.data.windows import WindowRule
 from stts_lightning.selection.spec import SelectionError
 from stts_lightning.training.augment import BatchAugment
 from stts_lightning.training.module import ClassificationModule
 from stts_lightning.training.optim import OptimSpec, PartSpec
 
-CONFIG = "config.yaml"
+CONFIG, CLASSES = "config.yaml", "classes.txt"
 
 
 class ConfigError(ValueError):
@@ -97,19 +100,20 @@ def resumed_config(run: str | Path, overrides: list[str]) -> tuple[DictConfig, P
     return merged, checkpoint
 
 
-def evaluation_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path]:
-    """What to test, and its checkpoint: what a run folder or a file says of itself, under what was asked on top.
+def trained_config(cfg: DictConfig, overrides: list[str], door: str) -> tuple[DictConfig, Path]:
+    """What a command is to use, and its checkpoint: what a run folder or a file says of itself, under what was asked on top.
 
     Args:
-        cfg: composed from `evaluate.yaml`; `run` names a run folder, or `checkpoint` a file.
+        cfg: composed from the command's own file; `run` names a run folder, or `checkpoint` a file.
         overrides: of the command line.
+        door: name of that file.
 
     Raises:
         ConfigError: unless exactly one of `run` and `checkpoint` is given, or if the folder is not one of a run.
         CheckpointError: if the file cannot be read.
     """
     if bool(cfg.run) == bool(cfg.checkpoint):
-        raise ConfigError("give what to test: run=FOLDER, or checkpoint=FILE (with backbone= and selection=, if it is not ours)")
+        raise ConfigError("give a model: run=FOLDER, or checkpoint=FILE (with backbone= and selection=, if it is not ours)")
     file = Path(cfg.run) / "checkpoints" / f"{cfg.which}.ckpt" if cfg.run else Path(cfg.checkpoint)
     if cfg.run and not file.is_file():
         raise ConfigError(f"run={cfg.run}: there is no {file}; give the folder of a run that wrote a checkpoint")
@@ -117,10 +121,10 @@ def evaluation_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig
     chosen = {override.partition("=")[0].lstrip("+") for override in overrides}
     if stored is not None:
         # Whatever the model or its data set bring along (views, a stride) is composed for that backbone.
-        cfg = compose("evaluate", [f"backbone={stored.backbone.name}", *overrides])
+        cfg = compose(door, [f"backbone={stored.backbone.name}", *overrides])
         OmegaConf.set_struct(cfg, False)
         for key in ("backbone", "selection", "dataset", "clip", "loader", "seed"):
-            if key in stored and key not in chosen and not (key == "clip" and "dataset" in chosen):
+            if key in stored and key in cfg and key not in chosen and not (key == "clip" and "dataset" in chosen):
                 # A recipe names only what it was given: the rest of a backbone is its option's.
                 cfg[key] = OmegaConf.merge(cfg[key], stored[key]) if key == "backbone" else stored[key]
         # Unknown keys of a group were refused by Hydra; those inside one are by the constructor that they go to.
@@ -156,6 +160,44 @@ def save_config(cfg: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if _first_process():
         OmegaConf.save(OmegaConf.create(plain(cfg)), folder / CONFIG)
+
+
+def save_classes(cfg: DictConfig, classes: Sequence[str]) -> None:
+    """Write the names of the classes into the run's folder, a line each, for commands that see no data set."""
+    if _first_process():
+        (Path(cfg.run_dir) / CLASSES).write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+
+
+def class_names(file: str | None, checkpoint: Path, count: int) -> tuple[str, ...]:
+    """Names of a model's classes: of a file, a line each, or else of the checkpoint's run folder, or else their numbers.
+
+    Raises:
+        ConfigError: if the file is missing or has another number of lines.
+    """
+    beside = checkpoint.parent.parent / CLASSES
+    path = Path(file) if file else beside if checkpoint.parent.name == "checkpoints" and beside.is_file() else None
+    if path is None:
+        return tuple(map(str, range(count)))
+    if not path.is_file():
+        raise ConfigError(f"classes={path}: no such file; give a file with the name of a class on each line")
+    names = tuple(path.read_text(encoding="utf-8").splitlines())
+    if len(names) != count:
+        raise ConfigError(f"classes={path}: {len(names)} lines, but the model has {count} classes")
+    return names
+
+
+def build_windows(cfg: DictConfig, clip_size: tuple[int, int, int]) -> WindowRule:
+    """How `predict` cuts videos."""
+    frames, *size = clip_size
+    clip = plain(cfg.clip)
+    short = clip["test_short_side"] if clip["test_short_side"] is not None else clip["short_side"]
+    pictures = None
+    if cfg.overlay:
+        zoom = max(-(-256 // max(size)), 1)
+        shown = short * zoom if isinstance(short, int) else short
+        pictures = EvalTransform([zoom * side for side in size], shown)
+    spec = ClipSpec(frames, clip["stride"], 1, clip["sampling"])
+    return WindowRule(spec, EvalTransform(size, short, clip["test_crops"]), cfg.every, pictures, clip["decoder"])
 
 
 @contextmanager
@@ -226,9 +268,12 @@ def build_model(cfg: DictConfig, num_classes: int) -> VideoClassifier:
 def build_data(cfg: DictConfig, clip_size: tuple[int, int, int]) -> VideoDataModule:
     """The datamodule for clips of a size."""
     plain(cfg.dataset)  # A missing value is named before anything is built.
-    return VideoDataModule(
-        source=instantiate(cfg.dataset), clip_size=clip_size, loader=LoaderOptions(**plain(cfg.loader)), **plain(cfg.clip)
-    )
+    return VideoDataModule(source=instantiate(cfg.dataset), clip_size=clip_size, loader=build_loader(cfg), **plain(cfg.clip))
+
+
+def build_loader(cfg: DictConfig) -> LoaderOptions:
+    """Batches and workers."""
+    return LoaderOptions(**plain(cfg.loader))
 
 
 def build_optim(cfg: DictConfig) -> OptimSpec:

@@ -9,6 +9,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from stts_lightning.arguments import of_a_run
 from stts_lightning.conf_dir import conf_dir
 from stts_lightning.doctor import check_installation
 
@@ -21,6 +22,7 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     from stts_lightning import assembly
     from stts_lightning.analysis.evaluation import check_question, score
+    from stts_lightning.analysis.throughput import clips_per_second
     from stts_lightning.training.callbacks import FailureLog
     from stts_lightning.training.summary import facts, rows, show
     from stts_lightning.training.testing import run_test
@@ -42,7 +44,8 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if predictions is None:  # Not the first process.
         raise SystemExit(0)
     failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]
-    return {**score(predictions, cfg.views, cfg.missing), **known, "undecodable_files": failures}
+    measured = clips_per_second(model, module.device)
+    return {**score(predictions, cfg.views, cfg.missing), **known, **measured, "undecodable_files": failures}
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> float:
@@ -59,7 +62,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> float:
         with assembly.refusals():
             result = score(Predictions.load(cfg.predictions), cfg.views, cfg.missing)
     else:
-        cfg, checkpoint = assembly.evaluation_config(cfg, overrides)
+        cfg, checkpoint = assembly.trained_config(cfg, overrides, "evaluate")
         result = {**test(cfg, folder), "checkpoint": str(checkpoint), "versions": versions(), "commit": commit()}
     write_result(folder / "evaluation.json", result)
     low, high = result["top1_interval"]
@@ -67,20 +70,6 @@ def run(cfg: DictConfig, overrides: list[str]) -> float:
     log.info("%s (top1 between %.2f%% and %.2f%% with 95 %% confidence)", ", ".join(accuracies), 100 * low, 100 * high)
     log.info("%d videos, %d missing, %d views; %s", result["videos"], result["missing"], result["views"], folder)
     return result["top1"]
-
-
-def prepared(arguments: list[str]) -> list[str]:
-    """Arguments as Hydra needs them.
-
-    A value of the model or its data may belong to an option that only the run or the file knows of: it is added by force
-    and judged when that is read. The output folder is `evaluation` in the run that `run=` names.
-    """
-    tested = next((a.removeprefix("run=").strip("'\"") for a in arguments if a.startswith("run=")), "")
-    known_later = ("backbone.", "selection.", "dataset.")
-    arguments = [f"++{a}" if a.startswith(known_later) else a for a in arguments]
-    if not tested or not Path(tested).is_dir() or any(a.startswith("hydra.run.dir=") for a in arguments):
-        return arguments
-    return [*arguments, f"hydra.run.dir='{tested}/evaluation'"]
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="evaluate")
@@ -94,5 +83,5 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = prepared(sys.argv[1:])
+    sys.argv[1:] = of_a_run(sys.argv[1:], "evaluation")
     main()

@@ -1,4 +1,4 @@
-"""`python -m stts_lightning.report`: the paper's tables beside the official code's costs, ours, and our accuracies."""
+"""`python -m stts_lightning.report`: compare run folders; or print a table of the paper beside our costs and accuracies."""
 
 import csv
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def change(value: float, published: float | None, tera: bool) -> str:
     return f"{text} ({value / published - 1:+.1%})"
 
 
-def paper_table(number: int, runs: Path) -> tuple[str, Lines]:
+def paper_table(number: int, roots: Sequence[Path]) -> tuple[str, Lines]:
     """Title and lines of a table, a dictionary by column each."""
     from stts_lightning import assembly
     from stts_lightning.analysis.paper import TABLES, measured
@@ -30,7 +30,7 @@ def paper_table(number: int, runs: Path) -> tuple[str, Lines]:
     if number not in TABLES:
         raise assembly.ConfigError(f"paper_table={number}: allowed are {min(TABLES)} to {max(TABLES)}")
     table = TABLES[number]
-    results = [read_result(file) for file in sorted(runs.rglob("result.json"))]
+    results = [read_result(file) for root in roots for file in sorted(root.rglob("result.json"))]
     tera = table.unit == "TFLOPs"
     lines: Lines = []
     for row in table.rows:
@@ -57,8 +57,8 @@ def show(title: str, lines: Lines) -> None:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for name in lines[0]:
-        table.add_column(name, overflow="fold")
+    for number, name in enumerate(lines[0]):
+        table.add_column(name, overflow="fold", min_width=24 if number == 0 else None)
     for line in lines:
         table.add_row(*line.values())
     Console().print(table)
@@ -71,26 +71,69 @@ def markdown(title: str, lines: Lines) -> str:
     return "\n".join([f"### {title}", "", *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)), "", ""])
 
 
+def folders(runs: object) -> list[Path]:
+    """`runs`, one or several, as paths."""
+    return [Path(str(one)) for one in (runs if isinstance(runs, list) else [runs])]
+
+
+def compare(roots: Sequence[Path], out: Path) -> None:
+    """Write the comparison of all runs below folders, and print its tables."""
+    from stts_lightning import assembly
+    from stts_lightning.analysis.page import named, rows, write_report
+    from stts_lightning.analysis.runs import find_runs, pareto, points
+
+    with assembly.refusals():
+        try:
+            runs = find_runs(roots)
+        except FileNotFoundError as error:
+            raise assembly.ConfigError(f"{error}; give a folder of runs, or several as runs=[A,B]") from error
+        if not runs:
+            raise assembly.ConfigError(f"runs={','.join(map(str, roots))}: no run below has a result with a top-1 yet")
+    out.mkdir(parents=True, exist_ok=True)
+    page = write_report(runs, out)
+    everything = points(runs)
+    short = ("name", "GFLOPs a view", "tokens kept, %", "top-1, %", "deviation", "seeds", "clips/s")
+    for dataset in dict.fromkeys(point.dataset for point in everything):
+        group = [point for point in everything if point.dataset == dataset]
+        table = rows(group, named(group))
+        front = pareto(group)
+        lines = [{key: "" if row[key] is None else f"{row[key]}" for key in short} for row in table]
+        for number, line in enumerate(lines):
+            line["name"] = f"{'*' if number in front else ' '} {line['name']}"
+            line["seeds"] = f"{table[number]['seeds']:g}"
+        show(f"{dataset} (* no other is as good in both GFLOPs and top-1)", lines)
+    print(f"{len(runs)} runs; {page}; figures and tables: {out / 'report'}")
+
+
+def print_paper_table(number: int, roots: Sequence[Path], into: str | None, csv_file: str | None) -> None:
+    """Print a table of the paper; add it to a Markdown file or write it as CSV where that is asked."""
+    title, lines = paper_table(number, roots)
+    show(title, lines)
+    if into:
+        with Path(into).open("a") as file:
+            file.write(markdown(title, lines))
+    if csv_file:
+        with Path(csv_file).open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+
+
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="report")
 def main(cfg: DictConfig) -> None:
-    """Print a table; add it to a Markdown file or write it as CSV where that is asked."""
+    """Compare runs, or print a table of the paper."""
     check_installation()
     from stts_lightning import assembly
 
     with assembly.one_line_errors():
         assembly.quiet_libraries()
         with assembly.refusals():
-            number = assembly.plain(cfg)["paper_table"]
-        title, lines = paper_table(number, Path(cfg.runs))
-    show(title, lines)
-    if cfg.markdown:
-        with Path(cfg.markdown).open("a") as file:
-            file.write(markdown(title, lines))
-    if cfg.csv:
-        with Path(cfg.csv).open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]))
-            writer.writeheader()
-            writer.writerows(lines)
+            values = assembly.plain(cfg)
+        roots = folders(values["runs"])
+        if values["paper_table"] is None:
+            compare(roots, Path(values["out"]) if values["out"] else roots[0])
+        else:
+            print_paper_table(values["paper_table"], roots, values["markdown"], values["csv"])
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from stts_lightning import sweeps
+from stts_lightning.arguments import in_run_folder, of_a_sweep
 from stts_lightning.conf_dir import conf_dir
 from stts_lightning.doctor import check_installation
 
@@ -21,8 +24,9 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     from stts_lightning import assembly
     from stts_lightning.analysis.evaluation import score
     from stts_lightning.analysis.results import commit, versions, write_result
+    from stts_lightning.analysis.throughput import clips_per_second
     from stts_lightning.training.callbacks import FailureLog
-    from stts_lightning.training.loggers import log_summary
+    from stts_lightning.training.loggers import log_config, log_summary
     from stts_lightning.training.summary import StartTable, facts, rows
     from stts_lightning.training.testing import run_test
 
@@ -37,6 +41,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         trainer = assembly.build_trainer(cfg)
         data.prepare_data()
         data.setup()
+        assembly.save_classes(cfg, data.classes)
         model = assembly.build_model(cfg, len(data.classes))
         module = assembly.build_module(cfg, model)
         if module.augment:
@@ -50,6 +55,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         "sigma": sigma if known["slots"] else "-",
         "run folder": cfg.run_dir,
     }
+    log_config(trainer, assembly.plain(cfg))
     trainer.callbacks.append(StartTable(lines))  # type: ignore[attr-defined]
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     last = {f"last/{k}": float(v) for k, v in sorted(trainer.callback_metrics.items()) if k.startswith(("val/", "train/"))}
@@ -60,6 +66,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         **tested,
         **last,
         **known,
+        **(clips_per_second(model, module.device) if trainer.is_global_zero else {}),
         "experiment": cfg.get("experiment_name"),  # A run of an earlier version has none.
         "sigma_last": float(model.slots.sigma),
         "steps": trainer.global_step,
@@ -69,23 +76,18 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     }
     if trainer.is_global_zero:
         write_result(Path(cfg.run_dir) / "result.json", result)
-        log_summary(trainer, {key: result[key] for key in ("top1", "top5", "gflops_per_view", "parameters") if key in result})
+        log_summary(trainer, result)
         shown = ", ".join(f"{name} {result[name]:.1%}" for name in ("top1", "top5") if name in result)
         log.info("%s at %.2f GFLOPs a view; %s", shown or "trained", result["gflops_per_view"], Path(cfg.run_dir) / "result.json")
     return result.get("top1")
 
 
-def in_run_folder(arguments: list[str]) -> list[str]:
-    """Arguments with Hydra's output folder set to the run that `resume=` names, so that a resumed run makes no second one."""
-    run = next((a.removeprefix("resume=").strip("'\"") for a in arguments if a.startswith("resume=")), "")
-    if not run or not Path(run).is_dir() or any(a.startswith("hydra.run.dir=") for a in arguments):
-        return arguments
-    return [*arguments, f"hydra.run.dir='{run}'", "hydra.output_subdir=null"]
-
-
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="train")
-def main(cfg: DictConfig) -> float | None:
-    """Train one model; returns its test top-1 for sweepers."""
+def main(cfg: DictConfig) -> Any:
+    """Train one model; returns its test top-1, or what `objectives` names, for sweepers."""
+    if sweeps.is_job_of_sweep():
+        return sweeps.run_job(list(cfg.objectives) if cfg.objectives else None)
+    sweeps.follow_parent()
     check_installation()
     # Imported late: --help and a misspelt key are answered without waiting for torch.
     from stts_lightning import assembly
@@ -98,5 +100,5 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = in_run_folder(sys.argv[1:])
+    sys.argv[1:] = of_a_sweep(in_run_folder(sys.argv[1:]))
     main()

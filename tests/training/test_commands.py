@@ -120,7 +120,7 @@ def test_evaluate_a_file_by_itself(place: Path, finished: Path) -> None:
     result, alone = (json.loads(f.read_text()) for f in (finished / "result.json", place / "runs/alone/evaluation.json"))
     assert {k: alone[k] for k in ("top1", "slots", "clip")} == {k: result[k] for k in ("top1", "slots", "clip")}
     for arguments, message in (
-        ([], "error: give what to test: run=FOLDER, or checkpoint=FILE"),
+        ([], "error: give a model: run=FOLDER, or checkpoint=FILE"),
         (["run=runs/none"], "error: run=runs/none: there is no "),
         (["checkpoint=none.pt"], "error: checkpoint none.pt: no such file"),
         (["predictions=runs"], "error: predictions=runs: there is no predictions.npz in it"),

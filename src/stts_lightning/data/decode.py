@@ -28,6 +28,11 @@ class Reader(Protocol):
         """Number of frames that the container promises."""
         ...
 
+    @property
+    def rate(self) -> float:
+        """Frames a second, on average."""
+        ...
+
     def frames(self, indices: NDArray[np.int64]) -> Frames:
         """Frames by number, in any order and with repeats, `(T, H, W, 3)` uint8 RGB, upright."""
         ...
@@ -47,6 +52,11 @@ class DecordReader:
 
     def __len__(self) -> int:
         return len(self._reader)
+
+    @property
+    def rate(self) -> float:
+        """See `Reader.rate`."""
+        return float(self._reader.get_avg_fps())
 
     def has_even_rate(self) -> bool:
         """Whether frames follow each other at one rate. decord seeks by time, which is exact only then."""
@@ -80,6 +90,11 @@ class PyAVReader:
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def rate(self) -> float:
+        """See `Reader.rate`."""
+        return float(self._stream.average_rate or self._stream.guessed_rate or 0)
 
     def frames(self, indices: NDArray[np.int64]) -> Frames:
         """See `Reader.frames`."""

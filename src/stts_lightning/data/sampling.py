@@ -27,6 +27,23 @@ class Sampling(ABC):
         """Clips of a test, `(views, frames)`, each in 0..total-1. Raises ValueError for a video without frames."""
         return self._views(_some(total), views)
 
+    def over_time(self, total: int, every: int | None = None) -> Indices:
+        """Clips one after the other from a video's start to its end, `(windows, frames)`.
+
+        A clip more is taken as soon as a quarter of one would go unseen.
+
+        Args:
+            total: frames of the video.
+            every: source frames from one clip to the next, about; None is the length of a clip. Raises ValueError below 1.
+        """
+        if every is not None and every < 1:
+            raise ValueError(f"clips every {every} frames: must be 1 or more")
+        return self._over_time(_some(total), every)
+
+    def _over_time(self, total: int, every: int | None) -> Indices:
+        step = every or self.frames * self.stride
+        return self._views(total, max(-(-(4 * total - step) // (4 * step)), 1))
+
     @abstractmethod
     def _train(self, total: int, rng: np.random.Generator) -> Indices: ...
 
@@ -93,6 +110,10 @@ class Segments(Sampling):
     def _views(self, total: int, views: int) -> Indices:
         first, last = self._bounds(total)
         return np.tile((first + last) // 2, (views, 1))
+
+    def _over_time(self, total: int, every: int | None) -> Indices:
+        edges = np.linspace(0, total, max(round(total / (every or total)), 1) + 1).astype(np.int64)
+        return np.stack([start + self._views(end - start, 1)[0] for start, end in zip(edges[:-1], edges[1:], strict=True)])
 
 
 SAMPLINGS: dict[str, type[Sampling]] = {"spread": Spread, "parts": Parts, "segments": Segments}

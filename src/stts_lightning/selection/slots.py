@@ -1,5 +1,7 @@
 """The seam: `grid = self.slots(i, grid)` in a backbone's loop, before block i. An empty bank is the plain model."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -95,6 +97,12 @@ class SlotBank(nn.Module):
             return None
         # Distinct for any seed, block and axis; manual_seed mixes neighbouring seeds well enough for Philox and MT.
         return torch.Generator(device).manual_seed((self._seed * 1009 + block * 2 + number) % (2**63))
+
+    @property
+    def share(self) -> float:
+        """Share of tokens that passes all slots: the product of what each keeps. 1 for the plain model."""
+        selectors = [self._selector(name) for name in self.selectors]
+        return math.prod(math.prod(selector.out_size) / math.prod(selector.in_size) for selector in selectors)
 
     def describe(self) -> dict[str, str]:
         """What each slot keeps, in integers, by name: {"t0": "5 of 8 frames", "s4": "13x13 of 14x14, 4 anchors"}."""

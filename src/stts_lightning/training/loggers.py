@@ -32,11 +32,23 @@ def wandb_logger(run_dir: str, project: str, **kwargs: Any) -> WandbLogger:
     return logger
 
 
-def log_summary(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
-    """Put figures of the whole run where W&B's scatter panels look for them: the run's summary."""
+SUMMARY = ("top1", "top5", "gflops", "gflops_per_view", "tokens_kept", "sigma", "parameters", "clips_per_second")
+"""Figures of a whole run under the names that dashboards rely on; `sigma` is the first value, not the last."""
+
+
+def log_config(trainer: pl.Trainer, config: Mapping[str, Any]) -> None:
+    """Give W&B the resolved configuration of the run."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            logger.experiment.config.update(dict(config), allow_val_change=True)
+
+
+def log_summary(trainer: pl.Trainer, result: Mapping[str, Any]) -> None:
+    """Put what `SUMMARY` names of a result where W&B's scatter panels look for it: the run's summary."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update(dict(values))
+            values = {name: result[name] for name in SUMMARY if name in result}
+            logger.experiment.summary.update({**values, "val_hash": result["dataset"].get("val_hash")})
 
 
 def _has_key() -> bool:

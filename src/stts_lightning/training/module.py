@@ -10,6 +10,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from stts_lightning.classifier import VideoClassifier
 from stts_lightning.data.dataset import Batch
+from stts_lightning.data.windows import WindowBatch
+from stts_lightning.selection.selector import Selection
 from stts_lightning.training.augment import BatchAugment
 from stts_lightning.training.optim import OptimSpec, build_optimizer, freeze
 
@@ -69,16 +71,25 @@ class ClassificationModule(pl.LightningModule):
         """Logits of each view: `(B, V, 3, T, H, W)` -> `(B, V, num_classes)`, float32."""
         return self.model(clip.flatten(0, 1)).float().unflatten(0, clip.shape[:2])
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Top-1 and top-5 of the centre clip."""
-        probabilities = self.view_logits(batch.clip).softmax(-1).mean(1)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Selection]:
+        """Top-1 and top-5 of the centre clip; what each slot kept of it, for callbacks."""
+        logits, kept = self.model(batch.clip[:, 0], return_selection=True)
+        probabilities = logits.float().softmax(-1)
         if bool(batch.valid.any()):
             self.val_metrics.update(probabilities[batch.valid], batch.label[batch.valid])
         self.log_dict(dict(self.val_metrics.items()), prog_bar=True, on_epoch=True, batch_size=len(batch.label))
+        return kept
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Logits of each view, for `training.testing`."""
         return self.view_logits(batch.clip)
+
+    def predict_step(self, batch: WindowBatch, batch_idx: int) -> tuple[Tensor | None, list[Selection]]:
+        """Logits `(B, crops, num_classes)` of the windows that decoded, and what was kept of each crop."""
+        if batch.clip is None:
+            return None, []
+        logits, kept = self.model(batch.clip.flatten(0, 1), return_selection=True)
+        return logits.float().unflatten(0, batch.clip.shape[:2]), list(kept.values())
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule a step."""

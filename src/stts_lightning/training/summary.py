@@ -23,6 +23,7 @@ def facts(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModu
         "weights": model.weights,
         "selection": str(spec),
         "slots": model.slots.describe(),
+        "tokens_kept": round(model.slots.share, 6),
         "scorer": spec.scorer,
         "estimator": f"{spec.estimator}, {spec.samples} samples",
         "sigma": spec.sigma,

@@ -1,0 +1,107 @@
+"""Figures of a comparison: accuracy against cost (paper Figure 3), and curves over sigma and ratios."""
+
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from stts_lightning.analysis.runs import Curve, Point, pareto
+
+COLOURS = ("#0b6bcb", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#5f3dc4", "#087f5b", "#495057")
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "stts",
+    "font.family": "DejaVu Sans",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def _axes(title: str, x: str) -> tuple[Figure, Axes]:
+    figure = Figure((7.2, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel("top-1, %")
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def accuracy_against(points: Sequence[Point], cost: str, names: Sequence[str], anchors: Sequence[str], title: str) -> Figure:
+    """Top-1 of points against GFLOPs or measured clips a second, the Pareto front drawn.
+
+    Args:
+        points: of one data set.
+        cost: "gflops" or "clips_per_second".
+        names: of the points; one of the front carries it.
+        anchors: where each point links to in an SVG, within its page.
+        title: of the figure.
+    """
+    labels = {"gflops": "GFLOPs a view (multiply-adds)", "clips_per_second": "clips a second, measured"}
+    figure, axes = _axes(title, labels[cost])
+    front = pareto(points, cost)
+    place = {n: x for n, p in enumerate(points) if (x := p.gflops if cost == "gflops" else p.mean(cost)) is not None}
+    backbones = list(dict.fromkeys(point.backbone for point in points))
+    for number, x in place.items():
+        point, best = points[number], number in front
+        colour = COLOURS[backbones.index(point.backbone) % len(COLOURS)]
+        y, spread = 100 * point.top1, 100 * (point.spread() or 0)
+        if spread:
+            axes.errorbar(x, y, spread, color=colour, alpha=0.5, capsize=2, lw=1)
+        mark = axes.scatter([x], [y], s=130 if best else 48, marker="*" if best else "o", color=colour, zorder=3)
+        mark.set_urls([f"#{anchors[number]}"])
+    line = sorted((place[number], 100 * points[number].top1) for number in front)
+    axes.plot(*zip(*line, strict=True), color="#868e96", lw=1, ls="--", zorder=1, label="Pareto front")
+    for backbone in backbones:
+        axes.scatter([], [], color=COLOURS[backbones.index(backbone) % len(COLOURS)], label=backbone)
+    written: list[tuple[float, float]] = []
+    width = (max(place.values()) - min(place.values())) or 1.0
+    lowest, highest = axes.get_ylim()
+    behind = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
+    for number in sorted(front, key=lambda n: -points[n].top1):
+        x, y = place[number], 100 * points[number].top1
+        # Beside a label that is already there, below.
+        crowded = sum(abs(x - a) < 0.22 * width and abs(y - b) < 0.05 * (highest - lowest) for a, b in written)
+        written.append((x, y))
+        axes.annotate(names[number], (x, y), (7, 5 - 12 * crowded), textcoords="offset points", fontsize=8, bbox=behind, zorder=4)
+    axes.legend(fontsize=8, frameon=False, loc="best")
+    axes.margins(x=0.18, y=0.12)
+    axes.set_ylim(max(axes.get_ylim()[0], 0), min(axes.get_ylim()[1], 104))
+    return figure
+
+
+def curves(lines: Mapping[str, Curve], x: str, title: str) -> Figure:
+    """Mean top-1 over one number, a line for each group, with the spread of the seeds."""
+    figure, axes = _axes(title, x)
+    for number, (name, curve) in enumerate(lines.items()):
+        places, points = zip(*curve, strict=True)
+        tops = [100 * point.top1 for point in points]
+        spreads = [100 * (point.spread() or 0) for point in points]
+        axes.errorbar(places, tops, spreads, color=COLOURS[number % len(COLOURS)], marker="o", capsize=3, lw=1.6, label=name)
+    axes.legend(fontsize=8, frameon=False, loc="best")
+    return figure
+
+
+def style() -> AbstractContextManager[None]:
+    """How figures look; to be entered around making and saving them."""
+    return rc_context(STYLE)
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG element, text as text."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write `path`.png and `path`.svg."""
+    figure.savefig(f"{path}.png", dpi=160)
+    Path(f"{path}.svg").write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{svg(figure)}')

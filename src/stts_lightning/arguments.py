@@ -1,0 +1,70 @@
+"""What a command line becomes before Hydra reads it. Light: nothing here imports torch."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+
+def _value(arguments: Sequence[str], key: str) -> str:
+    """What a command line gives for a key, unquoted; empty if nothing."""
+    return next((a.removeprefix(f"{key}=").strip("'\"") for a in arguments if a.startswith(f"{key}=")), "")
+
+
+def _has_folder(arguments: Sequence[str]) -> bool:
+    return any(a.startswith("hydra.run.dir=") for a in arguments)
+
+
+def in_run_folder(arguments: list[str]) -> list[str]:
+    """Arguments with Hydra's output folder set to the run that `resume=` names, so that a resumed run makes no second one."""
+    run = _value(arguments, "resume")
+    if not run or not Path(run).is_dir() or _has_folder(arguments):
+        return arguments
+    return [*arguments, f"hydra.run.dir='{run}'", "hydra.output_subdir=null"]
+
+
+def of_a_run(arguments: list[str], subfolder: str) -> list[str]:
+    """Arguments of a command that uses a run or a checkpoint.
+
+    A value of the model or its data may belong to an option that only the run or the file knows of: it is added by force
+    and judged when that is read. The output goes to a folder in the run that `run=` names.
+    """
+    run = _value(arguments, "run")
+    known_later = ("backbone.", "selection.", "dataset.")
+    arguments = [f"++{a}" if a.startswith(known_later) else a for a in arguments]
+    if not run or not Path(run).is_dir() or _has_folder(arguments):
+        return arguments
+    return [*arguments, f"hydra.run.dir='{run}/{subfolder}'"]
+
+
+def of_a_sweep(arguments: list[str]) -> list[str]:
+    """Arguments of a sweep with a folder that follows from them: the same command again goes on where it broke off.
+
+    How jobs are launched has no part in the name. A job's folder is called by what is swept alone. A search of
+    `hparams_search=` is a sweep without `-m`.
+    """
+    flags = ("-m", "--multirun")
+    if any(a.startswith("hparams_search=") for a in arguments) and not any(flag in arguments for flag in flags):
+        arguments = [*arguments, "-m"]
+    if not any(flag in arguments for flag in flags) or any(a.startswith("hydra.sweep.dir=") for a in arguments):
+        return arguments
+    own = [a for a in arguments if a not in flags]
+    lasting = sorted(a for a in own if not a.startswith(("hydra.launcher", "hydra/launcher")))
+    name = hashlib.sha256("\n".join(lasting).encode()).hexdigest()[:8]
+    return [*arguments, f"hydra.sweep.dir=${{paths.runs}}/sweep_{name}", *_names_of_jobs(own)]
+
+
+def _names_of_jobs(arguments: Sequence[str]) -> list[str]:
+    """What leaves the overrides that all jobs share out of the jobs' names."""
+    parser = OverridesParser.create()
+    fixed: list[str] = []
+    for argument in arguments:
+        try:
+            parsed = parser.parse_override(argument)
+        except HydraException:  # Hydra will say what is wrong with it; or it is an option's value.
+            continue
+        if not parsed.is_sweep_override() and parsed.key_or_group:
+            fixed.append(parsed.key_or_group)
+    return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"] if fixed else []

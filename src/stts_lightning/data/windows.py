@@ -1,0 +1,139 @@
+"""Any videos, without labels, as windows over time."""
+
+import glob
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from stts_lightning.data.annotations import VIDEO_SUFFIXES, AnnotationError
+from stts_lightning.data.dataset import ClipSpec, Transform
+from stts_lightning.data.decode import DecodeError, Frames, open_video
+from stts_lightning.data.sampling import SAMPLINGS
+
+
+class Window(NamedTuple):
+    """A clip of a video, or why there is none.
+
+    Attributes:
+        video: number of the video among those asked for.
+        number: of the window in the video, from 0.
+        of: windows of the video.
+        start: seconds of its first frame; 0 where the file tells no rate.
+        end: seconds of the end of its last frame.
+        clip: `(crops, 3, T, H, W)` uint8; None where the video cannot be decoded, and in a batch, which stacks them.
+        pictures: `(T, H, W, 3)` to look at, of the same part of the frames as the centre crop, if those were wanted.
+        failure: why there is no clip; empty where there is one.
+    """
+
+    video: int
+    number: int
+    of: int
+    start: float
+    end: float
+    clip: Tensor | None
+    pictures: Frames | None  # No tensor: Lightning would take it to the device.
+    failure: str
+
+
+class WindowBatch(NamedTuple):
+    """Windows of one step; `clip` `(B, crops, 3, T, H, W)` stacks those that there are, None where there is none."""
+
+    windows: tuple[Window, ...]
+    clip: Tensor | None
+
+
+def find_videos(asked: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Files behind names: of videos (any suffix), of folders (all videos in them, at any depth), or patterns as `a/*.mp4`.
+
+    Raises:
+        AnnotationError: for a name behind which there is no video.
+    """
+    found: list[Path] = []
+    for name in [asked] if isinstance(asked, str | Path) else asked:
+        path = Path(name)
+        if path.is_file():
+            here = [path]
+        elif path.is_dir():
+            here = sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
+        else:
+            here = [Path(match) for match in sorted(glob.glob(str(name), recursive=True)) if Path(match).is_file()]
+        if not here:
+            raise AnnotationError(
+                f"videos={name}: no video there; give a file, a folder with videos, or a pattern as 'DIR/*.mp4'"
+            )
+        found += here
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class WindowRule:
+    """How videos are cut.
+
+    Attributes:
+        clip: frames, stride and sampling.
+        every: seconds from one window to the next, about; None is the length of a clip (with segments, of the video).
+        transform: from `(T, 3, H, W)` uint8 to `(crops, T, 3, H, W)`.
+        pictures: the same at a size to look at, or None.
+        decoder: see `open_video`.
+    """
+
+    clip: ClipSpec
+    transform: Transform
+    every: float | None = None
+    pictures: Callable[[Tensor], Tensor] | None = None
+    decoder: str = "decord"
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every <= 0:
+            raise ValueError(f"every={self.every}: must be more than 0 seconds")
+
+
+class WindowDataset(IterableDataset[Window]):
+    """Windows of videos, a video after the other; a worker, and a process, takes every so manieth video.
+
+    Few windows are in memory at a time, however long a video is. A video that does not decode gives one window that says so;
+    one that breaks off half-way gives that after its good ones.
+    """
+
+    at_once = 4
+
+    def __init__(self, videos: Sequence[Path], rule: WindowRule, rank: int = 0, processes: int = 1) -> None:
+        self.videos, self.rule, self.rank, self.processes = list(videos), rule, rank, processes
+
+    def __iter__(self) -> Iterator[Window]:
+        """Windows of this worker's videos, in order."""
+        worker = get_worker_info()
+        own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        for video in range(self.rank, len(self.videos), self.processes)[own::workers]:
+            yield from self._of(video)
+
+    def _of(self, video: int) -> Iterator[Window]:
+        rule, done = self.rule, 0
+        sampling = SAMPLINGS[rule.clip.sampling](rule.clip.frames, rule.clip.stride)
+        try:
+            with open_video(self.videos[video], rule.decoder) as reader:
+                rate = reader.rate
+                every = max(round(rule.every * rate), 1) if rule.every and rate else None
+                views = sampling.over_time(len(reader), every)
+                for first in range(0, len(views), self.at_once):
+                    some = views[first : first + self.at_once]
+                    pixels = torch.from_numpy(reader.frames(some.ravel())).permute(0, 3, 1, 2)
+                    for frames, indices in zip(pixels.split(rule.clip.frames), some, strict=True):
+                        clip = rule.transform(frames).permute(0, 2, 1, 3, 4).contiguous()
+                        shown = rule.pictures(frames)[0].permute(0, 2, 3, 1).contiguous().numpy() if rule.pictures else None
+                        start, end = (indices[0] / rate, (indices[-1] + 1) / rate) if rate else (0.0, 0.0)
+                        yield Window(video, done, len(views), float(start), float(end), clip, shown, "")
+                        done += 1
+        except DecodeError as error:
+            yield Window(video, done, done + 1, 0.0, 0.0, None, None, str(error))
+
+
+def collate_windows(windows: list[Window]) -> WindowBatch:
+    """Stack the clips that there are."""
+    clips = [window.clip for window in windows if window.clip is not None]
+    return WindowBatch(tuple(window._replace(clip=None) for window in windows), torch.stack(clips) if clips else None)

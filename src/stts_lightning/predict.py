@@ -1,0 +1,88 @@
+"""`python -m stts_lightning.predict`: label any videos over time, and show what the model looked at."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from stts_lightning.arguments import of_a_run
+from stts_lightning.conf_dir import conf_dir
+from stts_lightning.doctor import check_installation
+
+log = logging.getLogger(__name__)
+
+
+def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
+    """Label the videos; returns what `run_predict` found."""
+    import lightning.pytorch as pl
+
+    from stts_lightning import assembly
+    from stts_lightning.backbones.checkpoints import read_checkpoint
+    from stts_lightning.data.windows import find_videos
+    from stts_lightning.training.predicting import Predictor, WindowData, run_predict
+
+    assembly.quiet_libraries()
+    folder = Path(cfg.run_dir)
+    with assembly.refusals():
+        videos = find_videos(assembly.plain(cfg)["videos"])
+        cfg, checkpoint = assembly.trained_config(cfg, overrides, "predict")
+        pl.seed_everything(cfg.seed, workers=True, verbose=False)
+        rule = assembly.build_windows(cfg, assembly.build_model_shape(cfg))
+        count = read_checkpoint(checkpoint, cfg.trust).num_classes or cfg.num_classes
+        classes = assembly.class_names(cfg.classes, checkpoint, count)
+        trainer = assembly.build_trainer(cfg)
+        model = assembly.build_model(cfg, count)
+        if cfg.overlay and not model.slots.at_block:
+            raise assembly.ConfigError("overlay=true: this model has no selectors, it keeps all of every clip")
+        module = assembly.build_module(cfg, model)
+        data = WindowData(videos, rule, assembly.build_loader(cfg))
+    quiet = not trainer.is_global_zero
+    predictor = Predictor(folder, videos, classes, cfg.top, cfg.overlay_windows if cfg.overlay else 0, quiet)
+    found = run_predict(trainer, module, data, predictor)
+    if found is None:  # Not the first process.
+        raise SystemExit(0)
+    return found
+
+
+def show(found: Sequence[dict[str, Any]]) -> None:
+    """Print the likeliest classes of each video, and of its windows where there are several."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="predictions", title_justify="left")
+    for name in ("video", "seconds", "classes, the likeliest first"):
+        table.add_column(name, overflow="fold")
+
+    def classes(top: Sequence[dict[str, Any]]) -> str:
+        return ", ".join(f"{one['class']} {one['probability']:.1%}" for one in top)
+
+    for video in found:
+        windows = video.get("windows", [])
+        table.add_row(video["video"], "all" if len(windows) > 1 else "", classes(video["top"]) if windows else "")
+        for window in windows if len(windows) > 1 else ():
+            table.add_row("", f"{window['start']:.1f} - {window['end']:.1f}", classes(window["top"][:2]))
+        if "error" in video:
+            table.add_row("", "", f"[red]{video['error']}[/red]")
+    Console().print(table)
+
+
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="predict")
+def main(cfg: DictConfig) -> None:
+    """Label videos."""
+    check_installation()
+    from stts_lightning import assembly
+
+    with assembly.one_line_errors():
+        found = predict(cfg, list(HydraConfig.get().overrides.task))
+    show(found)
+    log.info("%d videos, %d not decoded; %s", len(found), sum("error" in video for video in found), cfg.run_dir)
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = of_a_run(sys.argv[1:], "predictions")
+    main()

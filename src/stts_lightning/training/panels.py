@@ -1,0 +1,164 @@
+"""What the selectors are doing while they learn: pictures of a few fixed clips, figures, and a warning when one has collapsed."""
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
+from torch import Tensor
+
+from stts_lightning.analysis.kept import trace
+from stts_lightning.analysis.overlay import contact_sheet
+from stts_lightning.data.datamodule import VideoDataModule
+from stts_lightning.selection.selector import Selection, Selector
+from stts_lightning.training.module import ClassificationModule
+
+log = logging.getLogger(__name__)
+
+
+def score_entropy(scores: Tensor) -> Tensor:
+    """Entropy of scores `(..., N)` as shares of their sum, over log N: `(...)`; 1 where all are alike, 0 where one has all."""
+    share = scores.float().clamp_min(0) + 1e-8
+    share = share / share.sum(-1, keepdim=True)
+    return -(share * share.log()).sum(-1) / np.log(max(scores.shape[-1], 2))
+
+
+class SelectionPanels(pl.Callback):
+    """Follows the selectors over the validation of each epoch.
+
+    Figures, for each slot: `selection/<slot>/entropy` (see `score_entropy`), `.../changed` (share of the validation clips for
+    which it chooses otherwise than at the validation before), `.../choices` (how many different choices it made, over the
+    number of clips), `.../softness` (mean over kept tokens of 1 - largest weight in the training's soft indicator). Over the
+    model: `selection/gap`, half the summed difference between class probabilities with the training's soft selection and
+    with the test's hard one, on the fixed clips: the train-test gap that the annealing of sigma is there to close (paper
+    Sec. 3.2). Pictures go to `folder/epoch_<n>.png` and to W&B.
+
+    Args:
+        folder: of the pictures.
+        every_n_epochs: of pictures and gap; the figures of a validation come with each.
+        clips: how many of the validation videos are fixed, evenly over the list.
+        collapsed_at: share of clips with one and the same choice from which a selector with scores of its own has collapsed.
+    """
+
+    def __init__(self, folder: str, every_n_epochs: int = 1, clips: int = 4, collapsed_at: float = 0.95) -> None:
+        self.folder, self.every, self.clips, self.collapsed_at = Path(folder), every_n_epochs, clips, collapsed_at
+        # A choice is kept as its hash: one of single tokens has thousands of numbers.
+        self.before: dict[str, dict[int, int]] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self.choices: dict[str, dict[int, int]] = defaultdict(dict)
+        self.examples: dict[int, list[int]] = {}
+        self.entropies: dict[str, list[float]] = defaultdict(list)
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Note what was chosen for each video."""
+        if trainer.sanity_checking:
+            return
+        kept: Mapping[str, Selection] = outputs or {}
+        for name, record in kept.items():
+            self.entropies[name] += score_entropy(record.scores).reshape(len(record.scores), -1).mean(1).tolist()
+            for video, valid, chosen in zip(
+                batch.video.tolist(), batch.valid.tolist(), record.indices.flatten(1).tolist(), strict=True
+            ):
+                if valid:
+                    choice = hash(tuple(chosen))
+                    self.choices[name][video] = choice
+                    if len(self.examples) < 50:
+                        self.examples.setdefault(choice, chosen)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log figures, draw, and warn."""
+        assert isinstance(pl_module, ClassificationModule)
+        if trainer.sanity_checking or not self.choices:
+            return
+        figures: dict[str, float] = {}
+        for name, choices in self.choices.items():
+            selector = pl_module.model.slots.selectors[name]
+            figures[f"selection/{name}/entropy"] = float(np.mean(self.entropies[name]))
+            figures[f"selection/{name}/choices"] = len(set(choices.values())) / len(choices)
+            if same := [video for video in choices if video in self.before.get(name, {})]:
+                changed = sum(choices[video] != self.before[name][video] for video in same)
+                figures[f"selection/{name}/changed"] = changed / len(same)
+            if any(True for _ in selector.parameters()):
+                self._warn(trainer, name, selector, choices)
+        self.before = dict(self.choices)
+        self._reset()
+        if trainer.current_epoch % self.every == 0 or trainer.current_epoch == (trainer.max_epochs or 0) - 1:
+            figures |= self._look(trainer, pl_module)
+        # Each process has its own share of the videos, and all have the same slots.
+        pl_module.log_dict(figures, sync_dist=trainer.world_size > 1, batch_size=1)
+
+    def _warn(self, trainer: pl.Trainer, name: str, selector: Any, choices: Mapping[int, int]) -> None:
+        (choice, times), *_ = Counter(choices.values()).most_common(1)
+        possible = isinstance(selector, Selector) and selector.out_size != selector.in_size
+        if trainer.is_global_zero and possible and len(choices) >= 10 and times >= self.collapsed_at * len(choices):
+            example = self.examples.get(choice, [])
+            shown = f"{example[:8]}{'...' if len(example) > 8 else ''}"
+            log.warning(
+                "selector %s has collapsed: it keeps %s of %d of %d validation clips, whatever they show; try a larger "
+                "selection.sigma, a lower learning rate of the selectors, or selection.selector=uniform, which does as much for less",
+                name, shown, times, len(choices),
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def _look(self, trainer: pl.Trainer, module: ClassificationModule) -> dict[str, float]:
+        """Pictures of the fixed clips, and how far soft and hard selection are apart on them."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, VideoDataModule)
+        loader = data.val_dataloader()
+        dataset: Any = loader.dataset
+        numbers = np.linspace(0, len(dataset) - 1, min(self.clips, len(dataset))).round().astype(int)
+        items = [item for item in (dataset[int(number)] for number in np.unique(numbers)) if bool(item.valid)]
+        if not items:
+            return {}
+        model = module.model
+        clips = torch.stack([item.clip[0] for item in items]).to(module.device)
+        hard, kept = model(clips, return_selection=True)
+        # Only the selectors: dropout and drop path are no part of this gap.
+        model.slots.train()
+        model.slots.seed_noise(0)
+        soft, soft_kept = model(clips, return_selection=True)
+        model.slots.eval()
+        figures = {"selection/gap": float((soft.softmax(-1) - hard.softmax(-1)).abs().sum(-1).mean() / 2)}
+        for name, record in soft_kept.items():
+            if record.indicator is not None:
+                figures[f"selection/{name}/softness"] = float(1 - record.indicator.float().amax(-1).mean())
+        if trainer.is_global_zero:
+            self._draw(trainer, model.slots.selectors, clips, items, hard, list(kept.values()), data.classes)
+        return figures
+
+    def _draw(
+        self,
+        trainer: pl.Trainer,
+        selectors: Any,
+        clips: Tensor,
+        items: list[Any],
+        logits: Tensor,
+        kept: list[Selection],
+        classes: Any,
+    ) -> None:
+        sizes = {name: selector.in_size for name, selector in selectors.items()}
+        pictures = clips.permute(0, 2, 3, 4, 1).cpu().numpy()
+        chances = logits.float().softmax(-1).cpu()
+        sheets = []
+        for row, item in enumerate(items):
+            guess = int(chances[row].argmax())
+            title = (
+                f"video {int(item.video)}: {classes[int(item.label)]}   taken for {classes[guess]} ({chances[row, guess]:.0%})"
+            )
+            sheets.append(contact_sheet(pictures[row], trace(kept, sizes, row), title))
+        page = np.concatenate(sheets)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(page).save(self.folder / f"epoch_{trainer.current_epoch:03d}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("selection", [page], step=trainer.global_step)

@@ -1,0 +1,175 @@
+"""Prediction: labels over time of any videos, and pictures of what was kept, under any number of processes."""
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import Progress
+from torch.utils.data import DataLoader
+
+from stts_lightning.analysis.kept import Kept, trace
+from stts_lightning.analysis.overlay import contact_sheet, film
+from stts_lightning.data.datamodule import LoaderOptions
+from stts_lightning.data.decode import write_mp4
+from stts_lightning.data.windows import Window, WindowBatch, WindowDataset, WindowRule, collate_windows
+from stts_lightning.selection.selector import Selection
+from stts_lightning.training.module import ClassificationModule
+
+log = logging.getLogger(__name__)
+
+
+class WindowData(pl.LightningDataModule):
+    """Windows of videos, each video on one process."""
+
+    def __init__(self, videos: Sequence[Path], rule: WindowRule, loader: LoaderOptions) -> None:
+        super().__init__()
+        self.videos, self.rule, self.options = list(videos), rule, loader
+
+    def predict_dataloader(self) -> DataLoader[WindowBatch]:
+        """Windows of this process's videos."""
+        assert self.trainer is not None
+        processes = self.trainer.world_size
+        dataset = WindowDataset(self.videos, self.rule, self.trainer.global_rank, processes)
+        size = self.options.eval_batch_size or self.options.batch_size
+        workers = min(self.options.num_workers, -(-len(self.videos) // processes))
+        timeout = self.options.timeout if workers else 0
+        return DataLoader(  # type: ignore[arg-type]
+            dataset, max(size // processes, 1), num_workers=workers, collate_fn=collate_windows, timeout=timeout
+        )
+
+
+def ranked(chances: torch.Tensor, classes: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """The most likely classes of `(classes,)`, the likeliest first."""
+    values, labels = chances.topk(min(count, len(chances)))
+    pairs = zip(labels.tolist(), values.tolist(), strict=True)
+    return [{"label": label, "class": classes[label], "probability": round(value, 6)} for label, value in pairs]
+
+
+class Predictor(pl.Callback):
+    """Gathers labels of windows and videos, and draws overlays; each process leaves its share in a file of its own.
+
+    Args:
+        folder: of the outcome.
+        videos: files.
+        classes: names by label.
+        top: how many classes of each window.
+        overlays: windows of each video that are drawn; 0 draws none.
+        quiet: show no progress.
+    """
+
+    def __init__(
+        self, folder: Path, videos: Sequence[Path], classes: Sequence[str], top: int, overlays: int, quiet: bool
+    ) -> None:
+        self.folder, self.videos, self.classes, self.top, self.overlays = folder, list(videos), classes, top, overlays
+        self.chances: dict[int, list[torch.Tensor]] = defaultdict(list)
+        self.drawn: dict[int, list[tuple[np.ndarray, Kept, str, float]]] = defaultdict(list)
+        self.lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        self.done: dict[int, dict[str, Any]] = {}
+        self.progress = Progress(disable=quiet)
+
+    def part(self, rank: int) -> Path:
+        """Where a process leaves its share."""
+        return self.folder / f"predictions_of_rank_{rank}.json"
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the progress of the first process's videos."""
+        if trainer.is_global_zero:
+            self.progress.start()
+            self.task = self.progress.add_task("videos", total=len(range(0, len(self.videos), trainer.world_size)))
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: WindowBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take in the windows of a batch."""
+        logits, kept = outputs
+        chances = [] if logits is None else list(logits.softmax(-1).mean(1).cpu())
+        crops = 1 if logits is None else logits.shape[1]
+        sizes = {name: selector.in_size for name, selector in pl_module.model.slots.selectors.items()}
+        row = 0
+        for window in batch.windows:
+            if not window.failure:
+                self._take(window, chances[row], kept, sizes, row * crops + crops // 2)
+                row += 1
+            if window.failure or window.number == window.of - 1:
+                self._finish(window)
+                if trainer.is_global_zero:
+                    self.progress.advance(self.task)
+
+    def _take(self, window: Window, chances: torch.Tensor, kept: list[Selection], sizes: dict[str, Any], row: int) -> None:
+        best = ranked(chances, self.classes, self.top)
+        self.chances[window.video].append(chances)
+        self.lines[window.video].append({"start": round(window.start, 3), "end": round(window.end, 3), "top": best})
+        if window.pictures is not None and len(self.drawn[window.video]) < self.overlays:
+            text = f"{window.start:.1f}-{window.end:.1f} s   {best[0]['class']} {best[0]['probability']:.0%}"
+            rate = len(window.pictures) / max(window.end - window.start, 0.1)
+            self.drawn[window.video].append((window.pictures, trace(kept, sizes, row), text, rate))
+
+    def _finish(self, window: Window) -> None:
+        video = window.video
+        found: dict[str, Any] = {"video": str(self.videos[video])}
+        if window.failure:
+            log.warning("%s", window.failure)
+            found["error"] = window.failure
+        chances, windows = self.chances.pop(video, []), self.lines.pop(video, [])
+        if chances:
+            found |= {"top": ranked(torch.stack(chances).mean(0), self.classes, self.top), "windows": windows}
+        if drawn := self.drawn.pop(video, []):
+            found |= self._draw(video, drawn)
+        self.done[video] = found
+
+    def _draw(self, video: int, drawn: list[tuple[np.ndarray, Kept, str, float]]) -> dict[str, Any]:
+        folder = self.folder / "overlays"
+        folder.mkdir(exist_ok=True)
+        path = self.videos[video]
+        twice = sum(other.stem == path.stem for other in self.videos) > 1
+        name = f"{path.stem}_{video}" if twice else path.stem
+        sheets = [contact_sheet(pictures, kept, f"{path.name}   {text}") for pictures, kept, text, _ in drawn]
+        Image.fromarray(np.concatenate(sheets)).save(folder / f"{name}.png")
+        frames = (
+            frame
+            for pictures, kept, text, _ in drawn
+            for frame in film(pictures, kept, [text, f"{kept.share:.0%} of tokens kept"])
+        )
+        rate = min(max(round(drawn[0][3]), 1), 30)
+        write_mp4(folder / f"{name}.mp4", frames, rate=rate)
+        return {"overlay": [f"overlays/{name}.png", f"overlays/{name}.mp4"]}
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave this process's share."""
+        self.progress.stop()
+        self.part(trainer.global_rank).write_text(json.dumps(self.done))
+        trainer.strategy.barrier("predictions")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the terminal back."""
+        self.progress.stop()
+
+
+def run_predict(
+    trainer: pl.Trainer, module: ClassificationModule, data: WindowData, predictor: Predictor
+) -> list[dict[str, Any]] | None:
+    """Predict all videos; `predictions.json` in the predictor's folder holds what is returned.
+
+    Returns:
+        On the first process a dictionary a video, in the order asked: video, top (class and probability, over all windows),
+        windows (start, end and top of each), overlay (files), error (where it did not decode, or broke off). None on others.
+    """
+    predictor.folder.mkdir(parents=True, exist_ok=True)
+    trainer.callbacks.append(predictor)  # type: ignore[attr-defined]
+    trainer.predict(module, data, return_predictions=False)
+    if not trainer.is_global_zero:
+        return None
+    found: dict[str, Any] = {}
+    for rank in range(trainer.world_size):
+        found |= json.loads(predictor.part(rank).read_text())
+        predictor.part(rank).unlink()
+    everything = [found[str(number)] for number in range(len(predictor.videos))]
+    (predictor.folder / "predictions.json").write_text(json.dumps(everything, indent=1) + "\n")
+    return everything
