@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from stts_lightning.analysis.closed_form import UnwrittenCost, closed_form
+from stts_lightning.analysis.exporting import ExportError
 from stts_lightning.analysis.flops import count_gflops
 from stts_lightning.backbones import BackboneError, CheckpointError
 from stts_lightning.backbones.checkpoints import read_checkpoint
@@ -49,6 +50,7 @@ USER_ERRORS = (
     AnnotationError,
     DecodeError,
     LoaderError,
+    ExportError,
     MisconfigurationException,
 )
 
@@ -263,6 +265,11 @@ def build_model(cfg: DictConfig, num_classes: int) -> VideoClassifier:
     values: dict[str, Any] = plain(cfg.backbone)
     name, selection = values.pop("name"), plain(cfg.selection)
     return create_model(name, selection, num_classes, cfg.pretrained, cfg.head, cfg.trust, **values)
+
+
+def build_trained(cfg: DictConfig, checkpoint: Path) -> VideoClassifier:
+    """The classifier that a checkpoint holds, with as many classes as it has; those of `num_classes` where it has no head."""
+    return build_model(cfg, read_checkpoint(checkpoint, cfg.trust).num_classes or cfg.num_classes)
 
 
 def build_data(cfg: DictConfig, clip_size: tuple[int, int, int]) -> VideoDataModule:

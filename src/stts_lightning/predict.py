@@ -22,7 +22,6 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
     import lightning.pytorch as pl
 
     from stts_lightning import assembly
-    from stts_lightning.backbones.checkpoints import read_checkpoint
     from stts_lightning.data.windows import find_videos
     from stts_lightning.training.predicting import Predictor, WindowData, run_predict
 
@@ -33,10 +32,9 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
         cfg, checkpoint = assembly.trained_config(cfg, overrides, "predict")
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         rule = assembly.build_windows(cfg, assembly.build_model_shape(cfg))
-        count = read_checkpoint(checkpoint, cfg.trust).num_classes or cfg.num_classes
-        classes = assembly.class_names(cfg.classes, checkpoint, count)
         trainer = assembly.build_trainer(cfg)
-        model = assembly.build_model(cfg, count)
+        model = assembly.build_trained(cfg, checkpoint)
+        classes = assembly.class_names(cfg.classes, checkpoint, model.head.out_features)
         if cfg.overlay and not model.slots.at_block:
             raise assembly.ConfigError("overlay=true: this model has no selectors, it keeps all of every clip")
         module = assembly.build_module(cfg, model)

@@ -83,7 +83,7 @@ def rows(points: Sequence[Point], names: Sequence[str]) -> list[Row]:
 
 
 def _cell(value: str | float | None) -> str:
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else value
+    return "" if value is None else value if isinstance(value, str) else f"{value:g}"
 
 
 def markdown(found: Sequence[Row]) -> str:

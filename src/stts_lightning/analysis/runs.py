@@ -5,7 +5,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +99,12 @@ def points(runs: Sequence[Run]) -> list[Point]:
         keeps = "; ".join(f"{slot.upper()}: {text}" for slot, text in r["slots"].items()) or "all"
         operator = f"{r['scorer']}, {r['estimator']}" if r["slots"] else ""
         sigma = float(r["sigma"]) if r["slots"] else 0.0
-        shape = (r["backbone"] + choices, r["selection"], keeps, operator, sigma, r["gflops_per_view"], r["views"])
-        # Another list, another length of training or another start is another experiment.
-        other = (data.get("val_hash"), r.get("steps"), r.get("batch_size"), tuple(r["clip"]))
-        groups[(data["name"], *shape, *other)].append(run)
-    made = [Point(*key[:8], tuple(group)) for key, group in groups.items()]
+        point = Point(
+            data["name"], r["backbone"] + choices, r["selection"], keeps, operator, sigma, r["gflops_per_view"], r["views"], ()
+        )
+        # Another list, another length of training or another clip is another experiment.
+        groups[(point, data.get("val_hash"), r.get("steps"), r.get("batch_size"), tuple(r["clip"]))].append(run)
+    made = [replace(point, runs=tuple(group)) for (point, *_), group in groups.items()]
     return sorted(made, key=lambda p: (p.dataset, -p.gflops, p.selection, p.sigma))
 
 

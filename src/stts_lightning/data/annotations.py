@@ -15,10 +15,19 @@ class AnnotationError(ValueError):
 
 @dataclass(frozen=True)
 class Video:
-    """One labelled file."""
+    """One labelled file.
+
+    Attributes:
+        path: the file.
+        label: number of its class.
+        frames: how many decode, if that has been found out; None is what its container promises.
+        decoder: the one that it needs; None is the loader's.
+    """
 
     path: Path
     label: int
+    frames: int | None = None
+    decoder: str | None = None
 
 
 @dataclass(frozen=True)

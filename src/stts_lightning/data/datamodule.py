@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from stts_lightning.data.annotations import AnnotationError, VideoList, check_files, read_folder, read_list
 from stts_lightning.data.dataset import Batch, ClipDataset, ClipSpec, Reading, Transform, collate, list_hash
 from stts_lightning.data.demo import DemoSpec, make_demo
+from stts_lightning.data.manifest import manifest_hash, read_manifest, with_manifest
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
 
 
@@ -20,6 +21,8 @@ class Source(ABC):
     """Where videos come from. A new kind of data set is a subclass, named by `_target_` in a dataset option."""
 
     name: str
+    manifest: str | None = None
+    """What `prepare_data` found out about the files: those that do not decode are left out, and counted."""
 
     def prepare(self) -> None:  # noqa: B027 (most sources have nothing to prepare)
         """Make or fetch what is needed, once a machine, before `videos` is called."""
@@ -32,8 +35,8 @@ class Source(ABC):
 class FolderSource(Source):
     """Class folders: `root/train/<class>/*.mp4` and `root/val/<class>/*.mp4`."""
 
-    def __init__(self, root: str, name: str = "folder") -> None:
-        self.root, self.name = Path(root), name
+    def __init__(self, root: str, name: str = "folder", manifest: str | None = None) -> None:
+        self.root, self.name, self.manifest = Path(root), name, manifest
 
     def videos(self, split: str) -> VideoList:
         """Videos of `root/<split>`; classes are train's."""
@@ -50,7 +53,8 @@ class ListSource(Source):
         root: folder that paths in the lists start from; None is each list's own folder.
         classes: file with a class name a line; None: see `read_list`.
         name: how results call the data set.
-        check: look for every listed file at start-up.
+        check: look for every listed file at start-up; a manifest has done that.
+        manifest: see `Source`.
     """
 
     def __init__(
@@ -61,9 +65,11 @@ class ListSource(Source):
         classes: str | None = None,
         name: str = "list",
         check: bool = True,
+        manifest: str | None = None,
     ) -> None:
         self.files = {"train": train, "val": val}
-        self.root, self.classes, self.name, self.check = root, classes, name, check
+        self.root, self.classes, self.name, self.check = root, classes, name, check and not manifest
+        self.manifest = manifest
 
     def videos(self, split: str) -> VideoList:
         """Videos of the split's list."""
@@ -191,6 +197,7 @@ class VideoDataModule(pl.LightningDataModule):
         self._val_transform = EvalTransform(size, short_side)
         self._test_transform = EvalTransform(size, short_side if test_short_side is None else test_short_side, test_crops)
         self.splits: dict[str, VideoList] = {}
+        self._known: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
         """Make what the source needs, on one process."""
@@ -200,7 +207,15 @@ class VideoDataModule(pl.LightningDataModule):
         """Read the lists; a test needs only the one of its videos."""
         for split in ("val",) if stage == "test" else ("train", "val"):
             if split not in self.splits:
-                self.splits[split] = self.source.videos(split)
+                self.splits[split] = self._decodable(split, self.source.videos(split))
+
+    def _decodable(self, split: str, listed: VideoList) -> VideoList:
+        if not self.source.manifest:
+            return listed
+        manifest = read_manifest(self.source.manifest)
+        videos = with_manifest(listed, manifest, f"manifest {self.source.manifest}")
+        self._known |= {f"{split}_undecodable": len(listed) - len(videos), "manifest_hash": manifest_hash(manifest.values())}
+        return videos
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -219,6 +234,7 @@ class VideoDataModule(pl.LightningDataModule):
             "classes": len(self.classes),
             **{f"{split}_videos": len(videos) for split, videos in self.splits.items()},
             **{f"{split}_hash": list_hash(videos) for split, videos in self.splits.items()},
+            **self._known,
         }
 
     def per_device(self, batch_size: int, key: str = "batch_size") -> int:

@@ -130,13 +130,15 @@ class ClipDataset(Dataset[Batch]):
         raise DecodeError(f"{len(failures)} training files in a row cannot be decoded; the last: {failures[-1].reason}")
 
     def _decode(self, index: int) -> Tensor:
-        with open_video(self.videos.videos[index].path, self.reading.decoder) as reader:
+        video = self.videos.videos[index]
+        with open_video(video.path, video.decoder or self.reading.decoder) as reader:
+            total = video.frames or len(reader)
             if self.train:
                 # torch's generator is the one that workers seed apart from each other, epochs and ranks.
                 rng = np.random.default_rng(int(torch.randint(2**62, ())))
-                views = self.sampling.train(len(reader), rng)[None]
+                views = self.sampling.train(total, rng)[None]
             else:
-                views = self.sampling.views(len(reader), self.clip.views)
+                views = self.sampling.views(total, self.clip.views)
             pixels = reader.frames(views.ravel())
         return self._crops(torch.from_numpy(pixels).permute(0, 3, 1, 2), len(views))
 

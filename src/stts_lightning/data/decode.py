@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,16 @@ class DecordReader:
         del self._reader
 
 
+def _decodable(container: Any, stream: Any, errors: list[str]) -> Iterator[Any]:
+    """Frames of a stream by PyAV; a packet that does not decode is skipped, and what was wrong with it added to `errors`."""
+    av: Any = importlib.import_module("av")
+    for packet in container.demux(stream):
+        try:
+            yield from packet.decode()
+        except av.FFmpegError as error:
+            errors.append(_first_line(error))
+
+
 class PyAVReader:
     """PyAV: decodes from the start to the last wanted frame; exact for every container, slower for late frames."""
 
@@ -102,7 +112,7 @@ class PyAVReader:
         last = int(wanted[-1])
         chosen = set(wanted.tolist())
         out: list[Frames] = []
-        for number, frame in enumerate(self._container.decode(self._stream)):
+        for number, frame in enumerate(_decodable(self._container, self._stream, [])):
             if number in chosen:
                 image = frame.to_ndarray(format="rgb24")
                 out.append(np.rot90(image, getattr(frame, "rotation", 0) // 90))
@@ -175,6 +185,125 @@ def _first_line(error: Exception) -> str:
     """The first telling part of a library's message, without its stack trace."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0].split("Check failed: ")[-1].split("] ")[-1][:160]
+
+
+class Contents(NamedTuple):
+    """What a video file holds.
+
+    Attributes:
+        promised: frames that its container promises; 0 where it does not say.
+        frames: frames that decode, from the first on.
+        width, height: of the first of them, upright.
+        rate: frames a second, on average.
+        codec: name.
+        warning: what does not decode; empty if all is well.
+    """
+
+    promised: int
+    frames: int
+    width: int
+    height: int
+    rate: float
+    codec: str
+    warning: str
+
+
+def examine(path: str | Path) -> Contents:
+    """Decode a whole file by PyAV, which is exact for every container, and tell what it holds. Raises nothing but for a bug."""
+    av: Any = importlib.import_module("av")
+    promised, frames, size, rate, codec = 0, 0, (0, 0), 0.0, ""
+    errors: list[str] = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                return Contents(0, 0, 0, 0, 0.0, "", "no video stream")
+            stream = container.streams.video[0]
+            stream.thread_count = 1
+            promised, rate, codec = stream.frames, float(stream.average_rate or 0), stream.codec_context.name
+            for frame in _decodable(container, stream, errors):
+                if frames == 0:
+                    turned = getattr(frame, "rotation", 0) % 180 != 0
+                    size = (frame.height, frame.width) if turned else (frame.width, frame.height)
+                frames += 1
+    except (av.FFmpegError, OSError, ValueError) as error:
+        errors.append(_first_line(error))
+    return Contents(promised, frames, *size, rate, codec, _warning(promised, frames, errors))
+
+
+def _warning(promised: int, frames: int, errors: list[str]) -> str:
+    """What is to be said of a file of which some packets do not decode; nothing if all is well."""
+    few = f"{frames} frames decode, {promised} promised" if promised and promised != frames else ""
+    bad = f"{len(errors)} errors, the first: {errors[0]}" if errors else ""
+    return "; ".join(text for text in (few, bad) if text) or ("" if frames else "no frame decodes")
+
+
+def probe(path: str | Path, frames: int, decoder: str) -> str:
+    """Read first, middle and last frame as a loader would; returns what went wrong, empty if nothing."""
+    try:
+        with open_video(path, decoder) as reader:
+            reader.frames(np.unique([0, frames // 2, frames - 1]))
+    except DecodeError as error:
+        return str(error)
+    return ""
+
+
+def transcode(source: str | Path, target: str | Path, short_side: int, keyframe_every: int = 12, crf: int = 20) -> str:
+    """Write a video again as H.264 mp4 of a short side, with a key frame every few frames: what seeks and decodes fast.
+
+    All frames that decode are kept, one for one, at their average rate; sound is left out; a smaller video keeps its size.
+
+    Returns:
+        What does not decode, if anything.
+
+    Raises:
+        DecodeError: if not one frame decodes.
+    """
+    av: Any = importlib.import_module("av")
+    target = Path(target)
+    part = target.with_suffix(".part.mp4")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    frames, promised, width, height = 0, 0, 0, 0
+    errors: list[str] = []
+    with av.open(str(part), "w") as output:
+        stream: Any = None
+        try:
+            with av.open(str(source)) as container:
+                reading = container.streams.video[0]
+                reading.thread_count = 1
+                rate = Fraction(reading.average_rate or reading.guessed_rate or 25).limit_denominator(1001)
+                promised = reading.frames
+                for frame in _decodable(container, reading, errors):
+                    turn = getattr(frame, "rotation", 0) // 90 % 4
+                    if stream is None:
+                        zoom = min(short_side / min(frame.width, frame.height), 1.0)
+                        width, height = _even(frame.width * zoom), _even(frame.height * zoom)
+                        options = {"crf": str(crf), "preset": "fast"}
+                        stream = output.add_stream("libx264", rate=rate, options=options)
+                        stream.width, stream.height = (height, width) if turn % 2 else (width, height)
+                        stream.pix_fmt, stream.gop_size, stream.thread_count = "yuv420p", keyframe_every, 1
+                    small = frame.reformat(width, height, format="rgb24" if turn else "yuv420p", interpolation="AREA")
+                    if turn:
+                        upright = np.ascontiguousarray(np.rot90(small.to_ndarray(), turn))
+                        small = av.VideoFrame.from_ndarray(upright, format="rgb24")
+                    small.pts, small.time_base = frames, 1 / rate
+                    output.mux(stream.encode(small))
+                    frames += 1
+        except (av.FFmpegError, OSError) as error:
+            errors.append(_first_line(error))
+        except IndexError:
+            errors.append("no video stream")
+        if stream is not None:
+            output.mux(stream.encode())
+    if not frames:
+        part.unlink(missing_ok=True)
+        raise DecodeError(f"{source}: {_warning(promised, frames, errors)}")
+    part.replace(target)
+    return _warning(promised, frames, errors)
+
+
+def _even(side: float) -> int:
+    """The nearest even length, which 4:2:0 needs."""
+    return max(round(side / 2) * 2, 2)
 
 
 def write_mp4(path: str | Path, frames: Iterable[Frames], rate: int = 24, keyframe_every: int = 12, crf: int = 18) -> None:

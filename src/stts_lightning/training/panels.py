@@ -105,7 +105,7 @@ class SelectionPanels(pl.Callback):
             shown = f"{example[:8]}{'...' if len(example) > 8 else ''}"
             log.warning(
                 "selector %s has collapsed: it keeps %s of %d of %d validation clips, whatever they show; try a larger "
-                "selection.sigma, a lower learning rate of the selectors, or selection.selector=uniform, which does as much for less",
+                "selection.sigma or a lower learning rate; a fixed choice (selection.selector=uniform) would cost less",
                 name, shown, times, len(choices),
             )  # fmt: skip
 

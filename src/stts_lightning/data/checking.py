@@ -1,0 +1,160 @@
+"""Work on many video files in processes that may hang or die: decoders run native code, and some files keep it for ever."""
+
+import multiprocessing
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from stts_lightning.data.decode import DecodeError, examine, probe, transcode
+from stts_lightning.data.manifest import Entry
+
+# A fresh interpreter: a fork of a process with threads may hold their locks.
+PROCESSES = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a file is written again; see `transcode`."""
+
+    short_side: int
+    keyframe_every: int
+    crf: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A file to be looked at, or to be written again and then looked at."""
+
+    path: Path
+    target: Path | None = None
+    encoding: Encoding | None = None
+
+
+def _serve(connection: Connection) -> None:
+    """What a process does: a task in, its findings out piece by piece, so that what was found before a hang is not lost."""
+    while (task := connection.recv()) is not None:
+        for name, value in _findings(task):
+            connection.send((name, value))
+        connection.send(("done", None))
+
+
+def _findings(task: Task) -> Iterator[tuple[str, Any]]:
+    path, warning = task.path, ""
+    if not path.is_file():
+        yield "status", "missing"
+        return
+    if task.target is not None and task.encoding is not None:
+        e = task.encoding
+        if not task.target.is_file():
+            try:
+                warning = transcode(path, task.target, e.short_side, e.keyframe_every, e.crf)
+            except DecodeError as error:
+                yield "warning", str(error)
+                yield "status", "broken"
+                return
+        path = task.target
+    contents = examine(path)
+    yield "contents", contents
+    yield "warning", "; ".join(text for text in (warning, contents.warning) if text)
+    if not contents.frames:
+        yield "status", "broken"
+        return
+    # From here on it is known to decode: what follows tells by which decoder.
+    yield "decoder", "pyav"
+    yield "status", "ok"
+    if not (trouble := probe(path, contents.frames, "decord")):
+        yield "decoder", "decord"
+    else:
+        yield "trouble", trouble
+
+
+class _Worker:
+    """A process that is killed and replaced when it hangs."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.connection, there = PROCESSES.Pipe()
+        self.process = PROCESSES.Process(target=_serve, args=(there,), daemon=True)
+        self.process.start()
+        there.close()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+    def run(self, task: Task, timeout: float) -> Entry:
+        """Findings of a task, whatever becomes of the process. The timeout is for each finding."""
+        found: dict[str, Any] = {}
+        trouble = ""
+        self.connection.send(task)
+        while True:
+            try:
+                if not self.connection.poll(timeout):
+                    trouble = f"hangs for more than {timeout:g} s"
+                    break
+                name, value = self.connection.recv()
+            except (EOFError, ConnectionResetError):
+                self.process.join(5)
+                trouble = f"the decoder dies (exit status {self.process.exitcode})"
+                break
+            if name == "done":
+                break
+            found[name] = value
+        if trouble:
+            self.close()
+            self.start()
+        return _entry(task, found, trouble)
+
+
+def _entry(task: Task, found: dict[str, Any], trouble: str) -> Entry:
+    by_decord = "trouble" in found or (trouble and "decoder" in found)
+    texts = (found.get("warning", ""), f"decord: {found.get('trouble') or trouble}" if by_decord else trouble)
+    lost = "hangs" if trouble.startswith("hangs") else "crashes"
+    contents = found.get("contents")
+    facts: dict[str, Any] = {}
+    if contents is not None:
+        facts = {name: getattr(contents, name) for name in ("frames", "promised", "width", "height", "rate", "codec")}
+    status = found.get("status", lost)
+    path = task.target if task.target is not None and status == "ok" else task.path
+    return Entry(
+        str(path.absolute()), status, **facts, decoder=found.get("decoder", ""), warning="; ".join(text for text in texts if text)
+    )
+
+
+def work(tasks: Sequence[Task], jobs: int, timeout: float, done: Callable[[Entry], None] = lambda entry: None) -> list[Entry]:
+    """Work through tasks in `jobs` processes, in order of the tasks; `done` is called for each as it ends.
+
+    Args:
+        tasks: files.
+        jobs: processes at a time.
+        timeout: seconds of silence after which a process is killed and its file has `hangs`.
+        done: for a progress bar; called from threads, one at a time.
+    """
+    own = threading.local()
+    workers: list[_Worker] = []
+    lock = threading.Lock()
+
+    def one(task: Task) -> Entry:
+        if not hasattr(own, "worker"):
+            own.worker = _Worker()
+            with lock:
+                workers.append(own.worker)
+        entry = own.worker.run(task, timeout)
+        with lock:
+            done(entry)
+        return entry
+
+    pool = ThreadPoolExecutor(max(min(jobs, len(tasks)), 1))
+    try:
+        return list(pool.map(one, tasks))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.close()

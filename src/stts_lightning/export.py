@@ -1,0 +1,52 @@
+"""`python -m stts_lightning.export`: a trained model for use without this package; the numeric difference is printed."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from stts_lightning.arguments import of_a_run
+from stts_lightning.conf_dir import conf_dir
+from stts_lightning.doctor import check_installation
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="export")
+def main(cfg: DictConfig) -> None:
+    """Export one model."""
+    check_installation()
+    from stts_lightning import assembly
+    from stts_lightning.analysis.exporting import export
+
+    with assembly.one_line_errors():
+        assembly.quiet_libraries()
+        with assembly.refusals():
+            cfg, checkpoint = assembly.trained_config(cfg, list(HydraConfig.get().overrides.task), "export")
+            model = assembly.build_trained(cfg, checkpoint)
+            names = assembly.class_names(None, checkpoint, model.head.out_features)
+        out = Path(cfg.out) if cfg.out else Path(cfg.run_dir) / "model"
+        with assembly.refusals():
+            found = export(model, list(cfg.formats), out)
+    facts = {
+        "input": ["batch", 3, *model.backbone.clip_size],
+        "input_type": "uint8 RGB; mean and deviation are applied inside",
+        "output": "logits",
+        "classes": names,
+        "slots": model.slots.describe(),
+        "checkpoint": str(checkpoint),
+        "files": found,
+    }
+    out.with_name(f"{out.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    for one in found:
+        size = one["bytes"] / 2**20
+        log.info("%s (%.1f MiB): logits differ by %.1e at most, batch %d", one["file"], size, one["difference"], one["batch"])
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = of_a_run(sys.argv[1:], "export")
+    main()

@@ -1,0 +1,137 @@
+"""`python -m stts_lightning.prepare_data`: find out which videos decode, and write them again so that they load fast."""
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from stts_lightning.conf_dir import conf_dir
+from stts_lightning.data.annotations import AnnotationError, VideoList
+from stts_lightning.data.checking import Encoding, Task, work
+from stts_lightning.data.manifest import Entry, manifest_hash, write_manifest
+from stts_lightning.doctor import check_installation
+
+TASKS = ("check", "encode")
+
+
+def targets(videos: VideoList, folder: Path) -> list[Path]:
+    """Where each video is written: by class, under its own name, or with a number where that is taken."""
+    taken: Counter[str] = Counter()
+    found = []
+    for video in videos.videos:
+        name = f"{video.label:03d}_{_safe(videos.classes[video.label])}/{video.path.stem}"
+        found.append(folder / f"{name}{f'_{taken[name]}' if taken[name] else ''}.mp4")
+        taken[name] += 1
+    return found
+
+
+def _safe(name: str) -> str:
+    """A class's name as that of a folder."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:60]
+
+
+def run(tasks: Sequence[Task], jobs: int, timeout: float) -> list[Entry]:
+    """Work through tasks under a progress bar."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("files", total=len(tasks))
+        return work(tasks, jobs, timeout, lambda _: progress.advance(bar))
+
+
+def write_list(file: Path, videos: VideoList, entries: Sequence[Entry]) -> None:
+    """A list of what was written, labels as numbers, and the names of the classes beside it."""
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(["path", "label"])
+        base = file.parent.absolute()
+        pairs = zip(videos.videos, entries, strict=True)
+        writer.writerows([Path(entry.path).relative_to(base), video.label] for video, entry in pairs if entry.status == "ok")
+    (file.parent / "classes.txt").write_text("".join(f"{name}\n" for name in videos.classes), encoding="utf-8")
+
+
+def show(found: dict[str, list[Entry]], manifest: Path) -> None:
+    """Print how many files were listed, found and decodable, and what is odd about single ones."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    table = Table(title=str(manifest), title_justify="left")
+    for name in ("split", "listed", "found", "decodable", "decord cannot", "with warnings"):
+        table.add_column(name, justify="left" if name == "split" else "right")
+    for split, entries in found.items():
+        good = [entry for entry in entries if entry.status == "ok"]
+        numbers = (
+            len(entries),
+            sum(entry.status != "missing" for entry in entries),
+            len(good),
+            sum(entry.decoder == "pyav" for entry in good),
+            sum(bool(entry.warning) for entry in good),
+        )
+        table.add_row(split, *map(str, numbers))
+    console.print(table)
+    bad = [entry for entries in found.values() for entry in entries if entry.status != "ok"]
+    for entry in bad[:20]:
+        console.print(f"{entry.status}: {entry.path} {entry.warning}", markup=False, highlight=False)
+    if len(bad) > 20:
+        console.print(f"and {len(bad) - 20} more; all of them stand in the manifest")
+    print(f"manifest {manifest_hash(entry for entries in found.values() for entry in entries)}: {manifest}")
+
+
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="prepare_data")
+def main(cfg: DictConfig) -> None:
+    """Check or encode the videos of a data set."""
+    check_installation()
+    from hydra.utils import instantiate
+
+    from stts_lightning import assembly
+
+    with assembly.one_line_errors(), assembly.refusals():
+        values: dict[str, Any] = assembly.plain(cfg)
+        if values["task"] not in TASKS:
+            raise assembly.ConfigError(f"task={values['task']}: allowed are {', '.join(TASKS)}")
+        encoding = Encoding(values["short_side"], values["keyframe_every"], values["crf"])
+        for key, least in (("short_side", 16), ("keyframe_every", 1), ("crf", 0)):
+            if values[key] < least:
+                raise assembly.ConfigError(f"{key}={values[key]}: must be {least} or more")
+        source = instantiate(cfg.dataset)
+        source.check, source.manifest = False, None  # What is missing is what is to be found out.
+        source.prepare()
+        lists: dict[str, VideoList] = {}
+        for split in values["splits"]:
+            try:
+                lists[split] = source.videos(split)
+            except AnnotationError as error:
+                raise assembly.ConfigError(f"{error}; splits=[val] leaves a split out") from error
+        encode = values["task"] == "encode"
+        out = Path(values["out"])
+        manifest = out / "manifest.csv" if encode or out.suffix != ".csv" else out
+        timeout = values["timeout"] or (1800 if encode else 60)
+        jobs = values["jobs"] or os.cpu_count() or 1
+        found: dict[str, list[Entry]] = {}
+        for split, videos in lists.items():
+            if encode:
+                goals = targets(videos, out / split)
+                tasks = [Task(video.path, goal, encoding) for video, goal in zip(videos.videos, goals, strict=True)]
+            else:
+                tasks = [Task(video.path) for video in videos.videos]
+            found[split] = run(tasks, jobs, timeout)
+            if encode:
+                write_list(out / f"{split}.csv", videos, found[split])
+        # An encoding's lists name only what decodes, and so does its manifest.
+        kept = (entry for entries in found.values() for entry in entries if entry.status == "ok" or not encode)
+        write_manifest(manifest, kept)
+    show(found, manifest)
+    if encode:
+        lists_given = " ".join(f"dataset.{split}={out / split}.csv" for split in found)
+        print(f"train with dataset=list {lists_given} dataset.manifest={manifest}")
+
+
+if __name__ == "__main__":
+    main()
