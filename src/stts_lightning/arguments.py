@@ -17,12 +17,18 @@ def _has_folder(arguments: Sequence[str]) -> bool:
     return any(a.startswith("hydra.run.dir=") for a in arguments)
 
 
+def _with(arguments: Sequence[str], *more: str) -> list[str]:
+    """Arguments with overrides more, beside those that are there: Hydra's parser wants all of them in one place."""
+    at = next((n for n, a in enumerate(arguments) if "=" in a and not a.startswith("-")), len(arguments))
+    return [*arguments[:at], *more, *arguments[at:]]
+
+
 def in_run_folder(arguments: list[str]) -> list[str]:
     """Arguments with Hydra's output folder set to the run that `resume=` names, so that a resumed run makes no second one."""
     run = _value(arguments, "resume")
     if not run or not Path(run).is_dir() or _has_folder(arguments):
         return arguments
-    return [*arguments, f"hydra.run.dir='{run}'", "hydra.output_subdir=null"]
+    return _with(arguments, f"hydra.run.dir='{run}'", "hydra.output_subdir=null")
 
 
 def of_a_run(arguments: list[str], subfolder: str) -> list[str]:
@@ -36,7 +42,7 @@ def of_a_run(arguments: list[str], subfolder: str) -> list[str]:
     arguments = [f"++{a}" if a.startswith(known_later) else a for a in arguments]
     if not run or not Path(run).is_dir() or _has_folder(arguments):
         return arguments
-    return [*arguments, f"hydra.run.dir='{run}/{subfolder}'"]
+    return _with(arguments, f"hydra.run.dir='{run}/{subfolder}'")
 
 
 def of_a_sweep(arguments: list[str]) -> list[str]:
@@ -46,14 +52,14 @@ def of_a_sweep(arguments: list[str]) -> list[str]:
     `hparams_search=` is a sweep without `-m`.
     """
     flags = ("-m", "--multirun")
-    if any(a.startswith("hparams_search=") for a in arguments) and not any(flag in arguments for flag in flags):
-        arguments = [*arguments, "-m"]
-    if not any(flag in arguments for flag in flags) or any(a.startswith("hydra.sweep.dir=") for a in arguments):
-        return arguments
     own = [a for a in arguments if a not in flags]
+    swept = len(own) < len(arguments) or any(a.startswith("hparams_search=") for a in own)
+    # A job of a search says hydra.mode=RUN: it is no search of its own.
+    if not swept or any(a.startswith(("hydra.sweep.dir=", "hydra.mode=")) for a in own):
+        return arguments
     lasting = sorted(a for a in own if not a.startswith(("hydra.launcher", "hydra/launcher")))
     name = hashlib.sha256("\n".join(lasting).encode()).hexdigest()[:8]
-    return [*arguments, f"hydra.sweep.dir=${{paths.runs}}/sweep_{name}", *_names_of_jobs(own)]
+    return ["-m", *_with(own, f"hydra.sweep.dir=${{paths.runs}}/sweep_{name}", *_names_of_jobs(own))]
 
 
 def _names_of_jobs(arguments: Sequence[str]) -> list[str]:

@@ -52,9 +52,10 @@ OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 def is_job_of_sweep() -> bool:
     """Whether this process is to start a process for the job, rather than to run it.
 
-    Under a cluster's launcher with several tasks a job they are that job's processes already.
+    Under a cluster's launcher with several tasks a job they are that job's processes already. A job never starts jobs.
     """
-    return HydraConfig.get().mode == RunMode.MULTIRUN and int(os.environ.get("SLURM_NTASKS", "1")) == 1
+    alone = int(os.environ.get("SLURM_NTASKS", "1")) == 1 and PARENT not in os.environ
+    return HydraConfig.get().mode == RunMode.MULTIRUN and alone
 
 
 def follow_parent() -> None:

@@ -9,9 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from stts_lightning import load_model
+from stts_lightning.data.decode import open_video
 
 FAST = [
     "experiment=demo",
@@ -133,6 +137,77 @@ def test_evaluate_a_file_by_itself(place: Path, finished: Path) -> None:
         assert message in failed.stderr.strip().splitlines()[-1]
 
 
+def test_predict_labels_any_videos_and_shows_what_was_kept(place: Path, finished: Path) -> None:
+    folder = place / "unknown" / "deep"
+    folder.mkdir(parents=True)
+    for number, name in enumerate(("left", "up")):
+        source = sorted((place / "data/demo/val" / name).glob("*.mp4"))[0]
+        (folder / f"{number}.mp4").write_bytes(source.read_bytes())
+    (folder / "2.mp4").write_text("no video")
+    done = door("predict", place, "run=runs/full", "videos=unknown", "overlay=true", "trainer.accelerator=cpu", "every=0.5")
+    assert "3 videos, 1 not decoded; " in done.stdout
+    found = json.loads((finished / "predictions" / "predictions.json").read_text())
+    assert [Path(video["video"]).name for video in found] == ["0.mp4", "1.mp4", "2.mp4"]
+    classes = (place / "data/demo/classes.txt").read_text().split()
+    for number, video in enumerate(found[:2]):
+        assert {one["class"] for one in video["top"]} <= set(classes)
+        assert len(video["windows"]) > 1
+        starts = [window["start"] for window in video["windows"]]
+        assert starts == sorted(starts)
+        mean = {c: sum(t["probability"] for w in video["windows"] for t in w["top"] if t["class"] == c) for c in classes}
+        best = video["top"][0]
+        assert best["probability"] <= mean[best["class"]] / len(starts) + 1e-5
+        assert video["overlay"] == [f"overlays/{number}.png", f"overlays/{number}.mp4"]
+        with open_video(finished / "predictions" / video["overlay"][1]) as reader:
+            assert len(reader) == 16 * min(len(starts), 6)
+    assert "cannot be decoded" in found[2]["error"] and "top" not in found[2]
+    # The same under two processes, each video once.
+    two = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "hydra.run.dir=runs/predicted"]
+    door("predict", place, "run=runs/full", "videos=[unknown/deep/1.mp4,'unknown/**/[0-2].mp4']", *two, "every=0.5")
+    again = json.loads((place / "runs/predicted/predictions.json").read_text())
+    assert [Path(video["video"]).name for video in again] == ["1.mp4", "0.mp4", "2.mp4"]
+    for one, other in ((again[0], found[1]), (again[1], found[0])):
+        assert [t["class"] for t in one["top"]] == [t["class"] for t in other["top"]]
+        assert one["top"][0]["probability"] == pytest.approx(other["top"][0]["probability"], abs=1e-5)
+    for arguments, message in (
+        (["videos=nothing/*.mp4"], "error: videos=nothing/*.mp4: no video there"),
+        (["videos=unknown", "every=-1"], "error: every=-1"),
+        (["videos=unknown", "selection=none", "overlay=true"], "error: overlay=true: this model has no selectors"),
+        (["videos=unknown", "classes=data/demo/train.csv"], "error: classes=data/demo/train.csv: "),
+    ):
+        failed = door("predict", place, "run=runs/full", *arguments, "trainer.accelerator=cpu", check=False)
+        assert failed.returncode == 2, failed.stdout + failed.stderr
+        assert message in failed.stderr.strip().splitlines()[-1]
+
+
+def test_selectors_are_followed_while_they_learn(finished: Path) -> None:
+    assert sorted(file.name for file in (finished / "panels").iterdir()) == ["epoch_000.png", "epoch_001.png"]
+    with (finished / "metrics.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    for name in ("t0/entropy", "t0/choices", "t0/softness", "s4/entropy", "gap"):
+        values = [float(row[f"selection/{name}"]) for row in rows if row[f"selection/{name}"]]
+        assert len(values) == 2 and all(0 <= value <= 1 for value in values), name
+    assert len([row for row in rows if row["selection/t0/changed"]]) == 1
+    result = json.loads((finished / "result.json").read_text())
+    assert result["tokens_kept"] == pytest.approx(5 / 8) and result["clips_per_second"] > 0
+
+
+def test_export_gives_programs_that_say_the_same(place: Path, finished: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    done = door("export", place, "run=runs/full", "out=exported/m")
+    assert done.stdout.count("logits differ by") == 2
+    facts = json.loads((place / "exported" / "m.json").read_text())
+    assert facts["input"] == ["batch", 3, 16, 48, 48] and len(facts["classes"]) == 8
+    assert all(file["difference"] < 1e-3 and (place / file["file"]).is_file() for file in facts["files"])
+    model = load_model(finished / "checkpoints" / "last.ckpt").eval()
+    clip = torch.randint(0, 256, (5, 3, 16, 48, 48), dtype=torch.uint8)
+    program = torch.export.load(place / "exported" / "m.pt2").module()
+    with torch.no_grad():
+        assert torch.allclose(program(clip), model(clip), atol=1e-5)
+    failed = door("export", place, "run=runs/full", "formats=[tflite]", check=False)
+    assert failed.stderr.strip().splitlines()[-1] == "error: formats=tflite: allowed are torch, onnx"
+
+
 def losses(run: Path) -> dict[int, tuple[float, float]]:
     found = {}
     for file in sorted(run.glob("metrics*.csv")):
@@ -165,25 +240,52 @@ def test_killed_run_goes_on_where_it_was(place: Path) -> None:
         assert killed[step][1] == pytest.approx(whole[step][1], rel=1e-5) == pytest.approx(0.5 * (1 - step / 24), rel=1e-3)
 
 
-def test_sweep_over_sigma_and_a_ratio(place: Path) -> None:
-    swept = ["selection.sigma=0.05,0.1", "selection.slots.t0.ratio=0.25,0.5"]
-    command(place, "debug=fast", "hydra.sweep.dir=runs/sweep", base=["-m", *FAST, *swept])
-    results = [json.loads(f.read_text()) for f in (place / "runs" / "sweep").glob("*/result.json")]
-    assert sorted((r["sigma"], r["slots"]["t0"]) for r in results) == [
-        (0.05, "2 of 8 frames"),
-        (0.05, "4 of 8 frames"),
-        (0.1, "2 of 8 frames"),
-        (0.1, "4 of 8 frames"),
-    ]
+def wandb_records(file: Path) -> list[Any]:
+    """Records of an offline run: LevelDB's log format, blocks of 32 KiB after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, whole, records = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # Whole, or the last part.
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            records.append(record)
+            whole = b""
+    return records
 
 
-def test_wandb_without_a_key_stays_offline(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_without_a_key_stays_offline_and_holds_what_dashboards_need(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("HOME", str(place))
-    command(place, "logger=wandb", "debug=fast", "hydra.run.dir=runs/wandb")
-    assert list((place / "runs" / "wandb" / "wandb").glob("offline-run-*"))
-    assert (place / "runs" / "wandb" / "wandb_id.txt").read_text()
+    monkeypatch.setenv("WANDB_RUN_GROUP", "sweep_x")
+    command(place, "logger=wandb", "debug=fast", "hydra.run.dir=runs/wandb", "trainer.log_every_n_steps=1")
+    run = place / "runs" / "wandb"
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    records = wandb_records(file)
+    (about,) = {(r.run.run_id, r.run.run_group, r.run.job_type, tuple(r.run.tags)) for r in records if r.HasField("run")}
+    assert about == ((run / "wandb_id.txt").read_text(), "sweep_x", "train", ("mvit_tiny", "demo"))
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    history: set[str] = set()
+    for record in records:
+        for item in [*record.config.update, *record.run.config.update]:
+            config[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+        for item in record.summary.update:
+            summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+        history |= {item.key or ".".join(item.nested_key) for item in record.history.item}
+    assert config["selection"]["slots"] == {"t0": {"ratio": 0.5}} and config["backbone"]["name"] == "mvit_tiny"
+    result = json.loads((run / "result.json").read_text())
+    for key in ("top1", "top5", "gflops", "gflops_per_view", "tokens_kept", "sigma", "parameters", "clips_per_second"):
+        assert summary[key] == pytest.approx(result[key]), key
+    assert summary["val_hash"] == result["dataset"]["val_hash"]
+    assert {"sigma", "train/loss", "val/top1", "selection/t0/entropy", "selection/gap", "selection"} <= history
 
 
 def test_undecodable_training_file_is_counted(place: Path) -> None:

@@ -102,7 +102,7 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: str) -> None:
     """Write `path`.png and `path`.svg."""
     figure.savefig(f"{path}.png", dpi=160)
     Path(f"{path}.svg").write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{svg(figure)}')

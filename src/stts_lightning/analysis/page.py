@@ -115,6 +115,11 @@ def latex(found: Sequence[Row], caption: str) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
+def _plain(text: str) -> str:
+    """A text as a file's name, and as an anchor."""
+    return re.sub(r"[^\w.]+", "-", text)
+
+
 def _data_uri(file: Path) -> str:
     with Image.open(file) as picture:
         small = picture.convert("RGB")
@@ -133,7 +138,7 @@ def _pictures(run: Run) -> list[Path]:
 def _section(dataset: str, group: Sequence[Point], left: int) -> tuple[dict[str, Any], dict[str, Figure]]:
     """What the page shows of a data set, and its figures by file name."""
     names = named(group)
-    anchors = [re.sub(r"[^\w.]+", "-", f"{dataset}-{name}") for name in names]
+    anchors = [_plain(f"{dataset}-{name}") for name in names]
     figures = {"gflops": charts.accuracy_against(group, "gflops", names, anchors, f"{dataset}: accuracy against cost")}
     machines = {str(run.result.get("measured_on")) for point in group for run in point.runs if "measured_on" in run.result}
     if len(machines) == 1:  # Speeds of different machines do not compare.
@@ -186,20 +191,17 @@ def write_report(runs: Sequence[Run], folder: Path, failures: Sequence[str] = ()
     sections: list[dict[str, Any]] = []
     left = PICTURES
     for dataset in dict.fromkeys(point.dataset for point in everything):
+        base = beside / _plain(dataset)
         with charts.style():
             section, figures = _section(dataset, [point for point in everything if point.dataset == dataset], left)
             left = section["pictures_left"]
             for name, figure in figures.items():
-                charts.save(figure, beside / f"{dataset}_{name}")
-            section["figures"] = [
-                charts.svg(figure).replace("<svg", f'<svg id="{dataset}_{n}"', 1) for n, figure in figures.items()
-            ]
+                charts.save(figure, f"{base}_{name}")
+            section["figures"] = [charts.svg(figure) for figure in figures.values()]
         table = section["rows"]
-        (beside / f"{dataset}.md").write_text(markdown(table))
-        (beside / f"{dataset}.tex").write_text(
-            latex(table, f"Accuracy and cost on {dataset}. Bold: no other is as good in both.")
-        )
-        with (beside / f"{dataset}.csv").open("w", newline="") as file:
+        Path(f"{base}.md").write_text(markdown(table))
+        Path(f"{base}.tex").write_text(latex(table, f"Accuracy and cost on {dataset}. Bold: no other is as good in both."))
+        with Path(f"{base}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(table[0]))
             writer.writeheader()
             writer.writerows(table)

@@ -1,0 +1,131 @@
+"""Run folders as a comparison: seeds together, the front, the page in a real browser."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stts_lightning.analysis.page import latex, named, rows, write_report
+from stts_lightning.analysis.runs import find_runs, pareto, points, ratio_curves, sigma_curves
+
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+
+
+def write(folder: Path, **changes: Any) -> None:
+    result = {
+        "top1": 0.5, "top5": 0.9, "backbone": "mvit_tiny", "backbone_choices": {}, "selection": "t0_0.5",
+        "slots": {"t0": "4 of 8 frames"}, "scorer": "paper", "estimator": "monte_carlo, 500 samples", "sigma": 0.1,
+        "gflops_per_view": 1.0, "gflops": 5.0, "views": 5, "clip": [16, 48, 48], "tokens_kept": 0.5, "seed": 0, "steps": 10,
+        "batch_size": 8, "dataset": {"name": "demo", "val_hash": "a"}, "clips_per_second": 10.0, "measured_on": "a machine",
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({**result, **changes}))
+    (folder / "config.yaml").write_text("key: <script>alert(1)</script>\n")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for seed, top1 in enumerate((0.6, 0.7)):
+        write(tmp_path / f"a{seed}", seed=seed, top1=top1)
+    write(tmp_path / "sigma", sigma=0.2, top1=0.55)
+    write(tmp_path / "ratio", selection="t0_0.25", slots={"t0": "2 of 8 frames"}, gflops_per_view=0.6, top1=0.66)
+    write(tmp_path / "worse", selection="t0_0.75", slots={"t0": "6 of 8 frames"}, gflops_per_view=1.4, top1=0.61)
+    write(tmp_path / "plain", selection="none", slots={}, gflops_per_view=2.0, top1=0.8)
+    write(tmp_path / "other", dataset={"name": "other <b>/x</b>", "val_hash": "z"})
+    write(tmp_path / "untested")
+    broken = json.loads((tmp_path / "untested" / "result.json").read_text())
+    del broken["top1"]
+    (tmp_path / "untested" / "result.json").write_text(json.dumps(broken))
+    (tmp_path / "a0" / "panels").mkdir()
+    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(tmp_path / "a0" / "panels" / "epoch_001.png")
+    return tmp_path
+
+
+def test_seeds_are_one_point_and_the_front_is_right(folder: Path) -> None:
+    group = [point for point in points(find_runs([folder])) if point.dataset == "demo"]
+    names = named(group)
+    assert sorted(names) == ["plain", "t0_0.25", "t0_0.5 sigma 0.1", "t0_0.5 sigma 0.2", "t0_0.75"]
+    by_name = dict(zip(names, group, strict=True))
+    assert by_name["t0_0.5 sigma 0.1"].top1 == pytest.approx(0.65)
+    assert by_name["t0_0.5 sigma 0.1"].spread() == pytest.approx(0.0707, abs=1e-4)
+    assert {names[number] for number in pareto(group)} == {"plain", "t0_0.25"}
+    assert {names[number] for number in pareto(group, "clips_per_second")} == {"plain"}
+    (curve,) = sigma_curves(group).values()
+    assert [x for x, _ in curve] == [0.1, 0.2]
+    ((_, curve),) = ratio_curves(group)["t0"].items()
+    assert [x for x, _ in curve] == [0.25, 0.5, 0.75]
+
+
+def test_a_run_of_another_start_or_list_is_another_point(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    write(tmp_path / "b", dataset={"name": "demo", "val_hash": "b"})
+    write(tmp_path / "c", steps=20)
+    group = points(find_runs([tmp_path]))
+    assert len(group) == len(set(named(group))) == 3
+    assert find_runs([tmp_path, tmp_path / "a"]) == find_runs([tmp_path])
+
+
+def test_tables(folder: Path) -> None:
+    page = write_report(find_runs([folder]), folder, ["job_7: error: out of memory"])
+    with (folder / "report" / "demo.csv").open(newline="") as file:
+        table = {row["name"]: row for row in csv.DictReader(file)}
+    assert table["t0_0.5 sigma 0.1"]["top-1, %"] == "65.0" and table["t0_0.5 sigma 0.1"]["seeds"] == "2.0"
+    text = (folder / "report" / "demo.tex").read_text()
+    assert r"t0\_0.5 sigma 0.1 & 1 &" in text and r"\textbf{plain}" in text
+    assert text.count("{") == text.count("}")
+    assert "| plain | 2 | 80 |" in (folder / "report" / "demo.md").read_text()
+    for name in ("gflops", "throughput", "sigma", "ratio_t0"):
+        assert (folder / "report" / f"demo_{name}.png").stat().st_size > 5000
+    html = page.read_text()
+    assert "<script>alert" not in html and "&lt;script&gt;alert" in html and "<b>/x" not in html
+    assert "job_7: error: out of memory" in html
+    assert not re.search(r"""(src|href)=["'](https?:)?//""", html), "nothing is fetched"
+    assert "data:image/jpeg;base64," in html
+
+
+def test_latex_escapes() -> None:
+    from stts_lightning.analysis.runs import Point, Run
+
+    point = Point("d", "b", "t0_0.5", "T0: 4 of 8", "", 0.1, 1.0, 1, (Run(Path("r"), {"top1": 0.5}),))
+    assert r"a\_b \& 50\%" in latex(rows([point], ["a_b & 50%"]), "x_y")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page_in_a_browser(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    page = write_report(find_runs([folder]), folder)
+    own = tmp_path_factory.mktemp("browser")
+    # After the page's own script: sort by top-1 twice (falling), and follow a point of the figure.
+    probe = """<script>
+      const heads = [...document.querySelectorAll("th button")];
+      const accuracy = heads.find(head => head.textContent.startsWith("top-1"));
+      accuracy.click(); accuracy.click();
+      const links = [...document.querySelectorAll("svg a")].map(a => a.getAttribute("xlink:href") || a.getAttribute("href"));
+      location.hash = links[0].slice(1);
+      setTimeout(() => {
+        document.title = JSON.stringify({
+          order: [...document.querySelector("tbody").rows].map(row => row.cells[0].textContent),
+          links: links.map(link => !!document.getElementById(link.slice(1))),
+          open: [...document.querySelectorAll("details[open]")].map(card => "#" + card.id), first: links[0],
+          wide: document.documentElement.scrollWidth, window: innerWidth,
+          images: [...document.images].map(image => image.naturalWidth),
+        });
+      }, 500);
+    </script></body>"""
+    (own / "page.html").write_text(page.read_text().replace('loading="lazy"', "").replace("</body>", probe))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={own / 'profile'}"]
+    command += ["--window-size=500,900", "--virtual-time-budget=3000", "--dump-dom", f"file://{own / 'page.html'}"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)
+    assert title, done.stderr[-2000:]
+    seen = json.loads(title[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    assert seen["order"] == ["plain", "t0_0.25", "t0_0.5 sigma 0.1", "t0_0.75", "t0_0.5 sigma 0.2"]
+    assert seen["links"] and all(seen["links"]) and seen["open"] == [seen["first"]]
+    assert seen["wide"] <= seen["window"] + 1, "the page is no wider than a phone; tables scroll by themselves"
+    assert all(seen["images"])
