@@ -20,7 +20,7 @@ runs/demo_plain/result.json: | .venv/.ready
 	$(BIN)/python -m stts_lightning.train experiment=demo_plain
 
 test: .venv/.ready ## the normal tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 test-all: .venv/.ready ## all tests
 	$(BIN)/python -m pytest

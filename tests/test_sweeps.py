@@ -33,8 +33,16 @@ def test_the_folder_follows_from_the_command() -> None:
     assert of_a_sweep(["b=1,2", "a=1", "--multirun", "hydra.launcher.n_jobs=2", "hydra/launcher=joblib"])[1] == one[1]
     assert of_a_sweep(["-m", "a=1", "b=1,2,3"])[1] != one[1]
     assert of_a_sweep(["--config-dir", "d", "-m", "b=1,2"])[-1] == "b=1,2"
-    for arguments in (["a=1"], ["-m", "a=1,2", "hydra.sweep.dir=x"], ["hparams_search=ratios", "hydra.mode=RUN"]):
+    for arguments in (["a=1"], ["hparams_search=ratios", "hydra.mode=RUN"]):
         assert of_a_sweep(arguments) == arguments
+    given = of_a_sweep(["-m", "a=1,2", "b=1", "hydra.sweep.dir=x"])
+    assert given == [
+        "-m",
+        "hydra.job.config.override_dirname.exclude_keys=[b,hydra.sweep.dir]",
+        "a=1,2",
+        "b=1",
+        "hydra.sweep.dir=x",
+    ]
     assert of_a_sweep(["hparams_search=ratios"])[0] == "-m"
 
 
@@ -79,9 +87,15 @@ def test_a_killed_sweep_takes_its_job_along_and_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     folder = found[0].parents[1]
-    time.sleep(3)
-    running = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout
-    assert not running, "the job ended with its sweep"
+
+    def running() -> str:
+        return subprocess.run(["pgrep", "-f", f"stts_lightning.train.*{folder}"], capture_output=True, text=True).stdout
+
+    # It ends its step first.
+    deadline = time.monotonic() + 60
+    while running() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not running(), "the job ended with its sweep"
     assert not (folder / "result.json").is_file()
     done = sweep(tmp_path, *command)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,18 +1,27 @@
 """Efficient video transformers with spatial-temporal token selection (STTS, ECCV 2022)."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stts_lightning.classifier import VideoClassifier, create_model, load_model
+    from stts_lightning.selection.selector import Selection, Selector
+    from stts_lightning.selection.slots import SlotBank
+    from stts_lightning.selection.spec import SelectionSpec
 
 __version__ = "0.1.0"
-__all__ = ["VideoClassifier", "create_model", "load_model"]
+__all__ = ["Selection", "SelectionSpec", "Selector", "SlotBank", "VideoClassifier", "create_model", "load_model"]
+
+_PLACES = {
+    "Selection": "selection.selector",
+    "SelectionSpec": "selection.spec",
+    "Selector": "selection.selector",
+    "SlotBank": "selection.slots",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Lazy: a command's --help must not wait for torch.
     if name in __all__:
-        from stts_lightning import classifier
-
-        return getattr(classifier, name)
+        return getattr(import_module(f"stts_lightning.{_PLACES.get(name, 'classifier')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -55,11 +55,14 @@ def of_a_sweep(arguments: list[str]) -> list[str]:
     own = [a for a in arguments if a not in flags]
     swept = len(own) < len(arguments) or any(a.startswith("hparams_search=") for a in own)
     # A job of a search says hydra.mode=RUN: it is no search of its own.
-    if not swept or any(a.startswith(("hydra.sweep.dir=", "hydra.mode=")) for a in own):
+    if not swept or any(a.startswith("hydra.mode=") for a in own):
         return arguments
-    lasting = sorted(a for a in own if not a.startswith(("hydra.launcher", "hydra/launcher")))
-    name = hashlib.sha256("\n".join(lasting).encode()).hexdigest()[:8]
-    return ["-m", *_with(own, f"hydra.sweep.dir=${{paths.runs}}/sweep_{name}", *_names_of_jobs(own))]
+    folder = []
+    if not any(a.startswith("hydra.sweep.dir=") for a in own):
+        lasting = sorted(a for a in own if not a.startswith(("hydra.launcher", "hydra/launcher")))
+        name = hashlib.sha256("\n".join(lasting).encode()).hexdigest()[:8]
+        folder = [f"hydra.sweep.dir=${{paths.runs}}/sweep_{name}"]
+    return ["-m", *_with(own, *folder, *_names_of_jobs(own))]
 
 
 def _names_of_jobs(arguments: Sequence[str]) -> list[str]:

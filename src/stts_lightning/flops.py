@@ -150,6 +150,19 @@ def write(found: Sequence[Mapping[str, Any]], json_file: str | None, csv_file: s
                 writer.writerow({name: {**row, "slots": slots}[name] for name in COLUMNS})
 
 
+def plot(found: Sequence[Mapping[str, Any]], file: str) -> None:
+    """Draw the parts of one configuration, or all configurations; the suffix says how (png, svg, pdf)."""
+    from stts_lightning.analysis import charts
+
+    if len(found) == 1:
+        row = found[0]
+        values, title = row["gflops_by_part"], f"{row['backbone']} {row['selection']}: {row['gflops']:.2f} GFLOPs by part"
+    else:
+        values, title = {row["selection"]: row["gflops"] for row in found}, str(found[0]["backbone"])
+    with charts.style():
+        charts.costs(values, title).savefig(file, dpi=130)
+
+
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="flops")
 def main(cfg: DictConfig) -> float:
     """Print costs; returns the GFLOPs of the configuration, or of the dearest one, for sweepers."""
@@ -170,6 +183,8 @@ def main(cfg: DictConfig) -> float:
             found = one(cfg)
             show(lines(found[0]))
         write(found, cfg.json, cfg.csv)
+        if cfg.plot:
+            plot(found, cfg.plot)
     return found[0]["gflops"]
 
 

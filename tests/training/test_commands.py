@@ -172,7 +172,6 @@ def test_predict_labels_any_videos_and_shows_what_was_kept(place: Path, finished
     for arguments, message in (
         (["videos=nothing/*.mp4"], "error: videos=nothing/*.mp4: no video there"),
         (["videos=unknown", "every=-1"], "error: every=-1"),
-        (["videos=unknown", "selection=none", "overlay=true"], "error: overlay=true: this model has no selectors"),
         (["videos=unknown", "classes=data/demo/train.csv"], "error: classes=data/demo/train.csv: "),
     ):
         failed = door("predict", place, "run=runs/full", *arguments, "trainer.accelerator=cpu", check=False)
@@ -422,8 +421,15 @@ def test_report_sets_our_runs_beside_the_paper(tmp_path: Path) -> None:
     assert (tmp_path / "tables.md").read_text().count("### Table") == 2
     failed = door("report", tmp_path, "paper_table=9", check=False)
     assert failed.stderr.strip().splitlines()[-1] == "error: paper_table=9: allowed are 1 to 8"
-    failed = door("report", tmp_path, check=False)
-    assert failed.stderr.strip().splitlines()[-1] == "error: paper_table: must be given, as in paper_table=..."
+    done = door("report", tmp_path)
+    assert "1 runs; runs/report.html" in done.stdout and (tmp_path / "runs/report/demo.csv").is_file()
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        (["runs=empty"], "error: runs=empty: no run below has a result with a top-1 yet"),
+        (["runs=[runs,nowhere]"], "error: runs=nowhere: no such folder; give a folder of runs, or several as runs=[A,B]"),
+    ):
+        failed = door("report", tmp_path, *arguments, check=False)
+        assert failed.stderr.strip().splitlines()[-1] == message
 
 
 def test_a_model_is_tested_as_it_comes(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from stts_lightning.analysis.runs import Curve, Point, pareto
 
@@ -89,6 +91,41 @@ def curves(lines: Mapping[str, Curve], x: str, title: str) -> Figure:
     return figure
 
 
+def confusion(table: NDArray[np.int64], classes: Sequence[str], title: str) -> Figure:
+    """How often a class (row) was taken for a class (column), as shares of the row; named where there is room."""
+    side = min(max(0.32 * len(classes) + 2.2, 4.0), 12.0)
+    figure = Figure((side, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="taken for", ylabel="class")
+    axes.set_title(title, loc="left", fontsize=11)
+    if len(classes) <= 30:
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(classes)), classes, fontsize=8)
+        for row, column in zip(*table.nonzero(), strict=True):
+            dark = shares[row, column] > 0.5
+            text = str(table[row, column])
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    return figure
+
+
+def costs(values: Mapping[str, float], title: str) -> Figure:
+    """GFLOPs as bars, a name each, in the order given from top to bottom."""
+    figure = Figure((7.2, 0.28 * len(values) + 1.1), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    bars = axes.barh(range(len(values)), list(values.values()), color=COLOURS[0])
+    axes.bar_label(bars, [f"{value:.2f}" for value in values.values()], padding=3, fontsize=8)
+    axes.set_yticks(range(len(values)), list(values), fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("GFLOPs a view (multiply-adds)")
+    axes.set_title(title, loc="left", fontsize=11)
+    return figure
+
+
 def style() -> AbstractContextManager[None]:
     """How figures look; to be entered around making and saving them."""
     return rc_context(STYLE)
@@ -104,5 +141,5 @@ def svg(figure: Figure) -> str:
 
 def save(figure: Figure, path: str) -> None:
     """Write `path`.png and `path`.svg."""
-    figure.savefig(f"{path}.png", dpi=160)
+    figure.savefig(f"{path}.png", dpi=130)
     Path(f"{path}.svg").write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{svg(figure)}')

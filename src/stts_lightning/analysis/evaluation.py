@@ -132,8 +132,13 @@ def confusion(predictions: Predictions) -> NDArray[np.int64]:
 
 
 def write_tables(predictions: Predictions, classes: Sequence[str], folder: str | Path) -> None:
-    """Write `per_class.csv` (class, videos, right, accuracy, most_taken_for) and `confusion.csv` into a folder."""
+    """Write `per_class.csv` (class, videos, right, accuracy, most_taken_for), `confusion.csv` and `.png` into a folder."""
+    from stts_lightning.analysis import charts  # Late: matplotlib is slow to import, and most commands draw nothing.
+
     table = confusion(predictions)
+    with charts.style():
+        title = f"{int(table.trace())} of {int(table.sum())} right"
+        charts.confusion(table, classes, title).savefig(Path(folder) / "confusion.png", dpi=110)
     with (Path(folder) / "per_class.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "videos", "right", "accuracy", "most_taken_for"])

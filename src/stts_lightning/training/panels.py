@@ -161,4 +161,4 @@ class SelectionPanels(pl.Callback):
         Image.fromarray(page).save(self.folder / f"epoch_{trainer.current_epoch:03d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image("selection", [page], step=trainer.global_step)
+                logger.log_image("selection", [page])  # A step of its own would be refused.

@@ -1,0 +1,38 @@
+"""What the documents show is run as it is written there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_python_of_a_page_runs_as_written(page: Path) -> None:
+    for code in blocks(page):
+        exec(compile(code, str(page), "exec"), {"__name__": "page"})
+
+
+def test_own_backbone_is_short() -> None:
+    (code,) = (code for code in blocks(ROOT / "docs" / "python.md") if "class Backbone" in code)
+    body = code[code.index("class Backbone") : code.index("backbone, kept")]
+    assert len([line for line in body.splitlines() if line.strip()]) < 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_are_there(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_command_of_the_documents_is_one_that_there_is() -> None:
+    doors = {path.stem for path in (ROOT / "src" / "stts_lightning").glob("*.py") if "@hydra.main" in path.read_text()}
+    used = {name for page in PAGES for name in re.findall(r"-m stts_lightning\.(\w+)", page.read_text())}
+    assert used == doors, "each command has a page"
