@@ -1,6 +1,6 @@
 """Run a command and keep what it prints as a picture of a terminal: how pictures of the documents are made.
 
-    python scripts/terminal_picture.py docs/pictures/export.svg python -m stts_lightning.export run=runs/RUN
+python scripts/terminal_picture.py docs/pictures/export.svg python -m stts_lightning.export run=runs/RUN
 """
 
 import argparse

@@ -44,7 +44,7 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if predictions is None:  # Not the first process.
         raise SystemExit(0)
     failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]
-    measured = clips_per_second(model, module.device)
+    measured = clips_per_second(model, trainer.strategy.root_device)
     return {**score(predictions, cfg.views, cfg.missing), **known, **measured, "undecodable_files": failures}
 
 

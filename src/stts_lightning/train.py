@@ -66,7 +66,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         **tested,
         **last,
         **known,
-        **(clips_per_second(model, module.device) if trainer.is_global_zero else {}),
+        **(clips_per_second(model, trainer.strategy.root_device) if trainer.is_global_zero else {}),
         "experiment": cfg.get("experiment_name"),  # A run of an earlier version has none.
         "sigma_last": float(model.slots.sigma),
         "steps": trainer.global_step,

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from torch import Tensor
@@ -78,8 +79,9 @@ class SelectionPanels(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log figures, draw, and warn."""
         assert isinstance(pl_module, ClassificationModule)
-        if trainer.sanity_checking or not self.choices:
+        if trainer.sanity_checking or not pl_module.model.slots.at_block:
             return
+        self._gather(trainer)
         figures: dict[str, float] = {}
         for name, choices in self.choices.items():
             selector = pl_module.model.slots.selectors[name]
@@ -94,8 +96,21 @@ class SelectionPanels(pl.Callback):
         self._reset()
         if trainer.current_epoch % self.every == 0 or trainer.current_epoch == (trainer.max_epochs or 0) - 1:
             figures |= self._look(trainer, pl_module)
-        # Each process has its own share of the videos, and all have the same slots.
+        # The same on all processes; Lightning wants it said.
         pl_module.log_dict(figures, sync_dist=trainer.world_size > 1, batch_size=1)
+
+    def _gather(self, trainer: pl.Trainer) -> None:
+        """Choices and entropies of all processes: what a selector does is judged over all videos."""
+        if trainer.world_size == 1:
+            return
+        parts: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(parts, (dict(self.choices), dict(self.entropies)))
+        self.choices, self.entropies = defaultdict(dict), defaultdict(list)
+        for choices, entropies in parts:
+            for name, found in choices.items():
+                self.choices[name] |= found
+            for name, values in entropies.items():
+                self.entropies[name] += values
 
     def _warn(self, trainer: pl.Trainer, name: str, selector: Any, choices: Mapping[int, int]) -> None:
         (choice, times), *_ = Counter(choices.values()).most_common(1)
