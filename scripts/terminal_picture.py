@@ -20,10 +20,9 @@ def main() -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     environment = {**os.environ, "COLUMNS": str(options.width), "FORCE_COLOR": "1"}
-    output = subprocess.PIPE
-    done = subprocess.run(options.command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment)
-    # Of a progress bar only its last state is left.
-    lines = [line.rpartition("\r")[2] for line in done.stdout.replace("\r\n", "\n").splitlines()]
+    done = subprocess.run(options.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    # Of a progress bar only its last state is left: each writes over the one before.
+    lines = [line.rpartition("\r")[2] for line in done.stdout.decode().replace("\r\n", "\n").split("\n")]
     console = Console(record=True, width=options.width, file=sys.stdout)
     console.print(Text(f"$ {' '.join(options.command)}", style="bold"))
     console.print(Text.from_ansi("\n".join(line for line in lines if line.strip())))

@@ -78,7 +78,9 @@ def show(found: dict[str, list[Entry]], manifest: Path) -> None:
     console.print(table)
     bad = [entry for entries in found.values() for entry in entries if entry.status != "ok"]
     for entry in bad[:20]:
-        console.print(f"{entry.status}: {entry.path} {entry.warning}", markup=False, highlight=False)
+        path = os.path.relpath(entry.path)
+        shown = entry.path if path.startswith("..") else path
+        console.print(f"{entry.status}: {shown} {entry.warning}", markup=False, highlight=False)
     if len(bad) > 20:
         console.print(f"and {len(bad) - 20} more; all of them stand in the manifest")
     print(f"manifest {manifest_hash(entry for entries in found.values() for entry in entries)}: {manifest}")

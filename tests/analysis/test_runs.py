@@ -18,7 +18,7 @@ from stts_lightning.analysis.runs import find_runs, pareto, points, ratio_curves
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 
 
-def write(folder: Path, **changes: Any) -> None:
+def write(folder: Path, config: str = "key: <script>alert(1)</script>\n", **changes: Any) -> None:
     result = {
         "top1": 0.5, "top5": 0.9, "backbone": "mvit_tiny", "backbone_choices": {}, "selection": "t0_0.5",
         "slots": {"t0": "4 of 8 frames"}, "scorer": "paper", "estimator": "monte_carlo, 500 samples", "sigma": 0.1,
@@ -27,7 +27,7 @@ def write(folder: Path, **changes: Any) -> None:
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps({**result, **changes}))
-    (folder / "config.yaml").write_text("key: <script>alert(1)</script>\n")
+    (folder / "config.yaml").write_text(config)
 
 
 @pytest.fixture
@@ -67,8 +67,14 @@ def test_a_run_of_another_start_or_list_is_another_point(tmp_path: Path) -> None
     write(tmp_path / "a")
     write(tmp_path / "b", dataset={"name": "demo", "val_hash": "b"})
     write(tmp_path / "c", steps=20)
+    write(tmp_path / "d", "optim: {lr: 0.1}")
+    write(tmp_path / "e", "optim: {lr: 0.2}")
+    write(tmp_path / "repeated", "optim: {lr: 0.2}")
     group = points(find_runs([tmp_path]))
-    assert len(group) == len(set(named(group))) == 3
+    names = named(group)
+    assert len(group) == len(set(names)) == 5
+    assert [len(point.runs) for point in group] == [1] * 5, "the same seed once more is no other seed"
+    assert {"t0_0.5 20 steps"} < set(names) and any("optim.lr=0.2" in name for name in names)
     assert find_runs([tmp_path, tmp_path / "a"]) == find_runs([tmp_path])
 
 
@@ -93,7 +99,7 @@ def test_tables(folder: Path) -> None:
 def test_latex_escapes() -> None:
     from stts_lightning.analysis.runs import Point, Run
 
-    point = Point("d", "b", "t0_0.5", "T0: 4 of 8", "", 0.1, 1.0, 1, (Run(Path("r"), {"top1": 0.5}),))
+    point = Point("d", "b", "t0_0.5", "T0: 4 of 8", "", 0.1, 1.0, 1, (), (Run(Path("r"), {"top1": 0.5}),))
     assert r"a\_b \& 50\%" in latex(rows([point], ["a_b & 50%"]), "x_y")
 
 

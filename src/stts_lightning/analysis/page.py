@@ -37,17 +37,22 @@ def _traits(point: Point) -> dict[str, str]:
         "sigma": f"sigma {point.sigma:g}",
         "views": f"{point.views} views",
         "steps": f"{point.runs[0].result.get('steps')} steps",
+        # Slots and sigma have words of their own.
+        **{key: f"{key}={value}" for key, value in point.settings if not key.startswith(("selection.", "optim.epochs"))},
     }
 
 
 def named(points: Sequence[Point]) -> list[str]:
-    """A short name for each point: its selection, and whatever tells it from others of that selection."""
+    """A short name for each point: its selection, and as many of its traits as tell it from others of that selection."""
     names: list[str] = []
     for point in points:
-        traits = _traits(point)
-        others = [_traits(other) for other in points if other.selection == point.selection]
-        differ = [text for key, text in traits.items() if text and len({other[key] for other in others if key in other}) > 1]
-        names.append(" ".join(["plain" if point.selection == "none" else point.selection, *differ]))
+        name, traits = "plain" if point.selection == "none" else point.selection, _traits(point)
+        others = [_traits(other) for other in points if other.selection == point.selection and other is not point]
+        for key, text in traits.items():
+            if text and any(other.get(key, text) != text for other in others):
+                name = f"{name} {text}"
+                others = [other for other in others if other.get(key, text) == text]
+        names.append(name)
     # Still alike (another list of the same name): numbered.
     return [name if names.index(name) == at else f"{name} ({at})" for at, name in enumerate(names)]
 

@@ -4,10 +4,12 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 RESULTS = ("result.json", "evaluation.json")
 
@@ -28,6 +30,7 @@ class Point:
         dataset, backbone, selection, keeps, estimator: as in `result.json`; keeps puts the slots into one line.
         sigma: at the first step.
         gflops: of a view.
+        settings: how it was trained and tested: keys and values of its configuration.
         runs: one a seed.
     """
 
@@ -39,6 +42,7 @@ class Point:
     sigma: float
     gflops: float
     views: int
+    settings: tuple[tuple[str, str], ...]
     runs: tuple[Run, ...]
 
     def values(self, key: str) -> list[float]:
@@ -89,6 +93,24 @@ def find_runs(folders: Iterable[str | Path]) -> list[Run]:
     return list(found.values())
 
 
+def settings(folder: Path) -> tuple[tuple[str, str], ...]:
+    """What a run's `config.yaml` says of training and test, by full key, seed and places aside; nothing where there is none."""
+    file = folder / "config.yaml"
+    content = yaml.safe_load(file.read_text()) if file.is_file() else {}
+
+    def flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict):
+            for name, below in value.items():
+                yield from flat(f"{key}.{name}", below)
+        else:
+            yield key, str(value)
+
+    parts = ("optim", "augment", "label_smoothing", "clip", "backbone", "selection", "head")
+    found = [pair for part in parts if part in content for pair in flat(part, content[part])]
+    decay = (content.get("callbacks", {}).get("sigma") or {}).get("decay", True)
+    return (*found, ("callbacks.sigma.decay", str(decay)))
+
+
 def points(runs: Sequence[Run]) -> list[Point]:
     """Runs of one configuration together, by data set and falling cost."""
     groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
@@ -100,11 +122,14 @@ def points(runs: Sequence[Run]) -> list[Point]:
         operator = f"{r['scorer']}, {r['estimator']}" if r["slots"] else ""
         sigma = float(r["sigma"]) if r["slots"] else 0.0
         point = Point(
-            data["name"], r["backbone"] + choices, r["selection"], keeps, operator, sigma, r["gflops_per_view"], r["views"], ()
-        )
+            data["name"], r["backbone"] + choices, r["selection"], keeps, operator, sigma, r["gflops_per_view"], r["views"],
+            settings(run.folder), (),
+        )  # fmt: skip
         # Another list, another length of training or another clip is another experiment.
         groups[(point, data.get("val_hash"), r.get("steps"), r.get("batch_size"), tuple(r["clip"]))].append(run)
-    made = [replace(point, runs=tuple(group)) for (point, *_), group in groups.items()]
+    # A run repeated, or copied, is no other seed.
+    each = {key: {run.result.get("seed"): run for run in group} for key, group in groups.items()}
+    made = [replace(point, runs=tuple(seeds.values())) for (point, *_), seeds in each.items()]
     return sorted(made, key=lambda p: (p.dataset, -p.gflops, p.selection, p.sigma))
 
 

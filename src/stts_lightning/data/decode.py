@@ -233,7 +233,7 @@ def examine(path: str | Path) -> Contents:
 def _warning(promised: int, frames: int, errors: list[str]) -> str:
     """What is to be said of a file of which some packets do not decode; nothing if all is well."""
     few = f"{frames} frames decode, {promised} promised" if promised and promised != frames else ""
-    bad = f"{len(errors)} errors, the first: {errors[0]}" if errors else ""
+    bad = "" if not errors else errors[0] if len(errors) == 1 else f"{errors[0]}, and {len(errors) - 1} errors more"
     return "; ".join(text for text in (few, bad) if text) or ("" if frames else "no frame decodes")
 
 
