@@ -83,7 +83,12 @@ def test_evaluate_gives_what_the_run_gave_and_asks_again_without_a_pass(place: P
     again = json.loads((finished / "evaluation" / "evaluation.json").read_text())
     for key in ("top1", "top5", "mean_class_accuracy", "gflops_per_view", "slots", "videos", "top1_interval"):
         assert again[key] == result[key], key
-    assert sorted(f.name for f in (finished / "test").iterdir()) == ["confusion.csv", "per_class.csv", "predictions.npz"]
+    assert sorted(f.name for f in (finished / "test").iterdir()) == [
+        "confusion.csv",
+        "confusion.png",
+        "per_class.csv",
+        "predictions.npz",
+    ]
     with (finished / "test" / "per_class.csv").open() as lines:
         rows = list(csv.DictReader(lines))
     assert sum(int(row["right"]) for row in rows) / 16 == result["top1"]
