@@ -283,13 +283,15 @@ def test_wandb_without_a_key_stays_offline_and_holds_what_dashboards_need(place:
             config[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
         for item in record.summary.update:
             summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
-        history |= {item.key or ".".join(item.nested_key) for item in record.history.item}
+        # A picture is a dictionary, logged key by key.
+        history |= {item.key or item.nested_key[0] for item in record.history.item}
     assert config["selection"]["slots"] == {"t0": {"ratio": 0.5}} and config["backbone"]["name"] == "mvit_tiny"
     result = json.loads((run / "result.json").read_text())
     for key in ("top1", "top5", "gflops", "gflops_per_view", "tokens_kept", "sigma", "parameters", "clips_per_second"):
         assert summary[key] == pytest.approx(result[key]), key
     assert summary["val_hash"] == result["dataset"]["val_hash"]
     assert {"sigma", "train/loss", "val/top1", "selection/t0/entropy", "selection/gap", "selection"} <= history
+    assert list(file.parent.glob("files/media/images/selection_*.png"))
 
 
 def test_undecodable_training_file_is_counted(place: Path) -> None:
