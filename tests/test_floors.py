@@ -19,7 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "arguments": set(),
     "conf_dir": set(),
     "doctor": set(),
-    "sweeps": {"analysis"},
+    "run_folders": set(),
+    "sweeps": {"analysis", "run_folders"},
     "assembly": {"classifier", "backbones", "selection", "data", "training", "analysis"},
 }
 DOORS = {"train", "evaluate", "predict", "flops", "benchmark", "report", "export", "prepare_data"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stts_lightning.arguments import in_run_folder, of_a_run, of_a_sweep
-from stts_lightning.sweeps import folder_name
+from stts_lightning.run_folders import folder_name
 
 FAST = [
     "experiment=demo", "pretrained=null", "dataset.train=2", "dataset.val=1", "loader.batch_size=8", "loader.num_workers=0",

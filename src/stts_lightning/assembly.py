@@ -14,6 +14,7 @@ import torch
 from hydra import compose
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -32,7 +33,8 @@ from stts_lightning.data.transforms import EvalTransform
 from stts_lightning.data.windows import WindowRule
 from stts_lightning.selection.spec import SelectionError
 from stts_lightning.training.augment import BatchAugment
-from stts_lightning.training.module import ClassificationModule
+from stts_lightning.training.keeping import KeepingError, WholeCheckpointIO
+from stts_lightning.training.module import ClassificationModule, TrainingError
 from stts_lightning.training.optim import OptimSpec, PartSpec
 
 CONFIG, CLASSES = "config.yaml", "classes.txt"
@@ -51,6 +53,8 @@ USER_ERRORS = (
     DecodeError,
     LoaderError,
     ExportError,
+    KeepingError,
+    TrainingError,
     MisconfigurationException,
 )
 
@@ -275,7 +279,8 @@ def build_trained(cfg: DictConfig, checkpoint: Path) -> VideoClassifier:
 def build_data(cfg: DictConfig, clip_size: tuple[int, int, int]) -> VideoDataModule:
     """The datamodule for clips of a size."""
     plain(cfg.dataset)  # A missing value is named before anything is built.
-    return VideoDataModule(source=instantiate(cfg.dataset), clip_size=clip_size, loader=build_loader(cfg), **plain(cfg.clip))
+    source, loader = instantiate(cfg.dataset), build_loader(cfg)
+    return VideoDataModule(source=source, clip_size=clip_size, loader=loader, seed=cfg.seed, **plain(cfg.clip))
 
 
 def build_loader(cfg: DictConfig) -> LoaderOptions:
@@ -298,11 +303,14 @@ def build_module(cfg: DictConfig, model: VideoClassifier) -> ClassificationModul
     classes = model.head.out_features
     values = plain(cfg.augment) if "augment" in cfg else {}
     augment = BatchAugment(classes, **values) if any(values.values()) else None
-    return ClassificationModule(model, build_optim(cfg), classes, cfg.label_smoothing, cfg.seed, augment)
+    return ClassificationModule(model, build_optim(cfg), classes, cfg.label_smoothing, augment)
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
     """Lightning's Trainer with the configured callbacks and loggers; keys under `trainer` are its arguments."""
     callbacks = [instantiate(node) for node in cfg.callbacks.values() if node]
     loggers = [instantiate(node) for node in cfg.logger.values() if node]
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
+    plugins: list[Any] = [WholeCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # callbacks.last sees to signals.
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, plugins=plugins)

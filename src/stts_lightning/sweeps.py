@@ -6,7 +6,6 @@ named while the rest goes on; `SweepEnd` writes the report. Light: torch is impo
 """
 
 import ctypes
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,27 +25,25 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from stts_lightning.run_folders import JOB, LAST, RESULT, claim, overrides_of
 
 log = logging.getLogger(__name__)
 
 PARENT = "STTS_SWEEP_PROCESS"
-JOB, CONSOLE, RESULT = "job.json", "console.log", "result.json"
+_GRACE = 60.0
+CONSOLE = "console.log"
+GO_ON_LATER = 75  # As in training.keeping, which needs torch.
 # Of a launcher or a former process group; a job that inherits them joins the wrong one.
-INHERITED = re.compile(r"(LOCAL_RANK|NODE_RANK|GROUP_RANK|RANK|WORLD_SIZE|MASTER_\w+|TORCHELASTIC_\w+|PL_GLOBAL_SEED)")
+INHERITED = re.compile(
+    r"(LOCAL_RANK|NODE_RANK|GROUP_RANK|RANK|WORLD_SIZE|MASTER_\w+|TORCHELASTIC_\w+|PL_GLOBAL_SEED|STTS_RUN_GOES_ON"
+    r"|SLURM_NTASKS\w*|SLURM_PROCID|SLURM_LOCALID|SLURM_NODEID)"
+)
 
 
 class JobFailed(RuntimeError):
     """A job that ended without a result: names it and the place of its output."""
-
-
-def folder_name(text: str, longest: int = 120) -> str:
-    """A text as the name of one folder: no slashes, and not too long for a file system."""
-    name = re.sub(r"[^\w.,=+-]+", "_", text) or "job"
-    return name if len(name) <= longest else f"{name[:longest]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 
 def is_job_of_sweep() -> bool:
@@ -103,15 +100,14 @@ def run_job(objectives: list[str] | None) -> Any:
 
 def _claim(folder: Path, overrides: list[str]) -> None:
     """Note whose folder it is; refuse one of another job, whose result would be taken for this one's."""
-    file = folder / JOB
-    if file.is_file() and (before := json.loads(file.read_text())["overrides"]) != overrides:
+    if (before := overrides_of(folder)) not in (None, overrides):
         print(
-            f"error: {folder} holds a job of other overrides ({' '.join(before)}); these are {' '.join(overrides)}; "
+            f"error: {folder} holds a job of other overrides ({' '.join(before or [])}); these are {' '.join(overrides)}; "
             "give another hydra.sweep.dir",
             file=sys.stderr,
         )
         raise SystemExit(2)
-    file.write_text(json.dumps({"overrides": overrides}, indent=1) + "\n")
+    claim(folder, overrides)
 
 
 def _command(hc: HydraConf, folder: Path, overrides: list[str]) -> list[str]:
@@ -121,9 +117,8 @@ def _command(hc: HydraConf, folder: Path, overrides: list[str]) -> list[str]:
             own += ["--config-dir", source.path]
     if hc.job.config_name != "train":
         own += ["--config-name", str(hc.job.config_name)]
-    goes_on = (folder / "checkpoints" / "last.ckpt").is_file() and (folder / "config.yaml").is_file()
-    # A run's folder holds its whole configuration: whatever an override chose is in it.
-    return [sys.executable, "-m", "stts_lightning.train", *([f"resume='{folder}'"] if goes_on else overrides), *own]
+    # It goes on by itself where its folder holds a checkpoint.
+    return [sys.executable, "-m", "stts_lightning.train", *overrides, *own]
 
 
 def _run(hc: HydraConf, folder: Path, overrides: list[str], name: str) -> None:
@@ -133,7 +128,7 @@ def _run(hc: HydraConf, folder: Path, overrides: list[str], name: str) -> None:
     command = _command(hc, folder, overrides)
     start = time.monotonic()
     with _devices(hc, sweep) as chosen, (folder / CONSOLE).open("a") as output:
-        how = "goes on" if command[3].startswith("resume=") else "starts"
+        how = "goes on" if (folder / LAST).is_file() else "starts"
         log.info("%s: %s; output in %s", name, how, folder / CONSOLE)
         with _ends_with_this(
             subprocess.Popen(
@@ -150,8 +145,13 @@ def _run(hc: HydraConf, folder: Path, overrides: list[str], name: str) -> None:
 def _ends_with_this(process: "subprocess.Popen[bytes]") -> Iterator["subprocess.Popen[bytes]"]:
     """Leave no process of the job behind, whatever ends this one; pass on what a scheduler says."""
 
-    def passed_on(number: int, _: FrameType | None) -> None:
+    def passed_on(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)
+        former = before[signal.Signals(number)]
+        if callable(former):  # submitit's requeues; the job has until the scheduler's last signal to save.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
+            former(number, frame)
 
     def ended(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -160,6 +160,13 @@ def _ends_with_this(process: "subprocess.Popen[bytes]") -> Iterator["subprocess.
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield process
+    except SystemExit:
+        # The job may save where it is; then this sweep, too, is one that goes on.
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            if process.wait(_GRACE) == GO_ON_LATER:
+                raise SystemExit(GO_ON_LATER) from None
+        raise
     finally:
         for number, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 5)):
             try:

@@ -13,6 +13,7 @@ from stts_lightning import sweeps
 from stts_lightning.arguments import in_run_folder, of_a_sweep
 from stts_lightning.conf_dir import conf_dir
 from stts_lightning.doctor import check_installation
+from stts_lightning.run_folders import goes_on, launches_by_itself
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         model = assembly.build_model(cfg, len(data.classes))
         module = assembly.build_module(cfg, model)
         if module.augment:
-            module.augment.check_batch(cfg.loader.batch_size // trainer.world_size * data.copies)
+            module.augment.check_batch(cfg.loader.batch_size // trainer.world_size)
     known = facts(trainer, module, data)
     decays = bool(cfg.callbacks.sigma and cfg.callbacks.sigma.decay)
     sigma = f"{known['sigma']}{' -> 0, linear over the steps' if decays else ', constant'}"
@@ -88,14 +89,19 @@ def main(cfg: DictConfig) -> Any:
     if sweeps.is_job_of_sweep():
         return sweeps.run_job(list(cfg.objectives) if cfg.objectives else None)
     sweeps.follow_parent()
+    launches_by_itself()
     check_installation()
     # Imported late: --help and a misspelt key are answered without waiting for torch.
     from stts_lightning import assembly
 
     checkpoint = None
     with assembly.one_line_errors():
+        overrides, folder = list(HydraConfig.get().overrides.task), Path(cfg.run_dir)
         if cfg.resume:
-            cfg, checkpoint = assembly.resumed_config(cfg.resume, list(HydraConfig.get().overrides.task))
+            cfg, checkpoint = assembly.resumed_config(cfg.resume, overrides)
+        elif goes_on(folder, overrides):
+            log.info("%s holds this run, unfinished: it goes on", folder)
+            cfg, checkpoint = assembly.resumed_config(folder, [])
         return run(cfg, checkpoint)
 
 

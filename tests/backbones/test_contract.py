@@ -123,7 +123,7 @@ def test_noise_follows_the_seed() -> None:
     model = create_model("mvit_tiny", "t0_0.5", 7, size=64).train()
     clip, outputs = clip_for(model), []
     for seed in (1, 1, 2):
-        model.slots.seed_noise(seed)
+        model.slots.seed_noise([seed, 7])
         outputs.append(model(clip))
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])

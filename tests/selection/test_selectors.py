@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stts_lightning.selection import SelectionSpec, SlotSpec
+from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.scorer import OfficialScorer, PaperScorer, Scorer
 from stts_lightning.selection.selector import Place
 from stts_lightning.selection.spatial import SpatialSelector, _WeightedWindows
@@ -24,7 +25,7 @@ class FixedNoise:
     def __init__(self, noise: Tensor) -> None:
         self.noise = noise
 
-    def __call__(self, scores: Tensor, k: int, sigma: Tensor, generator: object) -> Tensor:
+    def __call__(self, scores: Tensor, k: int, sigma: Tensor, noise: object) -> Tensor:
         return perturbed_topk(scores, k, sigma, self.noise, "diagonal")
 
 
@@ -50,14 +51,14 @@ def test_golden_selectors(shared: Path, load_rule: Callable[[str], ModuleType], 
 
     grid = get("x").unflatten(1, (frames, side, side))
     sigma = torch.tensor(info["sigma"])
-    kept, selection = selector.eval()(grid, sigma, None)
+    kept, selection = selector.eval()(grid, sigma, Noise())
     torch.testing.assert_close(kept.flatten(1, 3), get("eval_out"), atol=0, rtol=0)
     assert torch.equal(selection.indices.flatten(), get("indices").flatten())
     torch.testing.assert_close(selection.scores.flatten(), get("norm_scores").flatten(), atol=1e-4, rtol=0)
 
     selector.train().estimator = FixedNoise(get("noise"))
     grid = grid.requires_grad_()
-    kept, selection = selector(grid, sigma, None)
+    kept, selection = selector(grid, sigma, Noise())
     indicator = get("train_indicator_BLK").transpose(1, 2)
     torch.testing.assert_close(selection.indicator.reshape(indicator.shape), indicator, atol=1e-6, rtol=0)
     torch.testing.assert_close(kept.flatten(1, 3), get("train_out"), atol=1e-5, rtol=1e-5)
@@ -77,7 +78,7 @@ def spatial(side: int = 3, **spec: object) -> SpatialSelector:
 
 def test_frames_keep_their_order_and_their_values() -> None:
     grid = torch.randn(4, 6, 5, 4, 8)
-    kept, selection = temporal().eval()(grid, SIGMA, None)
+    kept, selection = temporal().eval()(grid, SIGMA, Noise())
     assert (selection.indices.diff(dim=1) > 0).all()
     for b in range(4):
         assert torch.equal(kept[b], grid[b, selection.indices[b]])
@@ -88,7 +89,7 @@ def test_frames_keep_their_order_and_their_values() -> None:
 def test_windows_are_slices_of_the_best_anchor() -> None:
     grid = torch.randn(3, 6, 5, 4, 8)
     selector = spatial().eval()
-    kept, selection = selector(grid, SIGMA, None)
+    kept, selection = selector(grid, SIGMA, Noise())
     for b in range(3):
         for t in range(6):
             top, left, h, w = selection.windows[b, t].tolist()
@@ -114,7 +115,7 @@ def test_constant_input_gives_finite_results_and_gradients(
 ) -> None:
     selector = make(scorer=scorer).train()
     grid = torch.ones(2, 6, 5, 4, 8, requires_grad=True)
-    kept, _ = selector(grid, torch.tensor(sigma), None)
+    kept, _ = selector(grid, torch.tensor(sigma), Noise())
     (kept * torch.randn_like(kept)).sum().backward()
     assert torch.isfinite(kept).all()
     for name, parameter in [*selector.named_parameters(), ("grid", grid)]:
@@ -126,8 +127,8 @@ def test_constant_input_gives_finite_results_and_gradients(
 def test_soft_selection_becomes_hard_as_sigma_falls(make: Callable[..., torch.nn.Module]) -> None:
     selector = make()
     grid = torch.randn(2, 6, 5, 4, 8)
-    hard, _ = selector.eval()(grid, SIGMA, None)
-    soft, _ = selector.train()(grid, torch.tensor(1e-9), None)
+    hard, _ = selector.eval()(grid, SIGMA, Noise())
+    soft, _ = selector.train()(grid, torch.tensor(1e-9), Noise())
     torch.testing.assert_close(soft, hard)
 
 

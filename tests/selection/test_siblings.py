@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stts_lightning import create_model
+from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.selector import Place
 from stts_lightning.selection.siblings import SELECTORS, GumbelFrames, find_selector
 from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec
@@ -30,7 +31,7 @@ def grid_of(batch: int = 2) -> torch.Tensor:
 def test_sizes_are_those_of_the_learned_one(axis: str, name: str, training: bool) -> None:
     selector = build(axis, name).train(training)
     grid = grid_of().requires_grad_()
-    kept, selection = selector(grid, torch.tensor(0.1), torch.Generator().manual_seed(0), torch.rand(2, *SIZE))
+    kept, selection = selector(grid, torch.tensor(0.1), Noise([0, 1]), torch.rand(2, *SIZE))
     assert kept.shape == (2, *build(axis, "learned").out_size, 16) == (2, *selector.out_size, 16)
     kept.square().sum().backward()
     for key, parameter in selector.named_parameters():
@@ -46,14 +47,14 @@ def test_sizes_are_those_of_the_learned_one(axis: str, name: str, training: bool
 @pytest.mark.parametrize(("axis", "name"), EACH)
 def test_evaluation_repeats(axis: str, name: str) -> None:
     selector, attention = build(axis, name).eval(), torch.rand(2, *SIZE)
-    a, b = (selector(grid_of(), torch.tensor(0.1), None, attention)[0] for _ in range(2))
+    a, b = (selector(grid_of(), torch.tensor(0.1), Noise(), attention)[0] for _ in range(2))
     assert torch.equal(a, b)
 
 
-def test_random_differs_from_step_to_step_and_follows_its_generator() -> None:
+def test_random_differs_from_step_to_step_and_follows_its_noise() -> None:
     for axis in "ts":
         selector = build(axis, "random").train()
-        draws = [selector(grid_of(), torch.tensor(0.1), torch.Generator().manual_seed(s))[1].indices for s in (1, 1, 2)]
+        draws = [selector(grid_of(), torch.tensor(0.1), Noise([s, 7]))[1].indices for s in (1, 1, 2)]
         assert torch.equal(draws[0], draws[1])
         assert not torch.equal(draws[0], draws[2])
 
@@ -62,17 +63,17 @@ def test_random_in_evaluation_depends_on_slot_and_clip_alone() -> None:
     grid = grid_of(12)
     for axis in "ts":
         selector = build(axis, "random").eval()
-        together = selector(grid, torch.tensor(0.1), None)[1].indices
-        alone = torch.cat([selector(one[None], torch.tensor(0.1), None)[1].indices for one in grid])
+        together = selector(grid, torch.tensor(0.1), Noise())[1].indices
+        alone = torch.cat([selector(one[None], torch.tensor(0.1), Noise())[1].indices for one in grid])
         assert torch.equal(together, alone)
         assert len(together.unique(dim=0)) > 4, "clips differ"
 
 
 def test_uniform_and_centre() -> None:
-    indices = build("t", "uniform", ratio=None, keep=3)(grid_of(), torch.tensor(0.1), None)[1].indices
+    indices = build("t", "uniform", ratio=None, keep=3)(grid_of(), torch.tensor(0.1), Noise())[1].indices
     assert indices.tolist() == [[1, 3, 5]] * 2
     grid = grid_of()
-    kept, selection = build("s", "centre", ratio=None, side=4)(grid, torch.tensor(0.1), None)
+    kept, selection = build("s", "centre", ratio=None, side=4)(grid, torch.tensor(0.1), Noise())
     assert torch.equal(kept, grid[:, :, 2:6, 3:7])
     assert selection.windows.tolist() == [[[2, 3, 4, 4]] * 6] * 2
 
@@ -82,9 +83,9 @@ def test_norm_difference_and_attention_find_what_they_look_for() -> None:
     grid[0, 4, 5:, 6:] = 3.0  # one frame, one corner
     attention[0, 4, 5:, 6:] = 1.0
     for name in ("norm", "difference", "attention"):
-        _, frames = build("t", name, ratio=None, keep=2)(grid, torch.tensor(0.1), None, attention)
+        _, frames = build("t", name, ratio=None, keep=2)(grid, torch.tensor(0.1), Noise(), attention)
         assert 4 in frames.indices[0], name
-        _, found = build("s", name, ratio=None, side=4)(grid, torch.tensor(0.1), None, attention)
+        _, found = build("s", name, ratio=None, side=4)(grid, torch.tensor(0.1), Noise(), attention)
         assert found.windows[0, 4].tolist() == [4, 6, 4, 4], name
 
 
@@ -99,7 +100,7 @@ def test_gumbel_draws_without_replacement_as_the_gumbel_top_k_does() -> None:
         expected[[i, j]] += chances[i] * chances[j] / (1 - chances[i])
     counts = torch.zeros(6, dtype=torch.float64)
     for seed in range(1500):
-        _, selection = selector(grid, torch.tensor(0.1), torch.Generator().manual_seed(seed))
+        _, selection = selector(grid, torch.tensor(0.1), Noise([seed]))
         counts[selection.indices[0]] += 1
         assert torch.allclose(selection.indicator.sum(-1), torch.ones(1, 2), atol=1e-4)
     torch.testing.assert_close(counts / 1500, expected, atol=0.05, rtol=0)
@@ -107,7 +108,7 @@ def test_gumbel_draws_without_replacement_as_the_gumbel_top_k_does() -> None:
 
 def test_tokens_keeps_the_best_in_order() -> None:
     selector = build("s", "tokens", ratio=None, side=3).eval()
-    kept, selection = selector(grid_of(), torch.tensor(0.1), None)
+    kept, selection = selector(grid_of(), torch.tensor(0.1), Noise())
     assert selection.indices.shape == (2, 6, 9)
     assert (selection.indices.diff(dim=-1) > 0).all()
     assert torch.equal(selection.indices, selection.scores.topk(9, dim=-1).indices.sort(-1).values)

@@ -16,17 +16,21 @@ def clips() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.arange(8.0).view(-1, 1, 1, 1, 1).expand(SHAPE).clone(), torch.arange(8)
 
 
+def draws(seed: int) -> list[int]:
+    return [100 * seed + i for i in range(8)]
+
+
 def test_cutmix_label_is_the_share_of_the_picture_and_the_box_spans_all_frames() -> None:
     areas = []
     for seed in range(30):
-        clip, target = BatchAugment(8, cutmix=1.0)(*clips(), seed)
+        clip, target = BatchAugment(8, cutmix=1.0)(*clips(), draws(seed))
         for i in range(8):
             own = (clip[i] == i)[0]  # (T, H, W)
-            other = (clip[i] == 7 - i)[0]
+            other = (clip[i] == i ^ 1)[0]
             assert (own | other).all()
             assert (own == own[:1]).all(), "the box is the same in all frames"
             assert target[i, i] == pytest.approx(float(own.float().mean()), abs=1e-6)
-            assert target[i, 7 - i] == pytest.approx(1 - float(own.float().mean()), abs=1e-6)
+            assert target[i, i ^ 1] == pytest.approx(1 - float(own.float().mean()), abs=1e-6)
         areas.append(float(target[0, 0]))
     assert len(set(areas)) > 20
     assert min(areas) < 0.3
@@ -35,7 +39,7 @@ def test_cutmix_label_is_the_share_of_the_picture_and_the_box_spans_all_frames()
 
 def test_mixup_weighs_clips_as_labels() -> None:
     for seed in range(10):
-        clip, target = BatchAugment(8, mixup=0.8)(*clips(), seed)
+        clip, target = BatchAugment(8, mixup=0.8)(*clips(), draws(seed))
         expected = (target * torch.arange(8.0)).sum(1)
         torch.testing.assert_close(clip[:, 0, 0, 0, 0], expected)
         assert torch.equal(clip.amin((1, 2, 3, 4)), clip.amax((1, 2, 3, 4)))
@@ -45,7 +49,7 @@ def test_mixup_weighs_clips_as_labels() -> None:
 def test_both_take_turns() -> None:
     kinds = set()
     for seed in range(12):
-        clip, _ = BatchAugment(8, mixup=0.8, cutmix=1.0)(*clips(), seed)
+        clip, _ = BatchAugment(8, mixup=0.8, cutmix=1.0)(*clips(), draws(seed))
         kinds.add("mixup" if bool((clip[0] != 0).all()) else "cutmix")
     assert kinds == {"mixup", "cutmix"}
 
@@ -53,7 +57,7 @@ def test_both_take_turns() -> None:
 def test_erasing_fills_one_box_in_all_frames_with_noise() -> None:
     erased = 0
     for seed in range(20):
-        clip, label = BatchAugment(8, erasing=0.25)(*clips(), seed)
+        clip, label = BatchAugment(8, erasing=0.25)(*clips(), draws(seed))
         assert torch.equal(label, torch.arange(8)), "labels stay"
         changed = clip != torch.arange(8.0).view(-1, 1, 1, 1, 1)
         for one in changed.all(1):  # (T, H, W)
@@ -70,7 +74,7 @@ def test_erasing_fills_one_box_in_all_frames_with_noise() -> None:
 def test_the_draw_follows_from_the_seed_and_leaves_the_generators() -> None:
     augment = BatchAugment(8, mixup=0.8, cutmix=1.0, erasing=0.5)
     before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())  # type: ignore[union-attr]
-    a, b, c = (augment(*clips(), seed) for seed in (1, 1, 2))
+    a, b, c = (augment(*clips(), draws(seed)) for seed in (1, 1, 2))
     assert torch.equal(a[0], b[0])
     assert torch.equal(a[1], b[1])
     assert not torch.equal(a[0], c[0])
@@ -79,15 +83,31 @@ def test_the_draw_follows_from_the_seed_and_leaves_the_generators() -> None:
     assert torch.equal(before[2], after[2])
 
 
-def test_an_odd_last_batch_goes_unmixed_and_odd_batches_are_refused() -> None:
+def test_the_last_of_an_odd_batch_goes_unmixed_and_odd_batches_are_refused() -> None:
     augment = BatchAugment(8, mixup=0.8)
     clip, label = clips()
-    same, target = augment(clip[:3].clone(), label[:3], 0)
-    assert torch.equal(same, clip[:3])
-    assert torch.equal(target, torch.eye(8)[:3])
+    same, target = augment(clip[:3].clone(), label[:3], draws(0)[:3])
+    assert torch.equal(same[2], clip[2]) and not torch.equal(same[:2], clip[:2])
+    assert torch.equal(target[2], torch.eye(8)[2])
     augment.check_batch(4)
-    with pytest.raises(ValueError, match="even number of clips a device; here it is 3"):
+    with pytest.raises(ValueError, match="even number of videos a device; here it is 3"):
         augment.check_batch(3)
+
+
+def test_what_becomes_of_a_clip_does_not_depend_on_the_batch_around_its_pair() -> None:
+    augment = BatchAugment(8, mixup=0.8, cutmix=1.0, erasing=0.5)
+    (clip, label), seeds = clips(), draws(3)
+    whole = augment(clip.clone(), label, seeds)
+    for part in (slice(0, 4), slice(4, 8)):
+        for one, other in zip(whole, augment(clip[part].clone(), label[part], seeds[part]), strict=True):
+            assert torch.equal(one[part], other)
+
+
+def test_copies_of_a_video_meet_the_next_video_not_each_other() -> None:
+    clip, target = BatchAugment(8, mixup=0.8)(*clips(), draws(1)[:4])  # Two copies each: clips 0 and 1 are of the first.
+    for i in range(8):
+        assert target[i].nonzero().flatten().tolist() == sorted((i, i ^ 2)), "mixed with the same copy of the neighbour"
+    torch.testing.assert_close(clip[:, 0, 0, 0, 0], (target * torch.arange(8.0)).sum(1))
 
 
 @pytest.mark.parametrize("values", [{"mixup": -1.0}, {"cutmix": -0.1}, {"erasing": 1.5}])

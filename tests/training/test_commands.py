@@ -4,10 +4,8 @@ import csv
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -210,38 +208,6 @@ def test_export_gives_programs_that_say_the_same(place: Path, finished: Path) ->
         assert torch.allclose(program(clip), model(clip), atol=1e-5)
     failed = door("export", place, "run=runs/full", "formats=[tflite]", check=False)
     assert failed.stderr.strip().splitlines()[-1] == "error: formats=tflite: allowed are torch, onnx"
-
-
-def losses(run: Path) -> dict[int, tuple[float, float]]:
-    found = {}
-    for file in sorted(run.glob("metrics*.csv")):
-        with file.open() as lines:
-            for row in csv.DictReader(lines):
-                if row.get("train/loss"):
-                    found[int(row["step"])] = (float(row["train/loss"]), float(row["sigma"]))
-    return found
-
-
-def test_killed_run_goes_on_where_it_was(place: Path) -> None:
-    options = ["trainer.max_epochs=6", "trainer.log_every_n_steps=1", "loader.num_workers=0"]
-    command(place, *options, "hydra.run.dir=runs/whole", "test=false")
-    args = [sys.executable, "-m", "stts_lightning.train", *FAST, *options, "hydra.run.dir=runs/killed", "test=false"]
-    process = subprocess.Popen(args, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = place / "runs" / "killed" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = set((place / "runs").iterdir())
-    done = command(place, "resume=runs/killed", base=[])
-    assert set((place / "runs").iterdir()) == before, "a resumed run stays in its folder"
-    result = json.loads((place / "runs" / "killed" / "result.json").read_text())
-    assert result["steps"] == 24, done.stdout
-    whole, killed = losses(place / "runs" / "whole"), losses(place / "runs" / "killed")
-    assert max(whole) == max(killed) == 23
-    for step in (19, 23):  # sigma is exact whatever the moment of the kill
-        assert killed[step][1] == pytest.approx(whole[step][1], rel=1e-5) == pytest.approx(0.5 * (1 - step / 24), rel=1e-3)
 
 
 def wandb_records(file: Path) -> list[Any]:

@@ -1,5 +1,6 @@
-"""What a run leaves on disk: `result.json`, written whole or not at all."""
+"""What a run leaves on disk: `result.json`, written whole or not at all, and what it logged."""
 
+import csv
 import json
 import platform
 import subprocess
@@ -45,3 +46,19 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """Read the result of a run, given its folder or the file."""
     path = Path(path)
     return json.loads((path / "result.json" if path.is_dir() else path).read_text())
+
+
+def read_metrics(run: str | Path, name: str) -> dict[int, float]:
+    """What a run logged under a name, by step, from all pieces of one that broke off and went on: the latest counts.
+
+    Args:
+        run: its folder.
+        name: as in "train/loss".
+    """
+    pieces = sorted(Path(run).glob("metrics_*.csv"), key=lambda file: int(file.stem.rpartition("_")[2]))
+    found: dict[int, float] = {}
+    for file in [*pieces, Path(run) / "metrics.csv"]:
+        if file.is_file():
+            with file.open(newline="", encoding="utf-8") as lines:
+                found |= {int(row["step"]): float(row[name]) for row in csv.DictReader(lines) if row.get(name) and row["step"]}
+    return found

@@ -1,5 +1,6 @@
 """The LightningDataModule: sources of videos in, loaders of clips out."""
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from stts_lightning.data.annotations import AnnotationError, VideoList, check_fi
 from stts_lightning.data.dataset import Batch, ClipDataset, ClipSpec, Reading, Transform, collate, list_hash
 from stts_lightning.data.demo import DemoSpec, make_demo
 from stts_lightning.data.manifest import manifest_hash, read_manifest, with_manifest
+from stts_lightning.data.order import EpochOrder, LoaderError, TrainLoader
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
 
 
@@ -102,10 +104,6 @@ class DemoSource(Source):
         return read_list(self.root / f"{split}.csv")
 
 
-class LoaderError(ValueError):
-    """Loader options that cannot be honoured: names the key, the value and what is allowed."""
-
-
 @dataclass(frozen=True)
 class LoaderOptions:
     """Batches and workers.
@@ -127,6 +125,12 @@ class LoaderOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise LoaderError(f"loader.{name}={value}: must be {least} or more")
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a decoding process live on when a scheduler asks its whole group to end: the trainer wants its step's batch first."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class EachOnce(DistributedSampler[int]):
@@ -166,6 +170,7 @@ class VideoDataModule(pl.LightningDataModule):
         test_short_side: the same for the test; None is `short_side`.
         decoder: see `Reading`.
         on_error: see `Reading`.
+        seed: the order of the training videos, and all that is random about their clips, follow from it.
     """
 
     def __init__(
@@ -182,10 +187,11 @@ class VideoDataModule(pl.LightningDataModule):
         sampling: str = "spread",
         decoder: str = "decord",
         on_error: str = "raise",
+        seed: int = 0,
     ) -> None:
         super().__init__()
         frames, *size = clip_size
-        self.source, self.loader = source, loader
+        self.source, self.loader, self.seed = source, loader, seed
         self.test_views = test_views * test_crops
         """Views of each test video: every crop of every clip."""
         self._clip = ClipSpec(frames, stride, 1, sampling)
@@ -198,6 +204,8 @@ class VideoDataModule(pl.LightningDataModule):
         self._test_transform = EvalTransform(size, short_side if test_short_side is None else test_short_side, test_crops)
         self.splits: dict[str, VideoList] = {}
         self._known: dict[str, Any] = {}
+        self._train_loader: TrainLoader | None = None
+        self._resumed: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
         """Make what the source needs, on one process."""
@@ -244,35 +252,52 @@ class VideoDataModule(pl.LightningDataModule):
             raise LoaderError(f"loader.{key}={batch_size}: is for all devices and must be a multiple of their number, {devices}")
         return batch_size // devices
 
-    def _loader(self, split: str, clip: ClipSpec, transform: Transform, train: bool = False) -> DataLoader[Batch]:
-        options = self.loader
-        size = options.batch_size if train else options.eval_batch_size or options.batch_size
-        dataset = ClipDataset(self.splits[split], clip, transform, train, self._reading)
-        devices = self.trainer.world_size if self.trainer else 1
-        if not train and len(dataset) < devices:
-            raise LoaderError(
-                f"data set {self.source.name}: {len(dataset)} videos of {split} cannot be shared by {devices} devices"
-            )
-        return DataLoader(
-            dataset,
-            batch_size=self.per_device(size, "batch_size" if train or options.eval_batch_size is None else "eval_batch_size"),
-            shuffle=train,
-            sampler=None if train else EachOnce(dataset),
-            drop_last=train and len(self.splits[split]) >= size,
-            num_workers=options.num_workers,
-            collate_fn=collate,
-            persistent_workers=options.num_workers > 0,
-            timeout=options.timeout if options.num_workers > 0 else 0,
-        )
+    def _workers(self) -> dict[str, Any]:
+        """What all loaders have in common."""
+        workers = self.loader.num_workers
+        return {
+            "num_workers": workers,
+            "collate_fn": collate,
+            "worker_init_fn": leave_signals_to_the_trainer,
+            "persistent_workers": workers > 0,
+            "timeout": self.loader.timeout if workers > 0 else 0,
+        }
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def _check_shared(self, split: str) -> None:
+        devices = self.trainer.world_size if self.trainer else 1
+        if (videos := len(self.splits[split])) < devices:
+            raise LoaderError(f"data set {self.source.name}: {videos} videos of {split} cannot be shared by {devices} devices")
+
+    def _eval_loader(self, clip: ClipSpec, transform: Transform) -> DataLoader[Batch]:
+        options = self.loader
+        dataset = ClipDataset(self.splits["val"], clip, transform, train=False, reading=self._reading)
+        self._check_shared("val")
+        key = "batch_size" if options.eval_batch_size is None else "eval_batch_size"
+        size = self.per_device(options.eval_batch_size or options.batch_size, key)
+        return DataLoader(dataset, batch_size=size, sampler=EachOnce(dataset), **self._workers())
+
+    def train_dataloader(self) -> TrainLoader:
         """Random clips of the training videos."""
-        return self._loader("train", self._clip, self._train_transform, train=True)
+        dataset = ClipDataset(self.splits["train"], self._clip, self._train_transform, train=True, reading=self._reading)
+        self._check_shared("train")
+        self.per_device(self.loader.batch_size)
+        self._train_loader = TrainLoader(dataset, EpochOrder(len(dataset), self.loader.batch_size, self.seed), **self._workers())
+        if self._resumed:
+            self._train_loader.load_state_dict(self._resumed)
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training stands in its epoch."""
+        return self._train_loader.state_dict() if self._train_loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the training's loader go on from there. Lightning would tell the loader itself too late."""
+        self._resumed = state_dict
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The centre clip of each validation video."""
-        return self._loader("val", self._clip, self._val_transform)
+        return self._eval_loader(self._clip, self._val_transform)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """V clips of each validation video."""
-        return self._loader("val", self._test_clip, self._test_transform)
+        return self._eval_loader(self._test_clip, self._test_transform)

@@ -1,8 +1,10 @@
 """A list of videos as a map-style dataset of clips."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch.utils.data import Dataset, default_collate
 
 from stts_lightning.data.annotations import VideoList
 from stts_lightning.data.decode import DECODERS, DecodeError, open_video
+from stts_lightning.data.order import Pick
 from stts_lightning.data.sampling import SAMPLINGS
 
 Transform = Callable[[Tensor], Tensor]
@@ -33,6 +36,7 @@ class Batch(NamedTuple):
         video: `(B,)` int64, the video's number in its list.
         valid: `(B,)` bool; False where an evaluation was allowed to go on without the video.
         failures: files that did not decode on the way.
+        draws: in training a number for each video, which all that is random about it follows from.
     """
 
     clip: Tensor
@@ -40,6 +44,19 @@ class Batch(NamedTuple):
     video: Tensor
     valid: Tensor
     failures: tuple[Failure, ...]
+    draws: tuple[int, ...] = ()
+
+
+@contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """Let torch's default generator start from a seed, and put it back; devices have their own."""
+    state = torch.get_rng_state()
+    # torch.manual_seed would queue work for devices that a worker process never uses.
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 @dataclass(frozen=True)
@@ -112,10 +129,20 @@ class ClipDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, item: int) -> Batch:
-        """One video as a batch of size 1. Raises DecodeError in evaluation, or when no replacement decodes."""
+    def __getitem__(self, item: int | Pick) -> Batch:
+        """One video as a batch of size 1. Raises DecodeError in evaluation, or when no replacement decodes.
+
+        Args:
+            item: number of the video; in training with what its random choices follow from, else they follow from torch's
+                default generator.
+        """
+        if isinstance(item, Pick):
+            with drawing_from(item.draw):
+                return self._read(item.video)._replace(draws=(item.draw,))
+        return self._read(item)
+
+    def _read(self, index: int) -> Batch:
         failures: list[Failure] = []
-        index = item
         for _ in range(self.max_replacements):
             video = self.videos.videos[index]
             try:
@@ -134,7 +161,6 @@ class ClipDataset(Dataset[Batch]):
         with open_video(video.path, video.decoder or self.reading.decoder) as reader:
             total = video.frames or len(reader)
             if self.train:
-                # torch's generator is the one that workers seed apart from each other, epochs and ranks.
                 rng = np.random.default_rng(int(torch.randint(2**62, ())))
                 views = self.sampling.train(total, rng)[None]
             else:
@@ -154,9 +180,10 @@ class ClipDataset(Dataset[Batch]):
 
 
 def collate(items: list[Batch]) -> Batch:
-    """Stack items; failures are strung together."""
+    """Stack items; failures and draws are strung together."""
     clip, label, video, valid = (default_collate([item[i] for item in items]) for i in range(4))
-    return Batch(clip, label, video, valid, tuple(failure for item in items for failure in item.failures))
+    failures = tuple(chain.from_iterable(item.failures for item in items))
+    return Batch(clip, label, video, valid, failures, tuple(chain.from_iterable(item.draws for item in items)))
 
 
 def list_hash(videos: VideoList) -> str:

@@ -4,9 +4,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.scorer import SCORERS, Scorer
 from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec
 from stts_lightning.selection.topk import ESTIMATORS, Estimator
@@ -76,15 +76,13 @@ class Selector(nn.Module, ABC):
         """Size of the grid that comes out."""
 
     @abstractmethod
-    def forward(
-        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
-    ) -> tuple[Tensor, Selection]:
+    def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Select. Training and evaluation differ only in the Top-K operator.
 
         Args:
             grid: `(B, T, H, W, C)`.
             sigma: 0-d, standard deviation of the noise.
-            generator: source of the noise on the grid's device; None is torch's default.
+            noise: where random numbers come from.
             attention: `(B, T, H, W)`, what the class token paid to each token in the block before, where that is needed.
 
         Returns:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.selector import GridSize, Place, Selection, Selector, build_estimator, build_scorer
 from stts_lightning.selection.spatial import SpatialSelector, WindowSelector
 from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec, selector_class
@@ -16,10 +17,10 @@ from stts_lightning.selection.temporal import FrameSelector, TemporalSelector
 from stts_lightning.selection.topk import hard_topk, one_hot
 
 
-def _uniform_noise(selector: Selector, shape: tuple[int, int], grid: Tensor, generator: torch.Generator | None) -> Tensor:
+def _uniform_noise(selector: Selector, shape: tuple[int, int], grid: Tensor, noise: Noise) -> Tensor:
     """Uniform noise `(B, n)`; in evaluation it follows from slot and clip alone, so that a choice can be measured again."""
     if selector.training:
-        return torch.rand(shape, device=grid.device, generator=generator)
+        return noise.uniform(shape, grid.device)
     tokens = grid.flatten(1)
     # Some rounded values tell clips apart, whatever batch they stand in and to the last bits of whatever device.
     some = (tokens[:, :: max(tokens.shape[1] // 256, 1)].float() * 8).round().long().cpu()
@@ -33,23 +34,21 @@ class HardFrames(FrameSelector):
     """Keeps the K frames with the highest of some scores, in training and evaluation alike; nothing is learned."""
 
     @abstractmethod
-    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+    def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Score of each frame, `(B, T)`."""
 
-    def forward(
-        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
-    ) -> tuple[Tensor, Selection]:
+    def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
-        scores = self.scores(grid.detach(), generator, attention).float()
+        scores = self.scores(grid.detach(), noise, attention).float()
         return self.take(grid, scores, hard_topk(scores, self.keep))
 
 
 class RandomFrames(HardFrames):
     """Random frames (Table 1, Rand.)."""
 
-    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+    def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Noise."""
-        return _uniform_noise(self, (grid.shape[0], grid.shape[1]), grid, generator)
+        return _uniform_noise(self, (grid.shape[0], grid.shape[1]), grid, noise)
 
 
 class UniformFrames(HardFrames):
@@ -62,7 +61,7 @@ class UniformFrames(HardFrames):
         self.register_buffer("chosen", one_hot(chosen, place.size[0], torch.float32).sum(0), persistent=False)
         self.chosen: Tensor
 
-    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+    def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """1 for the frames to keep."""
         return self.chosen.expand(grid.shape[0], -1)
 
@@ -70,7 +69,7 @@ class UniformFrames(HardFrames):
 class NormFrames(HardFrames):
     """The frames with the largest mean token norm: a choice without training."""
 
-    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+    def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Mean norm of a frame's tokens."""
         return _norm(grid).mean((2, 3))
 
@@ -78,7 +77,7 @@ class NormFrames(HardFrames):
 class DifferenceFrames(HardFrames):
     """The frames that differ most from the one before (the first: from the one after): a choice without training."""
 
-    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+    def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Mean norm of the tokens' change."""
         return _change(grid).mean((2, 3))
 
@@ -88,7 +87,7 @@ class AttentionFrames(HardFrames):
 
     needs_attention = True
 
-    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+    def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Attention of a frame."""
         assert attention is not None
         return attention.mean((2, 3))
@@ -103,15 +102,13 @@ class GumbelFrames(TemporalSelector):
 
     temperature = 1.0
 
-    def forward(
-        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
-    ) -> tuple[Tensor, Selection]:
+    def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
         raw = self.scorer(self.scorer.describe_frames(grid)).float()
         if not self.training:
             return self.take(grid, raw, hard_topk(raw, self.keep))
-        noise = torch.rand(raw.shape, device=raw.device, generator=generator).clamp(1e-9, 1 - 1e-7)
-        left = raw - torch.log(-torch.log(noise))
+        uniform = noise.uniform(raw.shape, raw.device).clamp(1e-9, 1 - 1e-7)
+        left = raw - torch.log(-torch.log(uniform))
         order = left.detach().topk(self.keep, dim=-1).indices
         draws: list[Tensor] = []
         for _ in range(self.keep):
@@ -129,7 +126,7 @@ class HardWindows(WindowSelector):
     """Keeps of each frame the window with the highest of some scores; nothing is learned."""
 
     @abstractmethod
-    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+    def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Score of each anchor, `(B, T, G)`."""
 
     def of_tokens(self, tokens: Tensor) -> Tensor:
@@ -137,11 +134,9 @@ class HardWindows(WindowSelector):
         means = self.anchor_means(tokens.float().flatten(0, 1).unsqueeze(1))
         return means.view(*tokens.shape[:2], len(self.corners))
 
-    def forward(
-        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
-    ) -> tuple[Tensor, Selection]:
+    def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""
-        scores = self.scores(grid.detach(), generator, attention)
+        scores = self.scores(grid.detach(), noise, attention)
         best = scores.argmax(-1)
         return self.take(grid, scores, self.windows_of(best), best)
 
@@ -149,10 +144,10 @@ class HardWindows(WindowSelector):
 class RandomWindow(HardWindows):
     """A random anchor of each frame (Table 1, Rand.)."""
 
-    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+    def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Noise."""
-        noise = _uniform_noise(self, (grid.shape[0], grid.shape[1] * len(self.corners)), grid, generator)
-        return noise.view(*grid.shape[:2], len(self.corners))
+        drawn = _uniform_noise(self, (grid.shape[0], grid.shape[1] * len(self.corners)), grid, noise)
+        return drawn.view(*grid.shape[:2], len(self.corners))
 
 
 class CentreWindow(HardWindows):
@@ -163,7 +158,7 @@ class CentreWindow(HardWindows):
         (h, w), (_, height, width) = self.window, self.in_size
         return torch.tensor([(height - h) // 2, (width - w) // 2, h, w], device=best.device).expand(*best.shape, 4)
 
-    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+    def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Nothing is scored."""
         return grid.new_zeros(*grid.shape[:2], 1, dtype=torch.float32)
 
@@ -171,7 +166,7 @@ class CentreWindow(HardWindows):
 class NormWindow(HardWindows):
     """The window with the largest mean token norm: a choice without training."""
 
-    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+    def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Mean norm of an anchor's tokens."""
         return self.of_tokens(_norm(grid))
 
@@ -179,7 +174,7 @@ class NormWindow(HardWindows):
 class DifferenceWindow(HardWindows):
     """The window that differs most from the frame before (of the first frame: after): a choice without training."""
 
-    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+    def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Mean norm of the change of an anchor's tokens."""
         return self.of_tokens(_change(grid))
 
@@ -189,7 +184,7 @@ class AttentionWindow(HardWindows):
 
     needs_attention = True
 
-    def scores(self, grid: Tensor, generator: torch.Generator | None, attention: Tensor | None) -> Tensor:
+    def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Mean attention of an anchor."""
         assert attention is not None
         return self.of_tokens(attention)
@@ -258,24 +253,20 @@ class Tokens(TokenSelector):
         self.scorer = build_scorer(place.selection)(place.dim)
         self.estimator = build_estimator(place.selection)
 
-    def forward(
-        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
-    ) -> tuple[Tensor, Selection]:
+    def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""
         scores = self.scorer.normalize(self.scorer(grid.flatten(2, 3).flatten(0, 1)).float())
-        return self.take(grid, scores, self.estimator(scores, self.keep, sigma, generator) if self.training else None)
+        return self.take(grid, scores, self.estimator(scores, self.keep, sigma, noise) if self.training else None)
 
 
 class RandomTokens(TokenSelector):
     """Random tokens (Table 6, Rand. without anchors)."""
 
-    def forward(
-        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
-    ) -> tuple[Tensor, Selection]:
+    def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""
         batch, frames, height, width, _ = grid.shape
-        noise = _uniform_noise(self, (batch, frames * height * width), grid, generator)
-        return self.take(grid, noise.view(batch * frames, height * width))
+        drawn = _uniform_noise(self, (batch, frames * height * width), grid, noise)
+        return self.take(grid, drawn.view(batch * frames, height * width))
 
 
 def _norm(tokens: Tensor) -> Tensor:

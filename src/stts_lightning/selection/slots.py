@@ -1,10 +1,12 @@
 """The seam: `grid = self.slots(i, grid)` in a backbone's loop, before block i. An empty bank is the plain model."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.selector import GridSize, Place, Selection, Selector
 from stts_lightning.selection.siblings import find_selector
 from stts_lightning.selection.spec import SelectionError, SelectionSpec
@@ -26,7 +28,7 @@ class SlotBank(nn.Module):
         # A tensor, so that a new value neither recompiles a graph nor waits for a device. Not part of a checkpoint:
         # the schedule knows it from the step.
         self.register_buffer("sigma", torch.tensor(float(selection.sigma)), persistent=False)
-        self._seed: int | None = None
+        self._seeds: Sequence[int] | None = None
 
     def attach(self, block: int, size: GridSize, dim: int, no_attention: str = Place.no_attention) -> GridSize:
         """Build the selectors that stand before a block.
@@ -57,9 +59,9 @@ class SlotBank(nn.Module):
             if slot.name not in self.selectors:
                 raise SelectionError(f"selection.slots.{slot.name}: no block {slot.block}; this backbone has 0 to {blocks - 1}")
 
-    def seed_noise(self, seed: int | None) -> None:
-        """Draw the next forward pass's noise from this seed (one for each rank and step); None is torch's default."""
-        self._seed = seed
+    def seed_noise(self, seeds: Sequence[int] | None) -> None:
+        """Draw the next forward passes' noise from these seeds, one for each clip; None is torch's default generator."""
+        self._seeds = seeds
 
     def wants_attention(self, block: int) -> bool:
         """Whether a slot before this block needs the class token's attention of the block before it."""
@@ -84,19 +86,13 @@ class SlotBank(nn.Module):
         """
         for number, name in enumerate(self.at_block.get(block, ())):
             selector = self._selector(name)
-            grid, selection = selector(grid, self.sigma, self._generator(grid.device, block, number), attention)
+            grid, selection = selector(grid, self.sigma, Noise(self._seeds, block * 2 + number), attention)
             if attention is not None and selector.out_size[0] < attention.shape[1]:
                 # The spatial slot at this place sees what the temporal one left.
                 attention = attention[torch.arange(len(attention), device=attention.device)[:, None], selection.indices]
             if kept is not None:
                 kept.append(selection)
         return grid
-
-    def _generator(self, device: torch.device, block: int, number: int) -> torch.Generator | None:
-        if self._seed is None or not self.training:
-            return None
-        # Distinct for any seed, block and axis; manual_seed mixes neighbouring seeds well enough for Philox and MT.
-        return torch.Generator(device).manual_seed((self._seed * 1009 + block * 2 + number) % (2**63))
 
     @property
     def share(self) -> float:

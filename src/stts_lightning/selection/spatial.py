@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.selector import GridSize, Place, Selection, Selector, build_estimator, build_scorer
 
 
@@ -118,9 +119,7 @@ class SpatialSelector(WindowSelector):
         anchors = self.anchor_means(tokens.view(batch * frames, 1, height, width)).squeeze(1)
         return anchors if self.scorer.normalizes_tokens else self.scorer.normalize(anchors)
 
-    def forward(
-        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
-    ) -> tuple[Tensor, Selection]:
+    def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""
         batch, frames = grid.shape[:2]
         scores = self.anchor_scores(grid)
@@ -128,6 +127,6 @@ class SpatialSelector(WindowSelector):
         windows, shown = self.windows_of(best), scores.view(batch, frames, -1)
         if not self.training:
             return self.take(grid, shown, windows, best)
-        weights = self.estimator(scores, 1, sigma, generator).view(batch, frames, -1)
+        weights = self.estimator(scores, 1, sigma, noise).view(batch, frames, -1)
         kept: Tensor = _WeightedWindows.apply(grid, weights.to(grid.dtype), self.corners, self.window)  # type: ignore[assignment]
         return kept, Selection(self.slot, best, windows, shown, weights)

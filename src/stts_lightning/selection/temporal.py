@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.selector import GridSize, Place, Selection, Selector, build_estimator, build_scorer
 from stts_lightning.selection.topk import hard_topk
 
@@ -53,11 +54,9 @@ class TemporalSelector(FrameSelector):
         """Normalised score of each frame: `(B, T, H, W, C)` -> `(B, T)`."""
         return self.scorer.normalize(self.scorer(self.scorer.describe_frames(grid)).float())
 
-    def forward(
-        self, grid: Tensor, sigma: Tensor, generator: torch.Generator | None, attention: Tensor | None = None
-    ) -> tuple[Tensor, Selection]:
+    def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
         scores = self.scores(grid)
         if self.training:
-            return self.mix(grid, scores, self.estimator(scores, self.keep, sigma, generator))
+            return self.mix(grid, scores, self.estimator(scores, self.keep, sigma, noise))
         return self.take(grid, scores, hard_topk(scores, self.keep))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stts_lightning.selection.noise import Noise
+
 
 def hard_topk(scores: Tensor, k: int) -> Tensor:
     """Indices of the K largest scores, in input order (Eq. 4).
@@ -240,9 +242,9 @@ def exact_topk(scores: Tensor, k: int, sigma: Tensor | float, nodes: int = 64, c
 
 
 class Estimator(Protocol):
-    """From scores `(B, N)`, how many to keep, sigma and the source of the noise to the indicator `(B, K, N)` of Eq. 7."""
+    """From scores `(B, N)`, how many to keep, sigma and the source of noise to the indicator `(B, K, N)` of Eq. 7."""
 
-    def __call__(self, scores: Tensor, k: int, sigma: Tensor, generator: torch.Generator | None) -> Tensor:
+    def __call__(self, scores: Tensor, k: int, sigma: Tensor, noise: Noise) -> Tensor:
         """See the class."""
         ...
 
@@ -256,7 +258,7 @@ class Exact:
     def __init__(self, samples: int) -> None:
         pass
 
-    def __call__(self, scores: Tensor, k: int, sigma: Tensor, generator: torch.Generator | None) -> Tensor:
+    def __call__(self, scores: Tensor, k: int, sigma: Tensor, noise: Noise) -> Tensor:
         """See `Estimator`. Raises ValueError for more candidates than `limit`."""
         if scores.shape[1] > self.limit:
             raise ValueError(f"selection.estimator='exact': made for {self.limit} candidates at most, here are {scores.shape[1]}")
@@ -271,11 +273,11 @@ class MonteCarlo:
     def __init__(self, samples: int) -> None:
         self.samples = samples
 
-    def __call__(self, scores: Tensor, k: int, sigma: Tensor, generator: torch.Generator | None) -> Tensor:
+    def __call__(self, scores: Tensor, k: int, sigma: Tensor, noise: Noise) -> Tensor:
         """Args: scores `(B, N)`, how many to keep, sigma, where the noise comes from. Returns: indicator `(B, K, N)`."""
         shape = (scores.shape[0], self.samples, scores.shape[1])
-        noise = torch.randn(shape, device=scores.device, dtype=scores.dtype, generator=generator)
-        return perturbed_topk(scores, k, sigma, noise, self.jacobian)
+        samples = noise.normal(shape, scores.device).to(scores.dtype)
+        return perturbed_topk(scores, k, sigma, samples, self.jacobian)
 
 
 class OfficialMonteCarlo(MonteCarlo):

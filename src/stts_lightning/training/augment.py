@@ -1,7 +1,7 @@
 """Augmentation of whole batches on the device: random erasing, then mixup or cutmix, with timm's classes."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -36,8 +36,11 @@ class BatchAugment:
     Args:
         num_classes: number of classes.
         mixup: alpha of mixup's Beta distribution; 0 is no mixup.
-        cutmix: the same for cutmix. Where both are on, each batch has either, with even chances.
+        cutmix: the same for cutmix. Where both are on, each pair has either, with even chances.
         erasing: probability that a box of a clip (2 to 33 % of the picture) becomes noise.
+
+    Clips are mixed with those of the next video of the batch, each pair in a way of its own, so that what becomes of a clip
+    depends on its video's draw and not on the size of the batch.
 
     Raises:
         ValueError: for a value out of range.
@@ -52,30 +55,35 @@ class BatchAugment:
         self.mixing = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=num_classes) if mixup or cutmix else None
         self.erasing = erasing
 
-    def check_batch(self, clips: int) -> None:
-        """Raise ValueError unless batches of so many clips can be mixed: clip i meets clip B - 1 - i."""
-        if self.mixing and clips % 2:
-            raise ValueError(f"augment.mixup, augment.cutmix: need an even number of clips a device; here it is {clips}")
+    def check_batch(self, videos: int) -> None:
+        """Raise ValueError unless batches of so many videos can be mixed, each with its neighbour."""
+        if self.mixing and videos % 2:
+            raise ValueError(f"augment.mixup, augment.cutmix: need an even number of videos a device; here it is {videos}")
 
-    def __call__(self, clip: Tensor, label: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, clip: Tensor, label: Tensor, draws: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Augment a batch.
 
         Args:
             clip: `(B, 3, T, H, W)` float, normalised; changed in place.
             label: `(B,)` int64.
-            seed: the draw follows from it.
+            draws: of each of the batch's videos, whose clips stand together; what becomes of those follows from it.
 
         Returns:
             The clips, and probabilities of the classes `(B, num_classes)` where clips are mixed, else the labels.
         """
         flat = clip.flatten(1, 2)
-        mixes = self.mixing is not None and len(clip) % 2 == 0
-        with _seeded(seed, clip.device):
-            if self.erasing:
-                RandomErasing(self.erasing, mode="pixel", device=clip.device)(flat)  # pyright: ignore[reportArgumentType]
-            if mixes:
-                assert self.mixing is not None
-                flat, label = self.mixing(flat, label)
-            elif self.mixing:  # A short last batch; the others were checked.
-                label = F.one_hot(label, self.num_classes).to(clip.dtype)
-        return flat.view_as(clip), label
+        copies = len(clip) // len(draws)
+        if self.erasing:
+            for number, draw in enumerate(draws):
+                with _seeded(draw, clip.device):
+                    of_video = flat[number * copies : (number + 1) * copies]
+                    RandomErasing(self.erasing, mode="pixel", device=clip.device)(of_video)  # pyright: ignore[reportArgumentType]
+        if self.mixing is None:
+            return flat.view_as(clip), label
+        target = F.one_hot(label, self.num_classes).to(clip.dtype)  # What stays of the last of an odd number of videos.
+        for number in range(0, len(draws) - 1, 2):
+            with _seeded(draws[number] + 1, clip.device):
+                for first in range(number * copies, (number + 1) * copies):
+                    pair = [first, first + copies]
+                    flat[pair], target[pair] = self.mixing(flat[pair], label[pair])
+        return flat.view_as(clip), target

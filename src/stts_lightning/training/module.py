@@ -16,6 +16,10 @@ from stts_lightning.training.augment import BatchAugment
 from stts_lightning.training.optim import OptimSpec, build_optimizer, freeze
 
 
+class TrainingError(RuntimeError):
+    """A training that cannot go on: says why."""
+
+
 class ClassificationModule(pl.LightningModule):
     """Trains and tests a video classifier.
 
@@ -24,7 +28,6 @@ class ClassificationModule(pl.LightningModule):
         optim: learning rates, decay and schedule.
         num_classes: number of classes.
         label_smoothing: of the cross-entropy.
-        seed: seeds the selectors' noise and `augment`, with rank and step.
         augment: of training batches, or None.
     """
 
@@ -34,38 +37,42 @@ class ClassificationModule(pl.LightningModule):
         optim: OptimSpec,
         num_classes: int,
         label_smoothing: float = 0.0,
-        seed: int = 0,
         augment: BatchAugment | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.optim = optim
-        self.seed = seed
         self.augment = augment
         freeze(model, optim)
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         accuracy = {f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in (1, 5) if k <= num_classes}
         self.val_metrics = MetricCollection(accuracy, prefix="val/")  # type: ignore[arg-type]
 
-    def noise_seed(self, batch_idx: int) -> int:
-        """A seed for each rank, optimiser step and micro-batch, the same in a resumed run."""
-        micro = batch_idx % max(self.trainer.accumulate_grad_batches, 1)
-        return ((self.seed * 65_537 + self.global_rank) * 10_000_019 + self.global_step) * 1_009 + micro
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy of the clips of a batch, `(B, copies, 3, T, H, W)`."""
-        seed = self.noise_seed(batch_idx)
-        self.model.slots.seed_noise(seed)
-        clip, label = batch.clip.flatten(0, 1), batch.label.repeat_interleave(batch.clip.shape[1])
+        """Cross-entropy of the clips of a batch, `(B, copies, 3, T, H, W)`; all that is random follows from its draws."""
+        copies = batch.clip.shape[1]
+        self.model.slots.seed_noise([draw + copy for draw in batch.draws for copy in range(copies)] or None)
+        if batch.draws:
+            torch.manual_seed(batch.draws[0])  # Dropout and drop path: apart on each process and step, repeated by a resumed run.
+        clip, label = batch.clip.flatten(0, 1), batch.label.repeat_interleave(copies)
         target = label
         if self.augment is not None:
-            clip, target = self.augment(self.model.normalize(clip), label, seed)
+            clip, target = self.augment(self.model.normalize(clip), label, batch.draws)
         logits = self.model(clip)
         loss = self.loss(logits, target)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.label))
+        self._checked = loss.detach(), batch.video
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.label), sync_dist=True)
         if target is label:  # A mixed clip is of no one class.
-            self.log("train/top1", (logits.argmax(-1) == label).float().mean(), batch_size=len(batch.label))
+            self.log("train/top1", (logits.argmax(-1) == label).float().mean(), batch_size=len(batch.label), sync_dist=True)
         return loss
+
+    def on_after_backward(self) -> None:
+        """Stop on a loss that is no number, before the weights follow it; names the files of this process's batch."""
+        loss, videos = self._checked
+        if not bool(torch.isfinite(loss)):
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            paths = ", ".join(str(data.splits["train"].videos[number].path) for number in videos.tolist())
+            raise TrainingError(f"training loss is {float(loss)} at step {self.global_step}, of the videos {paths}")
 
     def view_logits(self, clip: Tensor) -> Tensor:
         """Logits of each view: `(B, V, 3, T, H, W)` -> `(B, V, num_classes)`, float32."""
@@ -99,9 +106,3 @@ class ClassificationModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how to rebuild the model, as plain values."""
         checkpoint["model"] = dict(self.model.recipe)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop at once on a loss that is no number."""
-        if not bool(torch.isfinite(outputs["loss"])):
-            videos = batch.video.tolist()
-            raise FloatingPointError(f"training loss is {float(outputs['loss'])} at step {self.global_step}, videos {videos}")

@@ -140,7 +140,7 @@ class SelectionPanels(pl.Callback):
         hard, kept = model(clips, return_selection=True)
         # Only the selectors: dropout and drop path are no part of this gap.
         model.slots.train()
-        model.slots.seed_noise(0)
+        model.slots.seed_noise(range(len(items)))
         soft, soft_kept = model(clips, return_selection=True)
         model.slots.eval()
         figures = {"selection/gap": float((soft.softmax(-1) - hard.softmax(-1)).abs().sum(-1).mean() / 2)}

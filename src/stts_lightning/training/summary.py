@@ -37,7 +37,7 @@ def facts(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModu
         "clips_of_a_training_video": data.copies,
         "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
         "precision": trainer.precision,
-        "seed": module.seed,
+        "seed": data.seed,
     }
 
 

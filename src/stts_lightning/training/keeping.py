@@ -1,0 +1,152 @@
+"""What lets a run be broken off at any moment and go on: checkpoints that are whole, and an orderly end on request."""
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+log = logging.getLogger(__name__)
+
+GO_ON_LATER = os.EX_TEMPFAIL if hasattr(os, "EX_TEMPFAIL") else 75
+"""Exit status of a run that was asked to end and can go on: what schedulers requeue on."""
+
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals by which schedulers announce that they will end a job."""
+
+
+class KeepingError(RuntimeError):
+    """A checkpoint that cannot be written or read: names it."""
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there when it is on the disk: the one before is there until then."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write. Raises KeepingError where the disk is full or the folder is not to be written in."""
+        path = Path(path)
+        part = path.with_name(f".{path.name}.part")
+        # By way of memory: torch's writer ends the process where a disk is full.
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            kept = "; the one before it is whole" if path.is_file() else ""
+            raise KeepingError(f"checkpoint {path}: cannot be written ({error.strerror or error}){kept}") from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read. Raises KeepingError for a file that is not whole."""
+        try:
+            return super().load_checkpoint(path, map_location, weights_only)
+        except Exception as error:  # torch raises many kinds; all mean that this file is no use.
+            others = sorted(str(file) for file in Path(path).parent.glob("*.ckpt") if file != Path(path))
+            beside = f"; beside it there is {', '.join(others)} (start anew from it with pretrained=)" if others else ""
+            reason = str(error).splitlines()[0].split(". ")[0][:200]
+            size = Path(path).stat().st_size
+            raise KeepingError(f"checkpoint {path}: cannot be read, {size} bytes ({reason}){beside}") from error
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt`: after each epoch, now and then in between, and when a scheduler asks the run to end.
+
+    Asked by SIGTERM, SIGUSR1 or SIGUSR2, a run finishes its step (in a validation: that), writes the checkpoint on the word
+    of any of its processes, and exits with status 75. The signal's former handler is called then: submitit's requeues the job.
+
+    Args:
+        folder: where.
+        every_minutes: between two checkpoints within an epoch; None: none for that reason.
+        every_n_steps: the same, in steps.
+    """
+
+    def __init__(self, folder: str, every_minutes: float | None = 15.0, every_n_steps: int | None = None) -> None:
+        for name, value in (("every_minutes", every_minutes), ("every_n_steps", every_n_steps)):
+            if value is not None and value <= 0:
+                raise ValueError(f"callbacks.last.{name}={value}: must be above 0, or null")
+        self.file = Path(folder) / "last.ckpt"
+        self.every_minutes, self.every_n_steps = every_minutes, every_n_steps
+        self.saved_at = time.monotonic()
+        self.asked: signal.Signals | None = None
+        self.before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on signals are requests. Lightning's own handler talks to the other processes from within, which can hang."""
+
+        def asked(number: int, _: FrameType | None) -> None:
+            self.asked = signal.Signals(number)
+
+        self.saved_at = time.monotonic()
+        with contextlib.suppress(ValueError):  # Not the main thread: whoever runs this there sees to signals.
+            self.before = {number: signal.signal(number, asked) for number in ASKING}
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save if it is time to; end if that was asked for."""
+        if batch_idx + 1 >= trainer.num_training_batches:
+            return  # Validation, if any, and the end of the epoch follow.
+        due = self._is_due(trainer) and trainer.is_global_zero
+        asked, due = self._agreed(trainer, self.asked is not None, due)
+        if asked or due:
+            self._save(trainer)
+        if asked:
+            self._end(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save; end if that was asked for."""
+        self._save(trainer)
+        asked, _ = self._agreed(trainer, self.asked is not None, False)
+        if asked and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
+            self._end(trainer)
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            return True
+        return self.every_minutes is not None and time.monotonic() - self.saved_at > 60 * self.every_minutes
+
+    @staticmethod
+    def _agreed(trainer: pl.Trainer, *flags: bool) -> tuple[bool, ...]:
+        """Flags, each up on all processes if it is on any."""
+        if trainer.world_size == 1:
+            return flags
+        up = torch.tensor(flags, dtype=torch.int32, device=trainer.strategy.root_device)
+        return tuple(bool(flag) for flag in trainer.strategy.reduce(up, reduce_op="max").tolist())
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.file)
+        for logger in trainer.loggers:
+            logger.save()  # What was logged up to here is on the disk too.
+        self.saved_at = time.monotonic()
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        name = self.asked.name if self.asked else "another process"
+        if trainer.is_global_zero:
+            log.warning("asked to end by %s: %s holds step %d; the same command goes on", name, self.file, trainer.global_step)
+        former: Callable[..., Any] | Any = self.before.get(self.asked) if self.asked else None
+        if callable(former) and self.asked != signal.SIGTERM:
+            former(int(self.asked or 0), None)
+        # Lightning takes the end of a process that it started, with any status but 0, for a failure, and kills the others.
+        started = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+        raise SystemExit(GO_ON_LATER if trainer.is_global_zero or not started else 0)
