@@ -1,9 +1,11 @@
 """The LightningDataModule: sources of videos in, loaders of clips out."""
 
+import multiprocessing
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,13 @@ def leave_signals_to_the_trainer(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _end_workers() -> None:
+    """Before multiprocessing asks those that are left at the end to go, and waits: they do not listen."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 class EachOnce(DistributedSampler[int]):
     """Every item exactly once over all processes: item i goes to process i mod their number; nothing is repeated."""
 
@@ -255,6 +264,7 @@ class VideoDataModule(pl.LightningDataModule):
     def _workers(self) -> dict[str, Any]:
         """What all loaders have in common."""
         workers = self.loader.num_workers
+        Finalize(None, _end_workers, exitpriority=100)
         return {
             "num_workers": workers,
             "collate_fn": collate,

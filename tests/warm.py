@@ -1,0 +1,41 @@
+"""Commands in processes that need not import torch first: forked off one that has, once for all tests of a worker."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from subprocess import CompletedProcess
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["stts_lightning.assembly", "stts_lightning.training.panels", "torchvision.transforms.v2"])
+
+
+def _run(module: str, arguments: list[str], folder: str, environment: dict[str, str], out: str, err: str) -> None:
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [module, *arguments]
+    # Workers of a DataLoader are processes of this one, which multiprocessing forbids to its daemons.
+    multiprocessing.set_start_method("fork", force=True)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def python_m(
+    module: str, arguments: list[str], folder: Path, environment: dict[str, str], timeout: float
+) -> CompletedProcess[str]:
+    """What `python -m module arguments` gives, run in a folder."""
+    with tempfile.TemporaryDirectory() as place:
+        out, err = (Path(place) / name for name in ("out", "err"))
+        process = PROCESSES.Process(target=_run, args=(module, arguments, str(folder), environment, str(out), str(err)))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{module} {arguments}: {out.read_text()}{err.read_text()}")
+        code = process.exitcode or 0
+        return CompletedProcess([module, *arguments], code, out.read_text(), err.read_text())
