@@ -203,7 +203,9 @@ def build_windows(cfg: DictConfig, clip_size: tuple[int, int, int]) -> WindowRul
         shown = short * zoom if isinstance(short, int) else short
         pictures = EvalTransform([zoom * side for side in size], shown)
     spec = ClipSpec(frames, clip["stride"], 1, clip["sampling"])
-    return WindowRule(spec, EvalTransform(size, short, clip["test_crops"]), cfg.every, pictures, clip["decoder"])
+    return WindowRule(
+        spec, EvalTransform(size, short, clip["test_crops"]), cfg.every, pictures, clip["decoder"], clip.get("patience", 60.0)
+    )
 
 
 @contextmanager

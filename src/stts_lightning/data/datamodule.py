@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -137,6 +138,8 @@ def leave_signals_to_the_trainer(worker: int) -> None:
 
 def _end_workers() -> None:
     """Before multiprocessing asks those that are left at the end to go, and waits: they do not listen."""
+    with suppress(ValueError):  # torch's handler would take their end for a failure.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -179,6 +182,7 @@ class VideoDataModule(pl.LightningDataModule):
         test_short_side: the same for the test; None is `short_side`.
         decoder: see `Reading`.
         on_error: see `Reading`.
+        patience: see `Reading`.
         seed: the order of the training videos, and all that is random about their clips, follow from it.
     """
 
@@ -196,6 +200,7 @@ class VideoDataModule(pl.LightningDataModule):
         sampling: str = "spread",
         decoder: str = "decord",
         on_error: str = "raise",
+        patience: float | None = 60.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -205,7 +210,7 @@ class VideoDataModule(pl.LightningDataModule):
         """Views of each test video: every crop of every clip."""
         self._clip = ClipSpec(frames, stride, 1, sampling)
         self._test_clip = replace(self._clip, views=test_views)
-        self._reading = Reading(decoder, on_error)
+        self._reading = Reading(decoder, on_error, patience)
         self._train_transform = TrainTransform(size, **(train_transform or {}))
         self.copies = self._train_transform.copies
         """Clips of each video of a training batch."""

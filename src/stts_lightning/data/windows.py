@@ -12,7 +12,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from stts_lightning.data.annotations import VIDEO_SUFFIXES, AnnotationError
 from stts_lightning.data.dataset import ClipSpec, Transform
-from stts_lightning.data.decode import DecodeError, Frames, open_video
+from stts_lightning.data.decode import DecodeError, Frames
+from stts_lightning.data.isolation import open_isolated
 from stts_lightning.data.sampling import SAMPLINGS
 
 
@@ -80,6 +81,7 @@ class WindowRule:
         transform: from `(T, 3, H, W)` uint8 to `(crops, T, 3, H, W)`.
         pictures: the same at a size to look at, or None.
         decoder: see `open_video`.
+        patience: see `Reading`.
     """
 
     clip: ClipSpec
@@ -87,6 +89,7 @@ class WindowRule:
     every: float | None = None
     pictures: Callable[[Tensor], Tensor] | None = None
     decoder: str = "decord"
+    patience: float | None = None
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every <= 0:
@@ -116,7 +119,7 @@ class WindowDataset(IterableDataset[Window]):
         rule, done = self.rule, 0
         sampling = SAMPLINGS[rule.clip.sampling](rule.clip.frames, rule.clip.stride)
         try:
-            with open_video(self.videos[video], rule.decoder) as reader:
+            with open_isolated(self.videos[video], rule.decoder, rule.patience) as reader:
                 rate = reader.rate
                 every = max(round(rule.every * rate), 1) if rule.every and rate else None
                 views = sampling.over_time(len(reader), every)
