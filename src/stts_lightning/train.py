@@ -27,6 +27,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     from stts_lightning.analysis.results import commit, versions, write_result
     from stts_lightning.analysis.throughput import clips_per_second
     from stts_lightning.training.callbacks import FailureLog
+    from stts_lightning.training.keeping import LastCheckpoint
     from stts_lightning.training.loggers import log_config, log_summary
     from stts_lightning.training.summary import StartTable, facts, rows
     from stts_lightning.training.testing import run_test
@@ -59,7 +60,8 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     log_config(trainer, assembly.plain(cfg))
     trainer.callbacks.append(StartTable(lines))  # type: ignore[attr-defined]
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    last = {f"last/{k}": float(v) for k, v in sorted(trainer.callback_metrics.items()) if k.startswith(("val/", "train/"))}
+    kept = next((c.metrics for c in trainer.callbacks if isinstance(c, LastCheckpoint)), {})  # type: ignore[attr-defined]
+    last = {f"last/{name}": value for name, value in kept.items()}
     predictions = run_test(trainer, module, data, Path(cfg.run_dir) / "test") if cfg.test else None
     tested = score(predictions) if predictions else {}
     failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]

@@ -58,21 +58,16 @@ class EpochOrder(Sampler[list[Pick]]):
         """Steps of a whole epoch."""
         return max(self.videos // self.batch_size, 1)
 
-    def picks(self) -> list[Pick]:
-        """All of the epoch, in order."""
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(self.videos).tolist()
-        return list(map(Pick, order, rng.integers(2**62, size=self.videos).tolist()))
-
     def __iter__(self) -> Iterator[list[Pick]]:
         """Batches from where the epoch stands."""
         together = dist.is_available() and dist.is_initialized()
         rank, processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-        picks = self.picks()
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order, draws = rng.permutation(self.videos), rng.integers(2**62, size=self.videos)
         share = min(self.batch_size, self.videos) // processes
         for step in range(self.done, len(self)):
             first = step * self.batch_size + rank * share
-            yield picks[first : first + share]
+            yield [Pick(int(order[at]), int(draws[at])) for at in range(first, first + share)]
 
 
 class TrainLoader(DataLoader[Any]):

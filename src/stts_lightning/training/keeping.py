@@ -84,6 +84,8 @@ class LastCheckpoint(Checkpoint):
         self.file = Path(folder) / "last.ckpt"
         self.every_minutes, self.every_n_steps = every_minutes, every_n_steps
         self.saved_at = time.monotonic()
+        self.metrics: dict[str, float] = {}
+        """Of the last epoch: a run that broke off after it has them still."""
         self.asked: signal.Signals | None = None
         self.before: dict[signal.Signals, Any] = {}
 
@@ -110,16 +112,27 @@ class LastCheckpoint(Checkpoint):
         due = self._is_due(trainer) and trainer.is_global_zero
         asked, due = self._agreed(trainer, self.asked is not None, due)
         if asked or due:
+            self._log_step(trainer)
             self._save(trainer)
         if asked:
             self._end(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save; end if that was asked for."""
+        found = trainer.callback_metrics.items()
+        self.metrics = {name: float(value) for name, value in sorted(found) if name.startswith(("val/", "train/"))}
         self._save(trainer)
         asked, _ = self._agreed(trainer, self.asked is not None, False)
         if asked and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
             self._end(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last epoch's metrics."""
+        return {"metrics": dict(self.metrics)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The last epoch's metrics."""
+        self.metrics = dict(state_dict["metrics"])
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
@@ -133,6 +146,16 @@ class LastCheckpoint(Checkpoint):
             return flags
         up = torch.tensor(flags, dtype=torch.int32, device=trainer.strategy.root_device)
         return tuple(bool(flag) for flag in trainer.strategy.reduce(up, reduce_op="max").tolist())
+
+    @staticmethod
+    def _log_step(trainer: pl.Trainer) -> None:
+        """What this step logged, which Lightning hands to loggers only after the callbacks: too late for a run that ends here."""
+        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        names = ("train/", "sigma")
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(names)}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step - 1)
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.file)
