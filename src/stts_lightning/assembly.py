@@ -314,5 +314,8 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     loggers = [instantiate(node) for node in cfg.logger.values() if node]
     plugins: list[Any] = [WholeCheckpointIO()]
     if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # callbacks.last sees to signals.
+        try:
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # callbacks.last sees to signals.
+        except RuntimeError as error:
+            raise ConfigError(str(error)) from error
     return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, plugins=plugins)
