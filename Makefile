@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install train test test-all lint clean
+.PHONY: help install train test test-slow test-all lint clean
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -21,6 +21,9 @@ runs/demo_plain/result.json: | .venv/.ready
 
 test: .venv/.ready ## the normal tests
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-slow: .venv/.ready ## the heavy ones alone: kills, damaged files, clusters, long runs (docs/reliability.md)
+	$(BIN)/python -m pytest -s -m "slow and not gpu"
 
 test-all: .venv/.ready ## all tests
 	$(BIN)/python -m pytest

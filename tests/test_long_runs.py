@@ -48,9 +48,7 @@ def test_memory_of_workers_is_flat_over_twenty_thousand_clips(tmp_path: Path) ->
     assert clips == 20_000
     # After the first tenth, when all caches are filled.
     early, late = np.median(memory[25:50]), np.median(memory[-25:])
-    print(
-        f"workers and decoders: {early:.0f} MiB after 2,000 clips, {late:.0f} MiB after 20,000; {handles[25]}, {handles[-1]} files"
-    )
+    print(f"{early:.0f} MiB after 2,000 clips, {late:.0f} MiB after 20,000; {handles[25]} and {handles[-1]} open files")
     assert late < 1.05 * early + 10
     assert handles[-1] == handles[25]
 
