@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from stts_lightning.arguments import of_a_run
 from stts_lightning.conf_dir import conf_dir
 from stts_lightning.doctor import check_installation
+from stts_lightning.run_folders import launches_by_itself
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> float:
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="evaluate")
 def main(cfg: DictConfig) -> float:
     """Test one model; returns its top-1."""
+    launches_by_itself()
     check_installation()
     from stts_lightning import assembly
 

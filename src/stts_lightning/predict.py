@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from stts_lightning.arguments import of_a_run
 from stts_lightning.conf_dir import conf_dir
 from stts_lightning.doctor import check_installation
+from stts_lightning.run_folders import launches_by_itself
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def show(found: Sequence[dict[str, Any]]) -> None:
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="predict")
 def main(cfg: DictConfig) -> None:
     """Label videos."""
+    launches_by_itself()
     check_installation()
     from stts_lightning import assembly
 
