@@ -118,3 +118,23 @@ def test_jobs_of_one_and_of_two_processes_take_turns(place: Path) -> None:
     assert sorted(result["devices"] for result in jobs.values()) == ["1 x cpu", "2 x cpu"]
     curves = [read_metrics(place / folder / name, "train/loss") for name in jobs]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=1", "hydra.launcher.timeout_min=10"],
+    ],
+    ids=["joblib", "submitit_local"],
+)
+def test_jobs_of_two_processes_under_other_launchers(place: Path, launcher: list[str]) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher[0].rpartition('=')[2].partition('_')[0]}_launcher")
+    folder = f"runs/{launcher[0].rpartition('=')[2]}"
+    done = train(place, "-m", *TWO, *launcher, "selection.sigma=0.05,0.1", f"hydra.sweep.dir={folder}", "test=false")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [json.loads(file.read_text()) for file in (place / folder).glob("*/result.json")]
+    assert sorted((r["sigma"], r["devices"]) for r in results) == [(0.05, "2 x cpu"), (0.1, "2 x cpu")]
+    assert len(list((place / folder).glob("*/job.json"))) == 2, "each job once, in its own folder"
+    assert not subprocess.run(["pgrep", "-f", f"{folder}/"], capture_output=True, text=True).stdout, "nothing is left behind"
