@@ -32,7 +32,7 @@ def command(tmp: Path, *overrides: str, check: bool = True, base: list[str] | No
 
 
 def door(name: str, tmp: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "160"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     if "trainer=ddp" in arguments or "logger=wandb" in arguments:  # These start, or end, with the interpreter.
         command = [sys.executable, "-m", f"stts_lightning.{name}", *arguments]
         done = subprocess.run(command, cwd=tmp, capture_output=True, text=True, timeout=300, env=environment)
