@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import torch
+
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["stts_lightning.assembly", "stts_lightning.training.panels", "torchvision.transforms.v2"])
 
@@ -19,6 +21,8 @@ def _run(module: str, arguments: list[str], folder: str, environment: dict[str, 
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    # torch asked for it when it was imported, in the process that this one is forked off.
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     sys.argv = [module, *arguments]
     # Workers of a DataLoader are processes of this one, which multiprocessing forbids to its daemons.
     multiprocessing.set_start_method("fork", force=True)
