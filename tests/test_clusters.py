@@ -88,25 +88,33 @@ def test_a_requeued_job_of_two_tasks_goes_on_in_its_folder(place: Path, slurm: d
     check_is_whole(place, folders[0])
 
 
-def test_submitit_requeues_a_sweeps_jobs(place: Path, slurm: dict[str, str]) -> None:
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_submitit_requeues_a_sweeps_jobs(place: Path, slurm: dict[str, str], tasks: int) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=1", "hydra.launcher.timeout_min=30",
+    launcher = ["hydra/launcher=submitit_slurm", f"hydra.launcher.tasks_per_node={tasks}", "hydra.launcher.timeout_min=30",
                 "hydra.launcher.max_num_timeout=3", "hydra.launcher.cpus_per_task=1"]  # fmt: skip
-    sweep = ["-m", *RUN, "trainer.accelerator=cpu", "selection.sigma=0.5,0.1", "hydra.sweep.dir=runs/submitted", *launcher]
+    processes = [*TWO, "trainer.devices=2"] if tasks == 2 else ["trainer.accelerator=cpu"]
+    sweep_folder = place / "runs" / f"submitted_{tasks}"
+    sweep = ["-m", *RUN, *processes, "selection.sigma=0.5,0.1", f"hydra.sweep.dir={sweep_folder}", *launcher]
     command = [sys.executable, "-m", "stts_lightning.train", *sweep]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **slurm}
     process = subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    folder = place / "runs" / "submitted" / "selection.sigma-0.5"
-    console = folder / "console.log"
-    wait_for(lambda: console.is_file() and "steps " in console.read_text(), 180, "the first job trains")
+    folder = sweep_folder / "selection.sigma-0.5"
+
+    def written() -> str:
+        """Of one task, submitit's process starts the run and keeps what it says; of two, it is the run."""
+        files = [folder / "console.log"] if tasks == 1 else sweep_folder.glob(".submitit/*/*_0_log.out")
+        return "".join(file.read_text() for file in files if file.is_file())
+
+    wait_for(lambda: "steps " in written(), 180, "the first job trains")
     time.sleep(3)
     job = run(["squeue", "-h", "-o", "%A", "-t", "RUNNING", "--sort=i"], place, **slurm).split()[0]
     run(["scancel", "--signal=USR2", job], place, **slurm)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    assert "asked to end by SIGUSR2" in console.read_text() and "(resumed after " in console.read_text()
+    assert "asked to end by SIGUSR2" in written() and "(resumed after " in written()
     check_is_whole(place, folder)
-    assert len(list((place / "runs/submitted").glob("*/result.json"))) == 2
+    assert len(list(sweep_folder.glob("*/result.json"))) == 2
 
 
 def test_two_nodes_are_the_same_run_as_one_process(place: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stts_lightning import create_model
-from stts_lightning.backbones.video_swin import WindowAttention, windows
+from stts_lightning.backbones.video_swin import WindowAttention, WindowPlan, windows
 from stts_lightning.selection.topk import perturbed_topk
 
 TINY = {"dim": 32, "depths": (2, 2, 2, 2), "heads": (1, 2, 4, 8)}
@@ -144,18 +144,21 @@ def test_balanced_windows_share_the_frames() -> None:
     assert windows((8, 7, 7), (8, 7, 7), True, "balanced") == ((8, 7, 7), (0, 0, 0))
 
 
-def brute_force(attention: WindowAttention, grid: torch.Tensor) -> torch.Tensor:
+LIMIT = (4, 4, 4)
+
+
+def brute_force(attention: WindowAttention, grid: torch.Tensor, shifted: bool) -> torch.Tensor:
     """Token by token: who shares a window after the roll and stands as far from me there as it truly does is seen."""
     size = grid.shape[1:4]
-    window, shift = windows(size, attention.window, attention.shifted, "balanced")
+    window, shift = windows(size, LIMIT, shifted, "balanced")
     at = torch.cartesian_prod(*(torch.arange(n) for n in size))
     full = torch.tensor([-(-n // w) * w for n, w in zip(size, window, strict=True)])
     rolled = (at - torch.tensor(shift)) % full
     offset = at[:, None] - at[None]
     seen = (rolled[:, None] // torch.tensor(window) == rolled[None] // torch.tensor(window)).all(-1)
     seen &= (rolled[:, None] - rolled[None] == offset).all(-1)
-    table = attention.relative_position_bias_table.view(*(2 * n - 1 for n in attention.window), -1)
-    row = [(offset[..., i] + n - 1).clamp(0, 2 * n - 2) for i, n in enumerate(attention.window)]
+    table = attention.relative_position_bias_table.view(*(2 * n - 1 for n in LIMIT), -1)
+    row = [(offset[..., i] + n - 1).clamp(0, 2 * n - 2) for i, n in enumerate(LIMIT)]
     bias = table[row[0], row[1], row[2]].permute(2, 0, 1).masked_fill(~seen, -torch.inf)
     q, k, v = attention.qkv(grid.flatten(1, 3)).unflatten(-1, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)
     weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + bias).softmax(-1)
@@ -166,9 +169,11 @@ def brute_force(attention: WindowAttention, grid: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(9, 8, 7), (5, 5, 3), (10, 9, 11), (3, 4, 13)])
 def test_balanced_attention_hides_padding_and_has_the_right_bias(size: tuple[int, int, int], shifted: bool) -> None:
     torch.manual_seed(0)
-    attention = WindowAttention(8, 2, (4, 4, 4), shifted, "balanced").eval()
+    attention = WindowAttention(8, 2, LIMIT, WindowPlan(size, LIMIT, shifted, "balanced")).eval()
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    grid = torch.randn(2, *size, 8)
+    grid = torch.randn(3, *size, 8)
+    expected = brute_force(attention, grid, shifted).flatten(1, 3)
+    torch.testing.assert_close(attention(grid.flatten(1, 3)), expected, atol=1e-5, rtol=1e-4)
     with torch.inference_mode():
-        torch.testing.assert_close(attention(grid), brute_force(attention, grid), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(attention(grid.flatten(1, 3)), expected, atol=1e-5, rtol=1e-4)

@@ -110,13 +110,13 @@ def _swin(backbone: VideoSwin, cuts: _Cuts) -> float:
     number = 0
     for stage in backbone.stages:
         assert isinstance(stage, Stage)
-        for block in stage.blocks:
+        for place, block in enumerate(stage.blocks):
             assert isinstance(block, SwinBlock)
             dim = block.attn.qkv.in_features
             size = cuts(number, size, dim)
             number += 1
             tokens = math.prod(size)
-            window, _ = windows(size, block.attn.window, block.attn.shifted, block.attn.policy)
+            window, _ = windows(size, backbone.window, place % 2 == 1, backbone.window_policy)
             padded = math.prod(math.ceil(n / m) * m for n, m in zip(size, window, strict=True))
             total += tokens * dim * (4 * dim + 8 * dim + 2 * NORM) + 2 * padded * math.prod(window) * dim
         if stage.merge is not None:

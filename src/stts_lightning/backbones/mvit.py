@@ -1,17 +1,18 @@
 """MViT-B16 (Fan et al., ICCV 2021) with places for token selection.
 
-Letters: B clips, T frames, H W grid, C channels, D heads, N = T * H * W tokens. A grid is `(B, T, H, W, C)`; the class
-token `(B, 1, C)` travels beside it. The file reads from the stem to the named sizes at its end.
+Letters: B clips, T frames, H W grid, C channels, D heads, N = T * H * W tokens. Blocks see `(B, 1 + N, C)`, the class
+token before those of the grid; selectors see the grid alone, `(B, T, H, W, C)`. The file reads from the stem to the named
+sizes at its end.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 from timm.layers.drop import DropPath
-from timm.layers.mlp import Mlp
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
+from stts_lightning.backbones.rowwise import Linear, Perceptron, lean, linear, piecewise
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -81,14 +83,18 @@ class Pool(nn.Module):
         self.conv = nn.Conv3d(head_dim, head_dim, 3, stride, padding=1, groups=head_dim, bias=False)
         self.norm = nn.LayerNorm(head_dim, eps=eps)
 
-    def forward(self, cls: Tensor, grid: Tensor) -> Tensor:
-        """Args: cls `(B, D, 1, C/D)`, grid `(B, T, H, W, D, C/D)`. Returns: tokens `(B, D, 1 + N', C/D)`."""
-        batch, _, _, _, heads, _ = grid.shape
-        x = grid.permute(0, 4, 5, 1, 2, 3).flatten(0, 1)  # (B D, C/D, T, H, W)
-        slow_backward = x.device.type == "cpu" and torch.is_grad_enabled()
-        x = _DepthwiseConv.apply(x, self.conv.weight, self.stride) if slow_backward else self.conv(x)
-        tokens = x.flatten(2).transpose(1, 2).unflatten(0, (batch, heads))
-        return self.norm(torch.cat((cls, tokens), dim=2))
+    def forward(self, x: Tensor, size: GridSize, heads: int, stride: Triple | None = None) -> Tensor:
+        """Args: x `(B, 1 + N, C)`, the class token first; size of its grid; another stride. Returns: `(B, D, 1 + N', C/D)`."""
+        stride = stride or self.stride
+        # Heads share a kernel, so that all channels are one convolution, of the tokens as they lie.
+        grid = x[:, 1:].unflatten(1, size).permute(0, 4, 1, 2, 3)
+        weight = self.conv.weight.repeat(heads, 1, 1, 1, 1)
+        if grid.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grid = _DepthwiseConv.apply(grid, weight, stride)
+        else:
+            grid = F.conv3d(grid, weight, None, stride, padding=1, groups=grid.shape[1])
+        x = torch.cat((x[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
+        return self.norm(x.unflatten(-1, (heads, -1))).transpose(1, 2)
 
 
 class PooledAttention(nn.Module):
@@ -99,37 +105,61 @@ class PooledAttention(nn.Module):
         self.heads = heads
         self.q_stride, self.kv_stride = q_stride, kv_stride
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         head_dim = dim // heads
         self.pool_q = Pool(head_dim, q_stride, pool_eps) if math.prod(q_stride) > 1 else None
         self.pool_k = Pool(head_dim, kv_stride, pool_eps)
         self.pool_v = Pool(head_dim, kv_stride, pool_eps)
 
-    def forward(self, cls: Tensor, grid: Tensor, tell: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Args: cls `(B, 1, C)`, grid `(B, T, H, W, C)`. Returns: the same, the grid pooled by `q_stride`.
+    def forward(self, x: Tensor, size: GridSize, tell: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Attend.
 
-        And, if `tell`, the class token's attention to each token of the grid that comes out, `(B, T', H', W')`: the mean
-        over heads, of the pooled keys where the token lies (their mean, if queries are pooled more than keys).
+        Args:
+            x: `(B, 1 + N, C)`, the class token first.
+            size: T, H and W of its grid.
+            tell: also return the class token's attention.
+
+        Returns:
+            `(B, 1 + N', C)`, its grid pooled by `q_stride`. And, if `tell`, the class token's attention to each token of
+            that grid, `(B, T', H', W')`: the mean over heads, of the pooled keys where the token lies (their mean, if
+            queries are pooled more than keys).
         """
-        t, h, w = grid.shape[1:4]
-        size: GridSize = (t, h, w)
-        q_cls, k_cls, v_cls = self.qkv(cls).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q_grid, k_grid, v_grid = self.qkv(grid).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        k = self.pool_k(k_cls, k_grid)
-        v = self.pool_v(v_cls, v_grid)
-        if self.pool_q is None:
-            q = torch.cat((q_cls, q_grid.flatten(1, 3).transpose(1, 2)), dim=2)
-        else:
-            q = self.pool_q(q_cls, q_grid)
-            size = pooled(size, self.q_stride)
-        out = F.scaled_dot_product_attention(q, k, v)
-        out = self.proj(out.transpose(1, 2).flatten(2))
+        if lean(x) and len(x) > 1:  # A clip's tokens lie close together; those of several clips would be copied.
+            found, told = zip(*(self(clip, size, tell) for clip in x.split(1)), strict=True)
+            return torch.cat(found), torch.cat(told) if tell else None
+        # Each by itself lies as its pooling reads it.
+        layers = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+        to_q, to_k, to_v = (partial(linear, weight=weight, bias=bias) for weight, bias in layers)
+        q = piecewise(to_q, x, x.shape[-1])
+        read, read_size, stride = self._read(x, size) if lean(x) else (x, size, None)
+        k = self.pool_k(piecewise(to_k, read, x.shape[-1]), read_size, self.heads, stride)
+        v = self.pool_v(piecewise(to_v, read, x.shape[-1]), read_size, self.heads, stride)
+        q = self.pool_q(q, size, self.heads) if self.pool_q else q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         attention = None
         if tell:
             paid = (q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean(1)[:, 0, 1:]
-            paid = paid.unflatten(1, pooled((t, h, w), self.kv_stride)).detach()
-            attention = F.interpolate(paid.unsqueeze(1), size, mode="area").squeeze(1)
-        return out[:, :1], out[:, 1:].unflatten(1, size), attention
+            paid = paid.unflatten(1, pooled(size, self.kv_stride)).detach()
+            attention = F.interpolate(paid.unsqueeze(1), pooled(size, self.q_stride), mode="area").squeeze(1)
+        return piecewise(self.proj, out, out.shape[-1]), attention
+
+    def _read(self, x: Tensor, size: GridSize) -> tuple[Tensor, GridSize, Triple]:
+        """The tokens that the pooling of keys and values reads, their grid, and the stride there.
+
+        A kernel of 3 that moves on by 8 passes over 5 of 8 rows, and of 8 columns; it is a stride of 3 in what is left.
+        """
+        read = [
+            sorted({at + tap for at in range(0, n, stride) for tap in (-1, 0, 1) if 0 <= at + tap < n})
+            for n, stride in zip(size, self.kv_stride, strict=True)
+        ]
+        t, h, w = map(len, read)
+        if t * h * w == math.prod(size):
+            return x, size, self.kv_stride
+        rt, rh, rw = (torch.tensor(places) for places in read)
+        places = (rt[:, None, None] * size[1] + rh[:, None]) * size[2] + rw + 1
+        x = x.index_select(1, torch.cat((torch.zeros(1, dtype=places.dtype), places.flatten())))
+        first, second, third = (min(stride, 3) for stride in self.kv_stride)
+        return x, (t, h, w), (first, second, third)
 
 
 class Block(nn.Module):
@@ -142,32 +172,33 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = PooledAttention(dim, heads, q_stride, kv_stride, pool_eps)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, 4 * dim, out_dim)
-        self.proj = nn.Linear(dim, out_dim) if out_dim != dim else nn.Identity()
+        self.mlp = Perceptron(dim, 4 * dim, out_dim)
+        self.proj = Linear(dim, out_dim) if out_dim != dim else nn.Identity()
+        self.out_dim = out_dim
         self.drop_path = DropPath(drop_path)
 
-    def _shortcut(self, grid: Tensor) -> Tensor:
+    def _shortcut(self, x: Tensor, size: GridSize) -> Tensor:
         stride = self.attn.q_stride
         if math.prod(stride) == 1:
-            return grid
+            return x
         kernel = [s + 1 if s > 1 else 1 for s in stride]
-        x = F.max_pool3d(grid.permute(0, 4, 1, 2, 3), kernel, list(stride), [k // 2 for k in kernel])
-        return x.permute(0, 2, 3, 4, 1)
+        grid = x[:, 1:].unflatten(1, size).permute(0, 4, 1, 2, 3)
+        grid = F.max_pool3d(grid, kernel, list(stride), [k // 2 for k in kernel])
+        return torch.cat((x[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
 
-    def forward(self, cls: Tensor, grid: Tensor, tell: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Args: cls `(B, 1, C)`, grid `(B, T, H, W, C)`. Returns: cls `(B, 1, C')`, grid `(B, T', H', W', C')`, attention.
-
-        The attention of the class token, `(B, T', H', W')`, is there if `tell`.
-        """
-        attended_cls, attended, attention = self.attn(self.norm1(cls), self.norm1(grid), tell)
-        size = attended.shape[1:4]
-        # Class token and grid join for the row-wise rest, so that drop path drops a whole clip at once.
-        x = torch.cat((cls, self._shortcut(grid).flatten(1, 3)), dim=1)
-        x = x + self.drop_path(torch.cat((attended_cls, attended.flatten(1, 3)), dim=1))
+    def _perceive(self, x: Tensor) -> Tensor:
         normed = self.norm2(x)
         shortcut = x if isinstance(self.proj, nn.Identity) else self.proj(normed)
-        x = shortcut + self.drop_path(self.mlp(normed))
-        return x[:, :1], x[:, 1:].unflatten(1, size), attention
+        return shortcut + self.drop_path(self.mlp(normed))
+
+    def forward(self, x: Tensor, size: GridSize, tell: bool = False) -> tuple[Tensor, GridSize, Tensor | None]:
+        """Args: x `(B, 1 + N, C)`, the class token first; T, H, W of its grid. Returns: `(B, 1 + N', C')`, T', H', W'.
+
+        And the attention of the class token, `(B, T', H', W')`, if `tell`.
+        """
+        attended, attention = self.attn(self.norm1(x), size, tell)
+        x = self._shortcut(x, size) + self.drop_path(attended)
+        return piecewise(self._perceive, x, self.out_dim), pooled(size, self.attn.q_stride), attention
 
 
 class MViT(Backbone):
@@ -267,13 +298,23 @@ class MViT(Backbone):
                 return grid.flatten(2).transpose(1, 2)
         return weight
 
-    def embed(self, clip: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip `(B, 3, T, H, W)` -> class token `(B, 1, C)` and grid `(B, T/2, H/4, W/4, C)`, positions added."""
+    def embed(self, clip: Tensor) -> Tensor:
+        """Clip `(B, 3, T, H, W)` -> `(B, 1 + N, C)`, the class token first, positions added."""
         grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1)
         _, t, h, w, _ = grid.shape
         grid = grid + self.pos_embed_spatial.unflatten(1, (1, h, w)) + self.pos_embed_temporal.unflatten(1, (t, 1, 1))
         cls = (self.cls_token + self.pos_embed_class).expand(clip.shape[0], -1, -1)
-        return cls, grid
+        return torch.cat((cls, grid.flatten(1, 3)), dim=1)
+
+    def select(
+        self, block: int, x: Tensor, size: GridSize, kept: list[Selection] | None, attention: Tensor | None
+    ) -> tuple[Tensor, GridSize]:
+        """Slots before a block: `(B, 1 + N, C)` and T, H, W of its grid -> the same of the smaller grid."""
+        if block not in self.slots.at_block:
+            return x, size
+        grid = self.slots(block, x[:, 1:].unflatten(1, size), kept, attention)
+        _, t, h, w, _ = grid.shape
+        return torch.cat((x[:, :1], grid.flatten(1, 3)), dim=1), (t, h, w)
 
     def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
         """Features of a clip.
@@ -290,12 +331,13 @@ class MViT(Backbone):
         """
         if tuple(clip.shape[2:]) != self.clip_size:
             raise ValueError(f"clip of {tuple(clip.shape[2:])} frames x height x width: this backbone takes {self.clip_size}")
-        cls, grid = self.embed(clip)
-        attention = None
+        x, attention = self.embed(clip), None
+        frames, height, width = self.clip_size
+        size: GridSize = (frames // 2, height // 4, width // 4)
         for i, block in enumerate(self.blocks):
-            grid = self.slots(i, grid, kept, attention)
-            cls, grid, attention = block(cls, grid, self.slots.wants_attention(i + 1))
-        return self.norm(cls[:, 0])
+            x, size = self.select(i, x, size, kept, attention)
+            x, size, attention = block(x, size, self.slots.wants_attention(i + 1))
+        return self.norm(x[:, 0])
 
 
 @register_backbone

@@ -1,24 +1,24 @@
 """Video Swin (Liu et al., CVPR 2022) with places for token selection.
 
-Letters: B clips, T frames, H W grid, C channels, D heads, W windows of N tokens. A grid is `(B, T, H, W, C)`. The file
-reads from the stem to the named sizes at its end.
+Letters: B clips, T frames, H W grid of N tokens, C channels, D heads, S slots. A grid is `(B, T, H, W, C)`. The file reads
+from the windows and the stem to the named sizes at its end.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from timm.layers.drop import DropPath
-from timm.layers.mlp import Mlp
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
+from stts_lightning.backbones.rowwise import PIECE, Linear, Perceptron, lean, linear, piecewise, working_dtype
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -42,149 +42,237 @@ def windows(size: GridSize, limit: Triple, shifted: bool, policy: str) -> tuple[
     return (window[0], window[1], window[2]), (shift[0], shift[1], shift[2])
 
 
-@dataclass(frozen=True)
-class WindowPlan:
-    """How a grid falls into windows.
+class Span(NamedTuple):
+    """A box along one axis: where it starts in the grid, its length, and where it starts in its window."""
+
+    start: int
+    length: int
+    inside: int
+
+
+def spans(n: int, window: int, shift: int, padded: bool) -> list[Span]:
+    """How windows cut one axis.
+
+    Published code rolls the grid by the shift, cuts it into windows, and masks the pairs that the roll has brought together.
+    What is left are smaller windows at both ends: cut as such they need neither roll nor mask, and no product is worked
+    out to be hidden.
+
+    Args:
+        n: tokens of the axis.
+        window: size of a window.
+        shift: where the second window starts; 0 if they are not shifted.
+        padded: whether the last windows reach over the end, into padding that attention sees.
+    """
+    full = math.ceil(n / window) * window
+    found = [Span(start, min(window, full - start), 0) for start in range(shift, full, window)]
+    if shift:
+        found.append(Span(0, shift, window - shift))  # Rolled, the first tokens end the last window.
+    if not padded:  # Then only offsets count, the same in any corner of a window.
+        found = [Span(start, min(length, n - start), 0) for start, length, _ in found]
+    return [span for span in found if span.start < n]
+
+
+class Group(NamedTuple):
+    """Boxes of one shape, which attend together.
 
     Attributes:
-        window: frames, height, width of a window.
-        shift: by how much the grid is rolled before it is cut.
-        padded: size of the grid, padded to whole windows.
-        groups: numbers of the windows that share a mask.
-        back: place of each window among the groups strung together.
-        masks: a mask `(N, N)` a group, 0 or -100; None where every token may see every other.
+        boxes: how many.
+        tokens: of each.
+        inside: the part of a window that they are, along each axis: the part of its bias that they need.
     """
 
-    window: Triple
-    shift: Triple
-    padded: GridSize
-    groups: tuple[Tensor, ...]
-    back: Tensor
-    masks: tuple[Tensor | None, ...]
+    boxes: int
+    tokens: int
+    inside: tuple[slice, slice, slice]
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # Made in an evaluation, it serves training too.
-def window_plan(size: GridSize, limit: Triple, shifted: bool, policy: str, device: torch.device) -> WindowPlan:
-    """Windows and masks of a grid of a size; made once for each size and device.
+class WindowPlan(nn.Module):
+    """How a grid of one size falls into boxes; shared by the blocks that cut it alike. Moves with the model.
 
-    A shifted window holds tokens that were no neighbours before the roll: they do not see each other. Padding is seen
-    by nobody, but for `official`, which shows it: what published checkpoints were tuned with.
+    Attributes:
+        window: frames, height and width of a whole window.
+        groups: boxes by their shape.
+        pieces: numbers of slots and of boxes of each group, a few boxes at a time.
+        padded: whether some slots hold padding.
+        hidden: pairs of tokens that published code works out and then masks.
+        slots: `(S,)`, the token in each place of the groups, one group after the other; N, for padding.
+        slot: `(N,)`, where each token lies among them.
+        first, length: `(S,)`, where the group of a slot starts, and its slots.
+        bias_index: row of the bias table for each pair of a whole window's tokens, flat.
     """
-    window, shift = windows(size, limit, shifted, policy)
-    padded = tuple(math.ceil(n / w) * w for n, w in zip(size, window, strict=True))
-    axes = []
-    for n, full, w, s in zip(size, padded, window, shift, strict=True):
-        place = torch.arange(full)
-        region = torch.where(place < full - w, 0, torch.where(place < full - s, 1, 2)) if s else torch.zeros_like(place)
-        real = torch.ones(full, dtype=torch.bool) if policy == "official" else place.roll(-s) < n
-        axes.append((region, real))
-    (rt, et), (rh, eh), (rw, ew) = axes
-    region = (rt[:, None, None] * 3 + rh[:, None]) * 3 + rw
-    real = et[:, None, None] & eh[:, None] & ew
-    regions, reals = (_cut(x[None, ..., None], window).squeeze(-1)[0] for x in (region, real))  # (W, N)
-    hidden = (regions[:, :, None] != regions[:, None]) | ~reals[:, None]
-    patterns, number = torch.unique(hidden.flatten(1), dim=0, return_inverse=True)
-    groups = tuple((number == i).nonzero()[:, 0].to(device) for i in range(len(patterns)))
-    side = hidden.shape[-1]
-    masks = tuple(p.view(side, side).to(torch.float32).mul(-100).to(device) if bool(p.any()) else None for p in patterns)
-    back = torch.cat(groups).argsort()
-    return WindowPlan(window, shift, (padded[0], padded[1], padded[2]), groups, back, masks)
+
+    slots: Tensor
+    slot: Tensor
+    first: Tensor
+    length: Tensor
+    bias_index: Tensor
+
+    def __init__(self, size: GridSize, limit: Triple, shifted: bool, policy: str) -> None:
+        super().__init__()
+        self.window, shift = windows(size, limit, shifted, policy)
+        tokens = math.prod(size)
+        number = np.full([math.ceil(n / m) * m for n, m in zip(size, self.window, strict=True)], tokens)
+        number[: size[0], : size[1], : size[2]] = np.arange(tokens).reshape(size)
+        boxes: dict[tuple[tuple[int, int], ...], list[NDArray[np.int64]]] = {}
+        for box in product(*(spans(n, w, s, policy == "official") for n, w, s in zip(size, self.window, shift, strict=True))):
+            cut = number[tuple(slice(span.start, span.start + span.length) for span in box)]
+            boxes.setdefault(tuple((span.inside, span.length) for span in box), []).append(cut.reshape(-1))
+        self.groups: list[Group] = []
+        for key, members in boxes.items():
+            t, h, w = (slice(start, start + length) for start, length in key)
+            self.groups.append(Group(len(members), len(members[0]), (t, h, w)))
+        slots = np.concatenate([cut for members in boxes.values() for cut in members])
+        lengths = np.array([group.boxes * group.tokens for group in self.groups])
+        self.padded = len(slots) > tokens
+        self.hidden = number.size * math.prod(self.window) - sum(group.boxes * group.tokens**2 for group in self.groups)
+        self.pieces = self._pieces()
+        for name, values in {
+            "slots": slots,
+            "slot": np.argsort(slots)[:tokens],
+            "first": np.repeat(np.cumsum(lengths) - lengths, lengths),
+            "length": np.repeat(lengths, lengths),
+            "bias_index": bias_index(self.window, limit, policy),
+        }.items():
+            self.register_buffer(name, torch.from_numpy(values), persistent=False)
+
+    def _pieces(self) -> list[tuple[int, list[tuple[int, int]]]]:
+        """Slots, and (group, boxes) that they are, of each piece."""
+        pieces: list[tuple[int, list[tuple[int, int]]]] = []
+        for number, group in enumerate(self.groups):
+            left = group.boxes
+            while left:
+                rows, parts = pieces.pop() if pieces and pieces[-1][0] + group.tokens <= PIECE else (0, [])
+                taken = min(left, max((PIECE - rows) // group.tokens, 1))
+                pieces.append((rows + taken * group.tokens, [*parts, (number, taken)]))
+                left -= taken
+        return pieces
+
+    def arranged(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Places of several clips, boxes of one shape together over all clips.
+
+        Returns:
+            `(B * S,)`, the token in each place, of tokens numbered through the batch; B * N, for padding. And
+            `(B * N,)`, the place of each token.
+        """
+        if batch == 1:
+            return self.slots, self.slot
+        slots, tokens = len(self.slots), len(self.slot)
+        clip = torch.arange(batch, device=self.slots.device).unsqueeze(1)
+        at = torch.arange(slots, device=self.slots.device) + (batch - 1) * self.first + clip * self.length  # (B, S)
+        token = torch.where(self.slots < tokens, self.slots + clip * tokens, batch * tokens)
+        held = torch.empty_like(token).flatten().scatter_(0, at.flatten(), token.flatten())
+        return held, at[:, self.slot].flatten()
 
 
-def _cut(grid: Tensor, window: Triple) -> Tensor:
-    """Grid `(B, T, H, W, C)` of whole windows -> `(B, windows, N, C)`."""
-    batch, *size, channels = grid.shape
-    t, h, w = (n // m for n, m in zip(size, window, strict=True))
-    x = grid.view(batch, t, window[0], h, window[1], w, window[2], channels)
-    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, t * h * w, math.prod(window), channels)
-
-
-def _join(x: Tensor, window: Triple, size: GridSize) -> Tensor:
-    """Inverse of `_cut`: `(B, windows, N, C)` -> `(B, T, H, W, C)`."""
-    t, h, w = (n // m for n, m in zip(size, window, strict=True))
-    x = x.view(x.shape[0], t, h, w, *window, x.shape[-1])
-    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape[0], *size, x.shape[-1])
-
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # Made in an evaluation, it serves training too.
-def bias_index(window: Triple, table: Triple, policy: str, device: torch.device) -> Tensor:
+def bias_index(window: Triple, table: Triple, policy: str) -> NDArray[np.int64]:
     """Row of the bias table for each pair of a window's tokens, `(N * N,)`.
 
     A table made for windows of size `table` has a row for every offset up to +-(table - 1). `official` cuts the index of
     the full window to N x N, which is wrong where a window is smaller than the table's in height or width.
     """
     shown = table if policy == "official" else window
-    at = torch.stack(torch.meshgrid(*(torch.arange(n) for n in shown), indexing="ij")).flatten(1)
-    offset = at[:, :, None] - at[:, None] + torch.tensor(table).view(3, 1, 1) - 1
+    at = np.stack(np.meshgrid(*(np.arange(n) for n in shown), indexing="ij")).reshape(3, -1)
+    offset = at[:, :, None] - at[:, None] + np.array(table)[:, None, None] - 1
     index = (offset[0] * (2 * table[1] - 1) + offset[1]) * (2 * table[2] - 1) + offset[2]
     tokens = math.prod(window)
-    return index[:tokens, :tokens].flatten().to(device)
+    return index[:tokens, :tokens].flatten()
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention in windows of the grid, with a learned bias for each offset between two tokens."""
+    """Multi-head attention in windows of the grid, with a learned bias for each offset between two tokens.
 
-    def __init__(self, dim: int, heads: int, window: Triple, shifted: bool, policy: str) -> None:
+    Args:
+        dim: channels.
+        heads: of attention.
+        limit: largest window; the bias table is made for it.
+        plan: how the grid is cut.
+    """
+
+    def __init__(self, dim: int, heads: int, limit: Triple, plan: WindowPlan) -> None:
         super().__init__()
-        self.heads, self.window, self.shifted, self.policy = heads, window, shifted, policy
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(math.prod(2 * n - 1 for n in window), heads))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.heads, self.plan = heads, plan
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(math.prod(2 * n - 1 for n in limit), heads))
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
-    def forward(self, grid: Tensor) -> Tensor:
-        """Args: grid `(B, T, H, W, C)`. Returns: the same size."""
-        t, h, w = grid.shape[1:4]
-        plan = window_plan((t, h, w), self.window, self.shifted, self.policy, grid.device)
-        # The bias comes after the padding: a padded token is q, k, v = bias, as if it had gone through the layer.
-        qkv = F.linear(grid, self.qkv.weight)
-        ends = [n - m for n, m in zip(plan.padded, (t, h, w), strict=True)]
-        if any(ends):
-            qkv = F.pad(qkv, (0, 0, 0, ends[2], 0, ends[1], 0, ends[0]))
-        qkv = qkv + self.qkv.bias.to(qkv.dtype)
-        if any(plan.shift):
-            qkv = qkv.roll([-s for s in plan.shift], (1, 2, 3))
-        qkv = _cut(qkv, plan.window).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (3, B, W, D, N, C/D)
-        out = self._attend(qkv, plan).transpose(2, 3).flatten(3)  # (B, W, N, C)
-        out = _join(out, plan.window, plan.padded)
-        if any(plan.shift):
-            out = out.roll(list(plan.shift), (1, 2, 3))
-        return self.proj(out[:, :t, :h, :w])
+    @property
+    def hidden_macs(self) -> int:
+        """Multiply-adds of pairs that published code masks after working them out; counted, as is the custom, not done."""
+        return 2 * self.plan.hidden * self.proj.in_features
 
-    def _attend(self, qkv: Tensor, plan: WindowPlan) -> Tensor:
-        """Attention of each window, a call for each group of windows that share a mask: `(B, W, D, N, C/D)`."""
-        tokens = math.prod(plan.window)
-        index = bias_index(plan.window, self.window, self.policy, qkv.device)
-        bias = self.relative_position_bias_table[index].view(tokens, tokens, -1).permute(2, 0, 1).to(qkv.dtype)  # (D, N, N)
-        if len(plan.groups) == 1:
-            return self._sdpa(qkv, bias, plan.masks[0])
-        parts = [self._sdpa(qkv[:, :, g], bias, mask) for g, mask in zip(plan.groups, plan.masks, strict=True)]
-        return torch.cat(parts, 1)[:, plan.back]
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x `(B, N, C)`, the tokens of the grid in their order. Returns: the same size."""
+        plan = self.plan
+        biases = self._biases(working_dtype(x))
+        if lean(x) and not plan.padded:
+            out = torch.empty_like(x)
+            for clip, found in zip(x, out, strict=True):
+                for places, (_, parts) in zip(plan.slots.split([rows for rows, _ in plan.pieces]), plan.pieces, strict=True):
+                    rows = self._attend(self.qkv(clip.index_select(0, places)), biases, parts)
+                    found.index_copy_(0, places, self.proj(rows).to(out.dtype))
+            return out
+        held, back = plan.arranged(len(x))
+        rows = x.flatten(0, 1)
+        if plan.padded:  # A padded token is q, k, v = bias, as if zeros had gone through the layer.
+            qkv = self.qkv(rows)
+            qkv = torch.cat((qkv, self.qkv.bias.unsqueeze(0).to(qkv.dtype))).index_select(0, held)
+        else:
+            qkv = self.qkv(rows.index_select(0, held))
+        parts = [(number, group.boxes * len(x)) for number, group in enumerate(plan.groups)]
+        rows = self._attend(qkv, biases, parts).index_select(0, back)
+        return self.proj(rows).view_as(x)
 
-    @staticmethod
-    def _sdpa(qkv: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-        shape = qkv.shape[1:]
-        q, k, v = qkv.flatten(1, 2).unbind(0)
-        seen = bias if mask is None else bias + mask.to(bias.dtype)
-        return F.scaled_dot_product_attention(q, k, v, seen.contiguous().unsqueeze(0)).view(shape)
+    def _biases(self, dtype: torch.dtype) -> list[Tensor]:
+        """Bias of each group of boxes, `(1, D, n, n)`: a part of the whole window's."""
+        # A row a head, gathered: four times as fast as rows of the table and then turned.
+        table, index = self.relative_position_bias_table.to(dtype).T.contiguous(), self.plan.bias_index
+        whole = table.gather(1, index.expand(self.heads, -1)).unflatten(1, (*self.plan.window, *self.plan.window))
+        return [
+            whole[:, t, h, w, t, h, w].reshape(1, self.heads, group.tokens, group.tokens)
+            for group in self.plan.groups
+            for t, h, w in (group.inside,)
+        ]
+
+    def _attend(self, qkv: Tensor, biases: Sequence[Tensor], parts: Sequence[tuple[int, int]]) -> Tensor:
+        """Attention within boxes: rows of queries, keys and values `(R, 3 C)`, (group, boxes) they are -> `(R, C)`."""
+        groups = self.plan.groups
+        found = []
+        for rows, (number, boxes) in zip(qkv.split([n * groups[g].tokens for g, n in parts]), parts, strict=True):
+            q, k, v = rows.view(boxes, groups[number].tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            found.append(F.scaled_dot_product_attention(q, k, v, biases[number]).transpose(1, 2).flatten(2).flatten(0, 1))
+        return torch.cat(found) if len(found) > 1 else found[0]
 
 
 class Block(nn.Module):
     """Window attention and perceptron, each with a residual path."""
 
-    def __init__(self, dim: int, heads: int, window: Triple, shifted: bool, policy: str, drop_path: float) -> None:
+    def __init__(self, dim: int, heads: int, limit: Triple, plan: WindowPlan, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, heads, window, shifted, policy)
+        self.attn = WindowAttention(dim, heads, limit, plan)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, 4 * dim)
+        self.mlp = Perceptron(dim, 4 * dim, dim)
         self.drop_path = DropPath(drop_path)
+
+    def _perceive(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def forward(self, grid: Tensor) -> Tensor:
         """Args: grid `(B, T, H, W, C)`. Returns: the same size."""
-        grid = grid + self.drop_path(self.attn(self.norm1(grid)))
-        return grid + self.drop_path(self.mlp(self.norm2(grid)))
+        x = grid.flatten(1, 3)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return piecewise(self._perceive, x, x.shape[-1]).view_as(grid)
+
+
+class PatchEmbedding(nn.Conv3d):
+    """A convolution whose patches do not overlap, which makes it one linear layer of the pixels of each."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Args: clip `(B, 3, T, H, W)`. Returns: `(B, T', H', W', C)`."""
+        (t, h, w), (batch, colours, *size) = self.kernel_size, input.shape
+        x = input.view(batch, colours, size[0] // t, t, size[1] // h, h, size[2] // w, w)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+        return linear(x, self.weight.flatten(1), self.bias)
 
 
 class PatchMerging(nn.Module):
@@ -193,7 +281,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, grid: Tensor) -> Tensor:
         """Args: grid `(B, T, H, W, C)`. Returns: `(B, T, ceil(H/2), ceil(W/2), 2 C)`."""
@@ -285,7 +373,7 @@ class VideoSwin(Backbone):
         limit: Triple = (window[0], window[1], window[2])
         self.window = limit
         self.clip_size = (frames, height, width)
-        self.patch_embed = nn.Conv3d(3, dim, self.patch, self.patch)
+        self.patch_embed = PatchEmbedding(3, dim, self.patch, self.patch)
         self.patch_norm = nn.LayerNorm(dim)
         t, h, w = (math.ceil(n / p) for n, p in zip(self.clip_size, self.patch, strict=True))
         grid: GridSize = (t, h, w)
@@ -293,6 +381,7 @@ class VideoSwin(Backbone):
         self.slots = SlotBank(selection or SelectionSpec())
         self.stages = nn.ModuleList()
         self.block_sizes = []
+        plans: dict[tuple[GridSize, tuple[Triple, Triple]], WindowPlan] = {}
         total = sum(depths)
         for depth, stage_heads in zip(depths, heads, strict=True):
             blocks = []
@@ -301,7 +390,10 @@ class VideoSwin(Backbone):
                 grid = self.slots.attach(number, grid, dim, "this backbone has no class token")
                 self.block_sizes.append(grid)
                 rate = drop_path * number / max(total - 1, 1)
-                blocks.append(Block(dim, stage_heads, limit, i % 2 == 1, window_policy, rate))
+                key = grid, windows(grid, limit, i % 2 == 1, window_policy)
+                if key not in plans:
+                    plans[key] = WindowPlan(grid, limit, i % 2 == 1, window_policy)
+                blocks.append(Block(dim, stage_heads, limit, plans[key], rate))
             last = len(self.stages) == len(depths) - 1
             self.stages.append(Stage(blocks, None if last else PatchMerging(dim)))
             if not last:
@@ -342,7 +434,7 @@ class VideoSwin(Backbone):
     def embed(self, clip: Tensor) -> Tensor:
         """Clip `(B, 3, T, H, W)` -> grid `(B, T/2, H/4, W/4, C)`; sides that are no multiple are padded by zeros."""
         t, h, w = (-n % p for n, p in zip(clip.shape[2:], self.patch, strict=True))
-        return self.patch_norm(self.patch_embed(F.pad(clip, (0, w, 0, h, 0, t))).permute(0, 2, 3, 4, 1))
+        return self.patch_norm(self.patch_embed(F.pad(clip, (0, w, 0, h, 0, t))))
 
     def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
         """Features of a clip.
