@@ -25,7 +25,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     from stts_lightning import assembly
     from stts_lightning.analysis.evaluation import score
     from stts_lightning.analysis.results import commit, versions, write_result
-    from stts_lightning.analysis.throughput import clips_per_second
+    from stts_lightning.analysis.speed import clips_per_second
     from stts_lightning.training.callbacks import FailureLog
     from stts_lightning.training.keeping import LastCheckpoint
     from stts_lightning.training.loggers import log_config, log_summary

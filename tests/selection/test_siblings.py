@@ -31,7 +31,7 @@ def grid_of(batch: int = 2) -> torch.Tensor:
 def test_sizes_are_those_of_the_learned_one(axis: str, name: str, training: bool) -> None:
     selector = build(axis, name).train(training)
     grid = grid_of().requires_grad_()
-    kept, selection = selector(grid, torch.tensor(0.1), Noise([0, 1]), torch.rand(2, *SIZE))
+    kept, selection = selector(grid, torch.tensor(0.1), Noise.of([0, 1]), torch.rand(2, *SIZE))
     assert kept.shape == (2, *build(axis, "learned").out_size, 16) == (2, *selector.out_size, 16)
     kept.square().sum().backward()
     for key, parameter in selector.named_parameters():
@@ -54,7 +54,7 @@ def test_evaluation_repeats(axis: str, name: str) -> None:
 def test_random_differs_from_step_to_step_and_follows_its_noise() -> None:
     for axis in "ts":
         selector = build(axis, "random").train()
-        draws = [selector(grid_of(), torch.tensor(0.1), Noise([s, 7]))[1].indices for s in (1, 1, 2)]
+        draws = [selector(grid_of(), torch.tensor(0.1), Noise.of([s, 7]))[1].indices for s in (1, 1, 2)]
         assert torch.equal(draws[0], draws[1])
         assert not torch.equal(draws[0], draws[2])
 
@@ -100,7 +100,7 @@ def test_gumbel_draws_without_replacement_as_the_gumbel_top_k_does() -> None:
         expected[[i, j]] += chances[i] * chances[j] / (1 - chances[i])
     counts = torch.zeros(6, dtype=torch.float64)
     for seed in range(1500):
-        _, selection = selector(grid, torch.tensor(0.1), Noise([seed]))
+        _, selection = selector(grid, torch.tensor(0.1), Noise.of([seed]))
         counts[selection.indices[0]] += 1
         assert torch.allclose(selection.indicator.sum(-1), torch.ones(1, 2), atol=1e-4)
     torch.testing.assert_close(counts / 1500, expected, atol=0.05, rtol=0)

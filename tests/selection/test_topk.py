@@ -126,7 +126,7 @@ def test_sigma_zero_is_the_hard_topk() -> None:
 def test_estimators_repeat_with_their_noise(name: str) -> None:
     estimator = ESTIMATORS[name](50)
     scores, sigma = torch.rand(2, 8), torch.tensor(0.3)
-    draws = [estimator(scores, 3, sigma, Noise([seed, 7])) for seed in (1, 1, 2)]
+    draws = [estimator(scores, 3, sigma, Noise.of([seed, 7])) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert torch.equal(draws[0], draws[2]) == (name == "exact"), "only the exact expectation has nothing to draw"
 

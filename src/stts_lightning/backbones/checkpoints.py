@@ -125,7 +125,11 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path}: no such file")
-    content, model = _content(path, trust)
+    return recognised(path, *_content(path, trust))
+
+
+def recognised(path: Path, content: Mapping[str, Any], model: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Weights that were read, with the layout of their keys; the path is to name them. Raises as `read_checkpoint`."""
     state = {str(k).removeprefix("model."): v for k, v in content.items() if isinstance(v, Tensor)}
     for layout in LAYOUTS:
         if all(key in state for key in layout.signature):

@@ -90,7 +90,9 @@ class WindowPlan(nn.Module):
     """How a grid of one size falls into boxes; shared by the blocks that cut it alike. Moves with the model.
 
     Attributes:
-        window: frames, height and width of a whole window.
+        size: frames, height and width of the grid.
+        window: of a whole window.
+        shift: by how much windows are shifted.
         groups: boxes by their shape.
         pieces: numbers of slots and of boxes of each group, a few boxes at a time.
         padded: whether some slots hold padding.
@@ -109,12 +111,15 @@ class WindowPlan(nn.Module):
 
     def __init__(self, size: GridSize, limit: Triple, shifted: bool, policy: str) -> None:
         super().__init__()
-        self.window, shift = windows(size, limit, shifted, policy)
+        self.size = size
+        self.window, self.shift = windows(size, limit, shifted, policy)
         tokens = math.prod(size)
         number = np.full([math.ceil(n / m) * m for n, m in zip(size, self.window, strict=True)], tokens)
         number[: size[0], : size[1], : size[2]] = np.arange(tokens).reshape(size)
         boxes: dict[tuple[tuple[int, int], ...], list[NDArray[np.int64]]] = {}
-        for box in product(*(spans(n, w, s, policy == "official") for n, w, s in zip(size, self.window, shift, strict=True))):
+        for box in product(
+            *(spans(n, w, s, policy == "official") for n, w, s in zip(size, self.window, self.shift, strict=True))
+        ):
             cut = number[tuple(slice(span.start, span.start + span.length) for span in box)]
             boxes.setdefault(tuple((span.inside, span.length) for span in box), []).append(cut.reshape(-1))
         self.groups: list[Group] = []

@@ -24,10 +24,9 @@ def _uniform_noise(selector: Selector, shape: tuple[int, int], grid: Tensor, noi
     tokens = grid.flatten(1)
     # Some rounded values tell clips apart, whatever batch they stand in and to the last bits of whatever device.
     some = (tokens[:, :: max(tokens.shape[1] // 256, 1)].float() * 8).round().long().cpu()
-    seeds = [int(seed) for seed in (some * torch.arange(1, some.shape[1] + 1).square()).sum(1)]
+    seeds = (some * torch.arange(1, some.shape[1] + 1).square()).sum(1)
     salt = sum(ord(letter) * 257**i for i, letter in enumerate(selector.slot))
-    rows = [torch.rand(shape[1], generator=torch.Generator().manual_seed((seed * 1_000_003 + salt) % 2**63)) for seed in seeds]
-    return torch.stack(rows).to(grid.device)
+    return Noise(seeds, salt).repeatable(shape, grid.device)
 
 
 class HardFrames(FrameSelector):

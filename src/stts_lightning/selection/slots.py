@@ -28,7 +28,7 @@ class SlotBank(nn.Module):
         # A tensor, so that a new value neither recompiles a graph nor waits for a device. Not part of a checkpoint:
         # the schedule knows it from the step.
         self.register_buffer("sigma", torch.tensor(float(selection.sigma)), persistent=False)
-        self._seeds: Sequence[int] | None = None
+        self._seeds: Tensor | None = None
 
     def attach(self, block: int, size: GridSize, dim: int, no_attention: str = Place.no_attention) -> GridSize:
         """Build the selectors that stand before a block.
@@ -61,7 +61,7 @@ class SlotBank(nn.Module):
 
     def seed_noise(self, seeds: Sequence[int] | None) -> None:
         """Draw the next forward passes' noise from these seeds, one for each clip; None is torch's default generator."""
-        self._seeds = seeds
+        self._seeds = None if seeds is None else torch.tensor(seeds)
 
     def wants_attention(self, block: int) -> bool:
         """Whether a slot before this block needs the class token's attention of the block before it."""

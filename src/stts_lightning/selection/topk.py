@@ -204,6 +204,13 @@ class _ExactTopK(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
+@torch.compiler.assume_constant_result  # pyright: ignore[reportUnknownMemberType, reportUntypedFunctionDecorator]
+def _quadrature(nodes: int) -> tuple[list[float], list[float]]:
+    """Points and weights of Gauss-Hermite quadrature for a standard normal variable."""
+    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    return points.tolist(), (weights / weights.sum()).tolist()
+
+
 def exact_topk(scores: Tensor, k: int, sigma: Tensor | float, nodes: int = 64, chunk: int | None = None) -> Tensor:
     """Expectation of the Top-K indicator under Gaussian noise on the scores (Eq. 7), computed instead of estimated.
 
@@ -232,8 +239,7 @@ def exact_topk(scores: Tensor, k: int, sigma: Tensor | float, nodes: int = 64, c
     sigma = torch.as_tensor(sigma, dtype=scores.dtype, device=scores.device)
     # Below this the noise is less than the scores' own resolution.
     floor = torch.finfo(scores.dtype).eps
-    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
-    points, weights = (scores.new_tensor(values) for values in (points, weights / weights.sum()))
+    points, weights = (scores.new_tensor(values) for values in _quadrature(nodes))
     if chunk is None:
         chunk = max(1, 2**24 // max(rows * nodes * candidates * k * 2, 1))
     indicator: Tensor = _ExactTopK.apply(scores, 1.0 / sigma.clamp_min(floor), k, points, weights, chunk)  # type: ignore[assignment]
