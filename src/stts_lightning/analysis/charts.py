@@ -126,6 +126,44 @@ def costs(values: Mapping[str, float], title: str) -> Figure:
     return figure
 
 
+def speeds(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Clips a second against GFLOPs of a clip, a colour for each model's family and settings.
+
+    The line through a family's plain model is where throughput would lie if tokens that are dropped were time that is saved.
+
+    Args:
+        rows: as `analysis.benchmarks` gives them for models.
+        title: of the figure.
+    """
+    figure, axes = _axes(title, "GFLOPs of a clip (multiply-adds)")
+    axes.set_ylabel("clips a second")
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    several = {key: len({row[key] for row in rows}) > 1 for key in ("batch", "precision", "compile")}
+    for row in rows:
+        words = {"batch": f"batch {row['batch']}", "precision": row["precision"], "compile": f"compiled: {row['compile']}"}
+        group = row["model"].partition(":")[0] if not row["model"].startswith(("textbook:", "torchvision:")) else row["model"]
+        groups.setdefault(", ".join([group, *(words[key] for key, many in several.items() if many)]), []).append(row)
+    for number, (name, members) in enumerate(groups.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        x, y = [row["gflops"] for row in members], [row["clips_per_second"] for row in members]
+        low, high = ([1e3 * row["batch"] / row[key] for row in members] for key in ("ms_high", "ms_low"))
+        errors = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+        axes.errorbar(x, y, errors, fmt="o", color=colour, capsize=2, lw=1, label=name)
+        if len(members) > 1:
+            plain = max(members, key=lambda row: row["gflops"])
+            ideal = np.linspace(min(x), plain["gflops"], 50)
+            axes.plot(ideal, plain["clips_per_second"] * plain["gflops"] / ideal, color=colour, ls="--", lw=1, alpha=0.7)
+            for row in members:
+                kept = row["model"].partition(":")[2] or "all tokens"
+                place = row["gflops"], row["clips_per_second"]
+                axes.annotate(kept, place, (6, 5), textcoords="offset points", fontsize=7)
+    axes.plot([], [], color="#868e96", ls="--", lw=1, label="time in proportion to GFLOPs")
+    axes.set_ylim(0)
+    axes.margins(x=0.15)
+    axes.legend(fontsize=8, frameon=False, loc="best")
+    return figure
+
+
 def style() -> AbstractContextManager[None]:
     """How figures look; to be entered around making and saving them."""
     return rc_context(STYLE)

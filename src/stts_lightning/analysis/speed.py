@@ -109,7 +109,8 @@ def matmul(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Work], f
 
 
 def peak_memory(work: Work, device: torch.device) -> int | None:
-    """Bytes that a piece of work holds at its peak beyond what was there before; None where that cannot be told."""
+    """Bytes that a piece of work holds at its peak beyond what it leaves behind; None where that cannot be told."""
+    work()  # What is made once (the optimiser's state) is there then.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

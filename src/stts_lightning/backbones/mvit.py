@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
-from stts_lightning.backbones.rowwise import Linear, Perceptron, lean, linear, piecewise
+from stts_lightning.backbones.rowwise import Linear, Perceptron, lean, linear, perceive, piecewise
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -35,9 +35,9 @@ def pooled(size: GridSize, stride: Triple) -> GridSize:
 
 
 class _DepthwiseConv(torch.autograd.Function):
-    """Depthwise 3x3x3 convolution whose backward pass suits a CPU, where the library's takes ten times its forward.
+    """Depthwise 3x3x3 convolution whose gradient of the input, another such convolution, suits a CPU.
 
-    The gradient of the input is again a depthwise convolution, that of the weight 27 products of shifted grids.
+    The library's takes more than ten times its forward pass; its gradient of the weight is as good as any.
     """
 
     @staticmethod
@@ -63,14 +63,10 @@ class _DepthwiseConv(torch.autograd.Function):
                 spread[(..., *(slice(None, None, s) for s in ctx.stride))] = grad
             grad_x = F.conv3d(spread, weight.flip(2, 3, 4), padding=1, groups=channels)
         if ctx.needs_input_grad[1]:
-            padded = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, 1, 1, 1, 1, 1, 1))
-            grad = grad.permute(0, 2, 3, 4, 1)  # (B, T', H', W', C)
-            ends = [(n - 1) * s + 1 for n, s in zip(grad.shape[1:4], ctx.stride, strict=True)]
-            taps = [
-                padded[:, a : a + ends[0] : ctx.stride[0], b : b + ends[1] : ctx.stride[1], c : c + ends[2] : ctx.stride[2]]
-                for a, b, c in product(range(3), repeat=3)
-            ]
-            grad_weight = torch.stack([torch.mul(tap, grad).flatten(0, 3).sum(0) for tap in taps], 1).view_as(weight)
+            ones, wanted = (1, 1, 1), (False, True, False)
+            _, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, ctx.stride, ones, ones, False, (0, 0, 0), channels, wanted
+            )
         return grad_x, grad_weight, None
 
 
@@ -87,13 +83,14 @@ class Pool(nn.Module):
         """Args: x `(B, 1 + N, C)`, the class token first; size of its grid; another stride. Returns: `(B, D, 1 + N', C/D)`."""
         stride = stride or self.stride
         # Heads share a kernel, so that all channels are one convolution, of the tokens as they lie.
-        grid = x[:, 1:].unflatten(1, size).permute(0, 4, 1, 2, 3)
+        cls, grid = x.split((1, x.shape[1] - 1), dim=1)
+        grid = grid.unflatten(1, size).permute(0, 4, 1, 2, 3)
         weight = self.conv.weight.repeat(heads, 1, 1, 1, 1)
         if grid.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grid = _DepthwiseConv.apply(grid, weight, stride)
         else:
             grid = F.conv3d(grid, weight, None, stride, padding=1, groups=grid.shape[1])
-        x = torch.cat((x[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
+        x = torch.cat((cls, grid.flatten(2).transpose(1, 2)), dim=1)
         return self.norm(x.unflatten(-1, (heads, -1))).transpose(1, 2)
 
 
@@ -127,13 +124,8 @@ class PooledAttention(nn.Module):
         if lean(x) and len(x) > 1:  # A clip's tokens lie close together; those of several clips would be copied.
             found, told = zip(*(self(clip, size, tell) for clip in x.split(1)), strict=True)
             return torch.cat(found), torch.cat(told) if tell else None
-        # Each by itself lies as its pooling reads it.
-        layers = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
-        to_q, to_k, to_v = (partial(linear, weight=weight, bias=bias) for weight, bias in layers)
-        q = piecewise(to_q, x, x.shape[-1])
-        read, read_size, stride = self._read(x, size) if lean(x) else (x, size, None)
-        k = self.pool_k(piecewise(to_k, read, x.shape[-1]), read_size, self.heads, stride)
-        v = self.pool_v(piecewise(to_v, read, x.shape[-1]), read_size, self.heads, stride)
+        q, k, v, read_size, stride = self._projected(x, size)
+        k, v = self.pool_k(k, read_size, self.heads, stride), self.pool_v(v, read_size, self.heads, stride)
         q = self.pool_q(q, size, self.heads) if self.pool_q else q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         attention = None
@@ -142,6 +134,20 @@ class PooledAttention(nn.Module):
             paid = paid.unflatten(1, pooled(size, self.kv_stride)).detach()
             attention = F.interpolate(paid.unsqueeze(1), pooled(size, self.q_stride), mode="area").squeeze(1)
         return piecewise(self.proj, out, out.shape[-1]), attention
+
+    def _projected(self, x: Tensor, size: GridSize) -> tuple[Tensor, Tensor, Tensor, GridSize, Triple]:
+        """Queries of all tokens, keys and values of those that their pooling reads; the grid of these and the stride there."""
+        if type(self.qkv) is not nn.Linear:  # An adapter stands there.
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            return q, k, v, size, self.kv_stride
+        # Each by itself lies as its pooling reads it.
+        layers = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+        to_q, to_k, to_v = (partial(linear, weight=weight, bias=bias) for weight, bias in layers)
+        # Counted as published: a cost is that of all tokens.
+        counted = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        read, read_size, stride = (x, size, self.kv_stride) if counted else self._read(x, size)
+        width = x.shape[-1]
+        return piecewise(to_q, x, width), piecewise(to_k, read, width), piecewise(to_v, read, width), read_size, stride
 
     def _read(self, x: Tensor, size: GridSize) -> tuple[Tensor, GridSize, Triple]:
         """The tokens that the pooling of keys and values reads, their grid, and the stride there.
@@ -155,9 +161,8 @@ class PooledAttention(nn.Module):
         t, h, w = map(len, read)
         if t * h * w == math.prod(size):
             return x, size, self.kv_stride
-        rt, rh, rw = (torch.tensor(places) for places in read)
-        places = (rt[:, None, None] * size[1] + rh[:, None]) * size[2] + rw + 1
-        x = x.index_select(1, torch.cat((torch.zeros(1, dtype=places.dtype), places.flatten())))
+        places = [0] + [(a * size[1] + b) * size[2] + c + 1 for a, b, c in product(*read)]
+        x = x.index_select(1, torch.tensor(places, device=x.device))
         first, second, third = (min(stride, 3) for stride in self.kv_stride)
         return x, (t, h, w), (first, second, third)
 
@@ -182,14 +187,16 @@ class Block(nn.Module):
         if math.prod(stride) == 1:
             return x
         kernel = [s + 1 if s > 1 else 1 for s in stride]
-        grid = x[:, 1:].unflatten(1, size).permute(0, 4, 1, 2, 3)
+        cls, grid = x.split((1, x.shape[1] - 1), dim=1)
+        grid = grid.unflatten(1, size).permute(0, 4, 1, 2, 3)
         grid = F.max_pool3d(grid, kernel, list(stride), [k // 2 for k in kernel])
-        return torch.cat((x[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
+        return torch.cat((cls, grid.flatten(2).transpose(1, 2)), dim=1)
 
     def _perceive(self, x: Tensor) -> Tensor:
+        if isinstance(self.proj, nn.Identity):
+            return x + self.drop_path(perceive(self.norm2, self.mlp, x))
         normed = self.norm2(x)
-        shortcut = x if isinstance(self.proj, nn.Identity) else self.proj(normed)
-        return shortcut + self.drop_path(self.mlp(normed))
+        return self.proj(normed) + self.drop_path(self.mlp(normed))
 
     def forward(self, x: Tensor, size: GridSize, tell: bool = False) -> tuple[Tensor, GridSize, Tensor | None]:
         """Args: x `(B, 1 + N, C)`, the class token first; T, H, W of its grid. Returns: `(B, 1 + N', C')`, T', H', W'.

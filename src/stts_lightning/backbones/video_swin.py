@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
-from stts_lightning.backbones.rowwise import PIECE, Linear, Perceptron, lean, linear, piecewise, working_dtype
+from stts_lightning.backbones.rowwise import PIECE, Linear, Perceptron, lean, linear, perceive, piecewise, working_dtype
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -260,7 +260,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def _perceive(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return x + self.drop_path(perceive(self.norm2, self.mlp, x))
 
     def forward(self, grid: Tensor) -> Tensor:
         """Args: grid `(B, T, H, W, C)`. Returns: the same size."""

@@ -69,6 +69,7 @@ class Selector(nn.Module, ABC):
             )
         self.slot = place.slot.name
         self.in_size = place.size
+        self.dim = place.dim
 
     @property
     @abstractmethod

@@ -1,0 +1,385 @@
+"""What is measured, and the rows that come of it: forward passes, training steps, the operator, loading."""
+
+import ast
+import contextlib
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stts_lightning.analysis import peers
+from stts_lightning.analysis.closed_form import UnwrittenCost, closed_form
+from stts_lightning.analysis.flops import count_gflops
+from stts_lightning.analysis.speed import Timing, Work, in_turns, matmul, peak_memory
+from stts_lightning.classifier import VideoClassifier, create_model
+from stts_lightning.data.decode import open_video
+from stts_lightning.data.sampling import Spread
+from stts_lightning.data.transforms import EvalTransform, TrainTransform
+from stts_lightning.selection.noise import Noise
+from stts_lightning.selection.selector import Selector
+from stts_lightning.selection.topk import ESTIMATORS, Estimator, Exact
+
+Row = dict[str, Any]
+
+PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
+"""By name: what autocast works in."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A model that is measured.
+
+    Attributes:
+        name: as it was asked for.
+        model: on its device, in evaluation.
+        clip: frames, height, width.
+        gflops: of one clip in evaluation.
+        family: models of one family differ in selection alone.
+        plain: whether it keeps all tokens.
+        difference: largest difference of logits from its counterpart of ours, for a peer.
+    """
+
+    name: str
+    model: nn.Module
+    clip: tuple[int, int, int]
+    gflops: float
+    family: str
+    plain: bool
+    difference: float | None = None
+
+
+def entrant(text: str, device: torch.device) -> Entrant:
+    """Build what a text names.
+
+    Args:
+        text: `backbone`, `backbone:selection`, and `:key=value` for each argument of the backbone; after `textbook:`, as
+            `peers.textbook` writes it. Or `torchvision:name`, of which no part may be chosen.
+        device: where it is put.
+
+    Raises:
+        BackboneError, SelectionError: for what there is not.
+    """
+    torch.manual_seed(0)
+    if text.startswith("torchvision:"):
+        name = text.removeprefix("torchvision:")
+        theirs, ours = peers.torchvision_model(name)
+        size = ours.backbone.clip_size
+        difference = peers.difference(theirs, ours, torch.randn(1, 3, *size))
+        return Entrant(text, theirs.to(device), size, _gflops(ours), text, True, difference)
+    written = text.startswith("textbook:")
+    backbone, *parts = text.removeprefix("textbook:").split(":")
+    arguments = {key: _value(value) for key, _, value in (part.partition("=") for part in parts if "=" in part)}
+    selections = [part for part in parts if "=" not in part] or ["none"]
+    model = create_model(backbone, selections[0], **arguments).eval()
+    family = ":".join([*(["textbook"] if written else []), backbone, *(part for part in parts if "=" in part)])
+    difference = None
+    if written:
+        model, ours = peers.textbook(model), model
+        difference = peers.difference(model, ours, torch.randn(1, 3, *model.backbone.clip_size))
+    plain = not model.slots.at_block
+    return Entrant(text, model.to(device), model.backbone.clip_size, _gflops(model), family, plain, difference)
+
+
+def _gflops(model: VideoClassifier) -> float:
+    try:
+        return closed_form(model)
+    except UnwrittenCost:
+        return count_gflops(model)
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def precision(name: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast as a trainer's `bf16-mixed` or `16-mixed` does it; nothing for "32"."""
+    dtype = PRECISIONS[name]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def compiled(model: nn.Module, how: str) -> Callable[[Tensor], Tensor]:
+    """The model as it is ("no"), compiled ("yes"), or compiled in one of torch.compile's modes (reduce-overhead: CUDA graphs)."""
+    if how == "no":
+        return model
+    whole = isinstance(model, VideoClassifier)
+    return torch.compile(model, fullgraph=whole, mode=None if how == "yes" else how)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How things are measured.
+
+    Attributes:
+        device: where.
+        batches: clips at a time.
+        precisions: names of `PRECISIONS`.
+        compiles: "no", "yes", or a mode of torch.compile.
+        seconds: how long for each group of works that are timed in turns.
+        rounds: how often each at least.
+    """
+
+    device: torch.device
+    batches: Sequence[int]
+    precisions: Sequence[str]
+    compiles: Sequence[str]
+    seconds: float
+    rounds: int
+
+    def groups(self) -> Iterator[tuple[int, str, str]]:
+        """Batch, precision and compilation of what is timed side by side."""
+        yield from itertools.product(self.batches, self.precisions, self.compiles)
+
+
+def _peak(timings: Mapping[str, Timing], operations: float) -> float:
+    """Floating-point operations a second of the fastest large product."""
+    return operations / min(timings[name].median for name in ("matmul", "linear") if name in timings)
+
+
+def _rows(
+    entrants: Sequence[Entrant],
+    timings: Mapping[str, Timing],
+    memory: Mapping[str, int | None],
+    batch: int,
+    passes: float,
+    peak: float,
+    **facts: Any,
+) -> Iterator[Row]:
+    """A row for each entrant, compared with the first one and with the plain model of its family."""
+    for one in entrants:
+        timing = timings[one.name]
+        plain = next((p for p in entrants if p.family == one.family and p.plain), None)
+        speedup = timings[plain.name].median / timing.median if plain else None
+        held = memory[one.name]
+        yield {
+            "model": one.name,
+            **facts,
+            "batch": batch,
+            "ms": 1e3 * timing.median,
+            "ms_low": 1e3 * timing.low,
+            "ms_high": 1e3 * timing.high,
+            "rounds": timing.rounds,
+            "clips_per_second": batch / timing.median,
+            "gflops": one.gflops,
+            "share_of_peak": passes * 2e9 * one.gflops * batch / timing.median / peak,
+            "times_the_first": timings[entrants[0].name].median / timing.median,
+            "over_plain": speedup,
+            "of_ideal": speedup * one.gflops / plain.gflops if plain and speedup else None,
+            "memory_mib": None if held is None else held / 2**20,
+            "difference": one.difference,
+        }
+
+
+def forward(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
+    """Forward passes in evaluation, hard selection."""
+    for batch, number, how in plan.groups():
+        works: dict[str, Work] = {}
+        for one in entrants:
+            works[one.name] = _forward(compiled(one.model.eval(), how), one.clip, batch, number, plan.device)
+        memory = {name: peak_memory(work, plan.device) for name, work in works.items()}
+        products, operations = matmul(plan.device, PRECISIONS[number] or torch.float32)
+        timings = in_turns({**works, **products}, plan.device, plan.seconds, plan.rounds)
+        peak = _peak(timings, operations)
+        facts = {"precision": number, "compile": how, "peak_tflops": peak / 1e12}
+        yield from _rows(entrants, timings, memory, batch, 1, peak, **facts)
+        del works, products
+        _release()
+
+
+def _forward(run: Callable[[Tensor], Tensor], size: Sequence[int], batch: int, number: str, device: torch.device) -> Work:
+    clip = torch.randn(batch, 3, *size, device=device)
+
+    @torch.no_grad()
+    def work() -> Tensor:
+        with precision(number, device):
+            return run(clip)
+
+    return work
+
+
+def training(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
+    """Training steps: forward, cross-entropy, backward, AdamW; and the selectors' part of each, measured by itself.
+
+    Of their memory, what they hold besides the grid that comes out and the gradient of the one that went in.
+    """
+    for batch, number, how in plan.groups():
+        works: dict[str, Work] = {}
+        through: dict[str, int] = {}
+        for one in entrants:
+            works[one.name] = _step(one.model.train(), compiled(one.model, how), one.clip, batch, number, plan.device)
+            if isinstance(one.model, VideoClassifier) and not one.plain:
+                part = f"selectors of {one.name}"
+                works[part], through[part] = _selectors(one.model, batch, plan.device)
+        memory = {name: peak_memory(work, plan.device) for name, work in works.items()}
+        products, operations = matmul(plan.device, PRECISIONS[number] or torch.float32)
+        timings = in_turns({**works, **products}, plan.device, plan.seconds, plan.rounds)
+        peak = _peak(timings, operations)
+        facts = {"precision": number, "compile": how, "peak_tflops": peak / 1e12}
+        for row in _rows(entrants, timings, memory, batch, 3, peak, **facts):
+            part = f"selectors of {row['model']}"
+            held, of_all = memory.get(part), memory[row["model"]]
+            share = timings[part].median * 1e3 / row["ms"] if part in timings else None
+            own = held - through[part] if held else None
+            yield {**row, "selectors_time": share, "selectors_memory": own / of_all if own and of_all else None}
+        del works, products
+        _release()
+
+
+def _step(
+    model: nn.Module, run: Callable[[Tensor], Tensor], size: Sequence[int], batch: int, number: str, device: torch.device
+) -> Work:
+    clip = torch.randn(batch, 3, *size, device=device)
+    label = torch.arange(batch, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    steps = itertools.count()
+
+    def work() -> Tensor:
+        if isinstance(model, VideoClassifier):
+            step = next(steps)
+            model.slots.seed_noise([step * batch + i for i in range(batch)])
+        with precision(number, device):
+            loss = F.cross_entropy(run(clip).float(), label)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return work
+
+
+def _selectors(model: VideoClassifier, batch: int, device: torch.device) -> tuple[Work, int]:
+    """Forward and backward passes of the selectors, on grids like those that reach them; bytes of the dearest's two grids."""
+    pieces: list[tuple[Selector, Tensor, Tensor]] = []
+    for names in model.slots.at_block.values():
+        for name in names:
+            selector = model.slots.get_submodule(f"selectors.{name}")
+            assert isinstance(selector, Selector)
+            grid = torch.randn(batch, *selector.in_size, selector.dim, device=device, requires_grad=True)
+            above = torch.randn(batch, *selector.out_size, selector.dim, device=device)
+            pieces.append((selector, grid, above))
+
+    def work() -> None:
+        for selector, grid, above in pieces:
+            kept, _ = selector(grid, model.slots.sigma, Noise.of(range(batch)))
+            kept.backward(above)
+            grid.grad = None
+        for parameter in model.slots.parameters():
+            parameter.grad = None
+
+    return work, max(grid.nbytes + above.nbytes for _, grid, above in pieces)
+
+
+def operator(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
+    """The Top-K's estimators, forward and backward, at the sizes of the entrants' slots."""
+    for batch in plan.batches:
+        for one in entrants:
+            if not isinstance(one.model, VideoClassifier):
+                continue
+            for name, selector in one.model.slots.selectors.items():
+                assert isinstance(selector, Selector)
+                frames, height, width = selector.in_size
+                keep = selector.out_size[0] if name.startswith("t") else 1
+                candidates = frames if name.startswith("t") else len(getattr(selector, "corners", range(height * width)))
+                rows = batch if name.startswith("t") else batch * frames
+                yield from _estimators(f"{one.name}, {name}", rows, candidates, keep, one.model.slots.selection.samples, plan)
+
+
+def _estimators(name: str, rows: int, candidates: int, keep: int, samples: int, plan: Plan) -> Iterator[Row]:
+    torch.manual_seed(0)
+    scores = torch.rand(rows, candidates, device=plan.device, requires_grad=True)
+    above = torch.randn(rows, keep, candidates, device=plan.device)
+    sigma = torch.tensor(0.1, device=plan.device)
+    made: dict[str, Estimator] = {kind: make(samples) for kind, make in ESTIMATORS.items()}
+    if candidates > Exact.limit:
+        del made["exact"]
+    if rows * samples * keep * candidates < 2**28:
+        made["one-hot"] = peers.OneHot(samples)
+
+    def work(estimate: Estimator) -> Work:
+        return lambda: estimate(scores, keep, sigma, Noise.of([7])).backward(above)
+
+    works = {kind: work(estimate) for kind, estimate in made.items()}
+    memory = {kind: peak_memory(run, plan.device) for kind, run in works.items()}
+    for kind, timing in in_turns(works, plan.device, plan.seconds, plan.rounds).items():
+        held = memory[kind]
+        yield {
+            "model": name,
+            "estimator": kind,
+            "rows": rows,
+            "candidates": candidates,
+            "kept": keep,
+            "samples": samples,
+            "ms": 1e3 * timing.median,
+            "ms_low": 1e3 * timing.low,
+            "ms_high": 1e3 * timing.high,
+            "memory_mib": None if held is None else held / 2**20,
+        }
+
+
+def loading(
+    videos: Sequence[Path], decoders: Sequence[str], size: tuple[int, int, int], stride: int, seconds: float, rounds: int
+) -> Iterator[Row]:
+    """Decode, resize and crop clips on one core, decoders in turns over the same clips; times are of the processor.
+
+    Args:
+        videos: files, all of which decode.
+        decoders: names as in `clip.decoder`.
+        size: frames, height and width of a clip.
+        stride: frames from one of a clip's to the next.
+        seconds: how long to go on, over all decoders.
+        rounds: clips of each decoder at least.
+    """
+    frames, *sides = size
+    sampling, rng = Spread(frames, stride), np.random.default_rng(0)
+    transforms = {
+        "test": EvalTransform(sides),
+        "train": TrainTransform(sides),
+        "train_randaugment": TrainTransform(sides, randaugment="rand-m7-n4-mstd0.5-inc1"),
+    }
+    taken: dict[str, dict[str, list[float]]] = {name: {} for name in decoders}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    begun = time.perf_counter()
+    try:
+        for number in itertools.count():
+            if number >= rounds and time.perf_counter() - begun > seconds:
+                break
+            path, place = videos[number % len(videos)], int(rng.integers(2**31))
+            for decoder in [*decoders[number % len(decoders) :], *decoders[: number % len(decoders)]]:
+                start = time.process_time()
+                with open_video(path, decoder) as reader:
+                    clip = reader.frames(sampling.train(len(reader), np.random.default_rng(place)))
+                taken[decoder].setdefault("decode", []).append(time.process_time() - start)
+                for name, transform in transforms.items():
+                    start = time.process_time()
+                    transform(torch.from_numpy(clip).permute(0, 3, 1, 2))
+                    taken[decoder].setdefault(name, []).append(time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    for decoder, times in taken.items():
+        middle = {name: statistics.median(values) for name, values in times.items()}
+        yield {
+            "decoder": decoder,
+            "clips": len(times["decode"]),
+            **{f"{name}_ms": 1e3 * value for name, value in middle.items()},
+            "clips_per_second_per_core": 1 / (middle["decode"] + middle["train"]),
+            "clips_per_second_per_core_test": 1 / (middle["decode"] + middle["test"]),
+        }
+
+
+def _release() -> None:
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
