@@ -24,7 +24,7 @@ from stts_lightning.analysis.exporting import ExportError
 from stts_lightning.analysis.flops import count_gflops
 from stts_lightning.backbones import BackboneError, CheckpointError
 from stts_lightning.backbones.checkpoints import read_checkpoint
-from stts_lightning.classifier import VideoClassifier, create_model
+from stts_lightning.classifier import COMPILE, VideoClassifier, create_model
 from stts_lightning.data.annotations import AnnotationError
 from stts_lightning.data.datamodule import LoaderError, LoaderOptions, VideoDataModule
 from stts_lightning.data.dataset import ClipSpec
@@ -301,7 +301,13 @@ def build_optim(cfg: DictConfig) -> OptimSpec:
 
 
 def build_module(cfg: DictConfig, model: VideoClassifier) -> ClassificationModule:
-    """The LightningModule around a model."""
+    """The LightningModule around a model, which runs as configured. Runs of earlier versions say nothing of how."""
+    how = str(cfg.get("compile", False)).lower()
+    if how not in COMPILE:
+        raise ConfigError(f"compile={how}: allowed are {', '.join(COMPILE)}")
+    if how != "false":
+        model.compile(mode=None if how == "true" else how)
+    model.backbone.checkpointing = bool(cfg.get("activation_checkpointing", False))
     classes = model.head.out_features
     values = plain(cfg.augment) if "augment" in cfg else {}
     augment = BatchAugment(classes, **values) if any(values.values()) else None

@@ -80,10 +80,16 @@ def chosen_device(name: str) -> "torch.device":
     return device
 
 
+def names(values: Sequence[Any]) -> list[str]:
+    """Values as words: 32 is "32", true is "true"."""
+    return [str(value).lower() for value in values]
+
+
 def check(cfg: DictConfig) -> None:
     """Refuse values that cannot be measured, before anything is built. Raises ConfigError."""
     from stts_lightning.analysis.benchmarks import PRECISIONS
     from stts_lightning.assembly import ConfigError
+    from stts_lightning.classifier import COMPILE
     from stts_lightning.data.decode import DECODERS
 
     def among(key: str, values: Sequence[Any], allowed: Sequence[str]) -> None:
@@ -91,15 +97,15 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={wrong[0]}: allowed are {', '.join(allowed)}")
 
     among("what", [cfg.what], ["forward", "training", "operator", "loader"])
-    among("precision", cfg.precision, list(PRECISIONS))
-    among("compile", cfg.compile, ["no", "yes", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
-    among("decoders", cfg.decoders, list(DECODERS))
+    among("precision", names(cfg.precision), list(PRECISIONS))
+    among("compile", names(cfg.compile), COMPILE)
     if any(batch < 1 for batch in cfg.batch):
         raise ConfigError(f"batch={list(cfg.batch)}: must be 1 or more")
     if cfg.rounds < 2:
         raise ConfigError(f"rounds={cfg.rounds}: must be 2 or more")
     if not cfg.models or len(set(cfg.models)) < len(cfg.models):
         raise ConfigError(f"models={list(cfg.models)}: must be one or more, each once")
+    among("decoders", cfg.decoders, list(DECODERS))
     if cfg.what == "loader" and cfg.videos is None:
         raise ConfigError("videos: must be given, as in videos=FOLDER")
 
@@ -116,7 +122,7 @@ def measured(cfg: DictConfig) -> Iterator[Row]:
     device = chosen_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    plan = benchmarks.Plan(device, cfg.batch, [str(p) for p in cfg.precision], cfg.compile, cfg.seconds, cfg.rounds)
+    plan = benchmarks.Plan(device, cfg.batch, names(cfg.precision), names(cfg.compile), cfg.seconds, cfg.rounds)
     measure: dict[str, Callable[..., Iterator[Row]]] = {
         "forward": benchmarks.forward,
         "training": benchmarks.training,

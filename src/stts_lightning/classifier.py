@@ -16,6 +16,9 @@ from stts_lightning.selection.spec import SelectionSpec
 
 log = logging.getLogger(__name__)
 
+COMPILE = ("false", "true", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""Ways to run a model: as it is, by torch.compile, and by torch.compile in one of its modes (reduce-overhead: CUDA graphs)."""
+
 
 class VideoClassifier(nn.Module):
     """Backbone, dropout and one linear layer. Always logits.

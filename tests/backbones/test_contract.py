@@ -138,3 +138,28 @@ def test_unknown_names_and_duplicates() -> None:
 
         @register_backbone
         def mvit_tiny() -> torch.nn.Module: ...
+
+
+@pytest.mark.parametrize("name", ["mvit_tiny", "video_swin_tiny"])
+def test_activation_checkpointing_changes_no_gradient_and_holds_less(name: str) -> None:
+    model = create_model(name, "t0_0.6_s4_0.9", 7, drop_path=0.3).train()
+    clip, found = clip_for(model), []
+    for checkpointing in (False, True):
+        model.backbone.checkpointing = checkpointing
+        model.slots.seed_noise([1, 2])
+        torch.manual_seed(0)
+        held: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(clip).square().sum()
+        loss.backward()
+        found.append((sum(held.values()), [p.grad.clone() for p in model.parameters()]))
+        model.zero_grad()
+    (much, plain), (little, again) = found
+    assert little < 0.6 * much
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)

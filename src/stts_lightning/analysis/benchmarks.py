@@ -110,11 +110,11 @@ def precision(name: str, device: torch.device) -> contextlib.AbstractContextMana
 
 
 def compiled(model: nn.Module, how: str) -> Callable[[Tensor], Tensor]:
-    """The model as it is ("no"), compiled ("yes"), or compiled in one of torch.compile's modes (reduce-overhead: CUDA graphs)."""
-    if how == "no":
+    """The model, run in one of the ways of `classifier.COMPILE`."""
+    if how == "false":
         return model
     whole = isinstance(model, VideoClassifier)
-    return torch.compile(model, fullgraph=whole, mode=None if how == "yes" else how)  # type: ignore[return-value]
+    return torch.compile(model, fullgraph=whole, mode=None if how == "true" else how)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Plan:
         device: where.
         batches: clips at a time.
         precisions: names of `PRECISIONS`.
-        compiles: "no", "yes", or a mode of torch.compile.
+        compiles: of `classifier.COMPILE`.
         seconds: how long for each group of works that are timed in turns.
         rounds: how often each at least.
     """

@@ -343,7 +343,7 @@ class MViT(Backbone):
         size: GridSize = (frames // 2, height // 4, width // 4)
         for i, block in enumerate(self.blocks):
             x, size = self.select(i, x, size, kept, attention)
-            x, size, attention = block(x, size, self.slots.wants_attention(i + 1))
+            x, size, attention = self.through(block, x, size, self.slots.wants_attention(i + 1))
         return self.norm(x[:, 0])
 
 

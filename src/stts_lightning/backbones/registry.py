@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
@@ -24,6 +26,7 @@ class Backbone(nn.Module, ABC):
         block_sizes: size of the grid that reaches each block.
         out_dim: channels of the features.
         slots: the selectors.
+        checkpointing: whether blocks keep their input alone in training, and run again in the backward pass.
     """
 
     mean: tuple[float, float, float]
@@ -32,6 +35,13 @@ class Backbone(nn.Module, ABC):
     block_sizes: list[GridSize]
     out_dim: int
     slots: SlotBank
+    checkpointing: bool = False
+
+    def through(self, block: nn.Module, *inputs: Any) -> Any:
+        """What a block makes of its inputs, by way of activation checkpointing if that is on."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     @abstractmethod
     def no_weight_decay(self) -> set[str]:

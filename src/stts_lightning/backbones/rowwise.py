@@ -99,9 +99,11 @@ class _Perceive(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, scale, shift, first, first_bias, second, second_bias, *hidden = ctx.saved_tensors
+        x, *weights = ctx.saved_tensors  # Once: what is checkpointed is worked out again by each look.
+        hidden = weights[6:]
+        scale, shift, first, _, second, _ = weights[:6]
         to_x, _, *wanted = ctx.needs_input_grad
-        found = [torch.zeros_like(w) if want else None for w, want in zip(ctx.saved_tensors[1:7], wanted, strict=True)]
+        found = [torch.zeros_like(w) if want else None for w, want in zip(weights[:6], wanted, strict=True)]
         to_scale, to_shift, to_first, to_first_bias, to_second, to_second_bias = found
         grad_x = torch.empty_like(x) if to_x else None
         width = x.shape[-1]

@@ -461,7 +461,7 @@ class VideoSwin(Backbone):
         for stage in self.stages:
             assert isinstance(stage, Stage)
             for block in stage.blocks:
-                grid = block(self.slots(number, grid, kept))
+                grid = self.through(block, self.slots(number, grid, kept))
                 number += 1
             if stage.merge is not None:
                 grid = stage.merge(grid)

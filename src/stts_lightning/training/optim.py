@@ -145,7 +145,7 @@ def build_optimizer(
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW over the named groups, and its schedule over `total_steps` optimiser steps."""
     groups = parameter_groups(model, spec)
-    fused = next(model.parameters()).is_cuda
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=fused)
 
     def schedule(part: PartSpec) -> Callable[[int], float]:
