@@ -305,13 +305,11 @@ def build_module(cfg: DictConfig, model: VideoClassifier) -> ClassificationModul
     how = str(cfg.get("compile", False)).lower()
     if how not in COMPILE:
         raise ConfigError(f"compile={how}: allowed are {', '.join(COMPILE)}")
-    if how != "false":
-        model.compile(mode=None if how == "true" else how)
     model.backbone.checkpointing = bool(cfg.get("activation_checkpointing", False))
     classes = model.head.out_features
     values = plain(cfg.augment) if "augment" in cfg else {}
     augment = BatchAugment(classes, **values) if any(values.values()) else None
-    return ClassificationModule(model, build_optim(cfg), classes, cfg.label_smoothing, augment)
+    return ClassificationModule(model, build_optim(cfg), classes, cfg.label_smoothing, augment, how)
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:

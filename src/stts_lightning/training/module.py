@@ -29,6 +29,7 @@ class ClassificationModule(pl.LightningModule):
         num_classes: number of classes.
         label_smoothing: of the cross-entropy.
         augment: of training batches, or None.
+        compile: how the model runs, of `classifier.COMPILE`.
     """
 
     def __init__(
@@ -38,9 +39,14 @@ class ClassificationModule(pl.LightningModule):
         num_classes: int,
         label_smoothing: float = 0.0,
         augment: BatchAugment | None = None,
+        compile: str = "false",
     ) -> None:
         super().__init__()
         self.model = model
+        # Beside the model, which is counted, saved and measured as it is.
+        self.run: Any = model.__call__
+        if compile != "false":
+            self.run = torch.compile(model.forward, mode=None if compile == "true" else compile)
         self.optim = optim
         self.augment = augment
         freeze(model, optim)
@@ -58,7 +64,7 @@ class ClassificationModule(pl.LightningModule):
         target = label
         if self.augment is not None:
             clip, target = self.augment(self.model.normalize(clip), label, batch.draws)
-        logits = self.model(clip)
+        logits = self.run(clip)
         loss = self.loss(logits, target)
         self._checked = loss.detach(), batch.video
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.label), sync_dist=True)
@@ -76,11 +82,11 @@ class ClassificationModule(pl.LightningModule):
 
     def view_logits(self, clip: Tensor) -> Tensor:
         """Logits of each view: `(B, V, 3, T, H, W)` -> `(B, V, num_classes)`, float32."""
-        return self.model(clip.flatten(0, 1)).float().unflatten(0, clip.shape[:2])
+        return self.run(clip.flatten(0, 1)).float().unflatten(0, clip.shape[:2])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Selection]:
         """Top-1 and top-5 of the centre clip; what each slot kept of it, for callbacks."""
-        logits, kept = self.model(batch.clip[:, 0], return_selection=True)
+        logits, kept = self.run(batch.clip[:, 0], return_selection=True)
         probabilities = logits.float().softmax(-1)
         if bool(batch.valid.any()):
             self.val_metrics.update(probabilities[batch.valid], batch.label[batch.valid])
@@ -95,7 +101,7 @@ class ClassificationModule(pl.LightningModule):
         """Logits `(B, crops, num_classes)` of the windows that decoded, and what was kept of each crop."""
         if batch.clip is None:
             return None, []
-        logits, kept = self.model(batch.clip.flatten(0, 1), return_selection=True)
+        logits, kept = self.run(batch.clip.flatten(0, 1), return_selection=True)
         return logits.float().unflatten(0, batch.clip.shape[:2]), list(kept.values())
 
     def configure_optimizers(self) -> Any:
