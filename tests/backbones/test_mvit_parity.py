@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stts_lightning import create_model
-from stts_lightning.backbones.mvit import _DepthwiseConv
+from stts_lightning.backbones.depthwise import depthwise
 
 SLOTS = {"t0": "time0", "s4": "space0", "s0": "space0"}
 
@@ -92,7 +92,7 @@ def test_the_pooling_convolution_has_the_gradients_of_the_librarys(stride: tuple
     x = torch.randn(2, 4, 5, 9, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 1, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     theirs = nn.functional.conv3d(x, weight, None, stride, padding=1, groups=4)
-    ours = _DepthwiseConv.apply(x, weight, stride)
+    ours = depthwise(x, weight, stride)
     torch.testing.assert_close(ours, theirs)
     upstream = torch.randn_like(theirs)
     expected = torch.autograd.grad(theirs, (x, weight), upstream)

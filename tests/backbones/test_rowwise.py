@@ -2,54 +2,106 @@
 
 import pytest
 import torch
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stts_lightning import create_model
 from stts_lightning.backbones import rowwise
-from stts_lightning.backbones.rowwise import Linear, Perceptron, perceive
+from stts_lightning.backbones.rowwise import Linear, Look, Perceptron, perceive, project
 
 
-def layers(frozen: bool) -> tuple[nn.LayerNorm, Perceptron]:
+def layers(frozen: bool) -> tuple[nn.LayerNorm, Perceptron, Linear]:
     torch.manual_seed(0)
-    norm, mlp = nn.LayerNorm(6), Perceptron(6, 24, 5)
-    for parameter in (*norm.parameters(), *mlp.parameters()):
+    norm, mlp, past = nn.LayerNorm(6), Perceptron(6, 24, 5), Linear(6, 5)
+    for parameter in (*norm.parameters(), *mlp.parameters(), *past.parameters()):
         nn.init.normal_(parameter)
     if frozen:
         norm.weight.requires_grad_(False)
         mlp.fc1.weight.requires_grad_(False)
         mlp.fc2.bias.requires_grad_(False)
-    return norm, mlp
+    return norm, mlp, past
 
 
+def gradients(out: Tensor, *of: Tensor) -> list[Tensor]:
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    return [out, *torch.autograd.grad((out.square() * weight).sum(), [p for p in of if p.requires_grad])]
+
+
+def drawn() -> Tensor:
+    return torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.5])
+@pytest.mark.parametrize("widened", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_perceptrons_own_backward_pass(monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
+def test_the_perceptrons_own_backward_pass(monkeypatch: pytest.MonkeyPatch, frozen: bool, widened: bool, dropped: float) -> None:
     monkeypatch.setattr(rowwise, "PIECE", 7)  # Several pieces, the last one smaller.
-    norm, mlp = layers(frozen)
-    found = []
-    for plain in (False, True):
-        x = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
-        weights = [p for p in (*norm.parameters(), *mlp.parameters()) if p.requires_grad]
-        if plain:
-            hidden = nn.functional.gelu(nn.functional.linear(norm(x), mlp.fc1.weight, mlp.fc1.bias))
-            out = nn.functional.linear(hidden, mlp.fc2.weight, mlp.fc2.bias)
-        else:
-            out = perceive(norm, mlp, x)
-            assert "Perceive" in type(out.grad_fn).__name__
-        found.append([out, *torch.autograd.grad(out.square().sum(), (x, *weights))])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    norm, mlp, past = layers(frozen)
+    drop_path, kept = DropPath(dropped), torch.tensor([0.0, 2.0]).view(2, 1, 1) if dropped else torch.ones(2, 1, 1)
+    if not widened:
+        mlp, past = Perceptron(6, 24, 6), None
+    of = (*norm.parameters(), *mlp.parameters(), *(past.parameters() if past else ()))
+    x = drawn()
+    torch.manual_seed(next(s for s in range(99) if not dropped or draws(s, drop_path).equal(kept)))
+    out = perceive(norm, mlp, x, drop_path, past)
+    assert "Perceive" in type(out.grad_fn).__name__
+    ours = gradients(out, x, *of)
+    hidden = functional.gelu(functional.linear(norm(x), mlp.fc1.weight, mlp.fc1.bias))
+    beside = functional.linear(norm(x), past.weight, past.bias) if past else x
+    plain = beside + kept * functional.linear(hidden, mlp.fc2.weight, mlp.fc2.bias)
+    torch.testing.assert_close(ours, gradients(plain, x, *of), atol=1e-4, rtol=1e-4)
+
+
+def draws(seed: int, drop_path: DropPath) -> Tensor:
+    torch.manual_seed(seed)
+    return drop_path(torch.ones(2, 1, 1))
+
+
+LOOKS = {
+    "all": [(None, (4, 3, 5))],
+    "some": [(None, (4,)), (torch.tensor([5, 0, 8]), (3, 5))],
+    "one": [(torch.tensor([0]), (4,)), (None, (3, 5))],
+    "turned": [(torch.randperm(9, generator=torch.Generator().manual_seed(0)), (12,))],
+}
+
+
+@pytest.mark.parametrize("looks", LOOKS.values(), ids=LOOKS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_projections_own_backward_pass(monkeypatch: pytest.MonkeyPatch, frozen: bool, looks: list[Look]) -> None:
+    monkeypatch.setattr(rowwise, "PIECE", 7)
+    norm, *_ = layers(frozen)
+    layer = Linear(6, 12)
+    layer.bias.requires_grad_(not frozen)
+    x, of = drawn(), (*norm.parameters(), *layer.parameters())
+    out = project(norm, layer, x, looks)
+    assert all("Project" in type(one.grad_fn).__name__ for one in out)
+    widths = [width for _, wanted in looks for width in wanted]
+    parts = functional.linear(norm(x), layer.weight, layer.bias).split(widths, -1)
+    places = [places for places, wanted in looks for _ in wanted]
+    plain = [part if where is None else part[:, where] for part, where in zip(parts, places, strict=True)]
+    torch.testing.assert_close(out, plain)
+    ours, theirs = (gradients(torch.cat([t.flatten() for t in tensors]), x, *of) for tensors in (out, plain))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():  # And in evaluation, and with a hook.
+        torch.testing.assert_close(project(norm, layer, x, looks), plain)
+        seen: list[int] = []
+        layer.register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(project(norm, layer, x, looks), plain)
+        assert seen
 
 
 def test_what_hooks_in_is_called_and_may_change_the_result() -> None:
-    norm, mlp = layers(False)
+    norm, mlp, past = layers(False)
     seen: list[Tensor] = []
     x = torch.randn(1, 4, 6)
     mlp.fc1.register_forward_hook(lambda _, __, out: seen.append(out))
-    out = perceive(norm, mlp, x)
+    out = perceive(norm, mlp, x, DropPath(), past)
     assert len(seen) == 1 and seen[0].shape == (1, 4, 24)
     mlp.fc2.register_forward_hook(lambda _, __, out: 0 * out)
-    changed = perceive(norm, mlp, x)
-    assert not changed.any() and out.any()
+    changed = perceive(norm, mlp, x, DropPath(), past)
+    torch.testing.assert_close(changed, past(norm(x)))
+    assert not changed.equal(out)
 
 
 def test_an_adapter_in_the_place_of_a_projection_is_used() -> None:
@@ -76,5 +128,22 @@ def test_a_linear_layer_learns_alike() -> None:
     layer = Linear(6, 4)
     x = torch.randn(3, 5, 6, requires_grad=True)
     ours = torch.autograd.grad(layer(x).square().sum(), (x, layer.weight, layer.bias))
-    theirs = torch.autograd.grad(nn.functional.linear(x, layer.weight, layer.bias).square().sum(), (x, layer.weight, layer.bias))
+    theirs = torch.autograd.grad(functional.linear(x, layer.weight, layer.bias).square().sum(), (x, layer.weight, layer.bias))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("selection", [None, "t0_0.5_s2_0.8"])
+def test_a_hook_on_the_last_block_sees_all_tokens_and_changes_no_result(selection: str | None) -> None:
+    model = create_model("mvit_tiny", selection, 7).train()
+    clip = torch.randn(2, 3, *model.backbone.clip_size)
+    seen: list[torch.Size] = []
+
+    def step() -> list[Tensor]:
+        model.slots.seed_noise([0, 1])
+        logits = model(clip)
+        return [logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
+
+    alone = step()
+    model.backbone.blocks[-1].mlp.register_forward_hook(lambda _, __, out: seen.append(out.shape))
+    torch.testing.assert_close(step(), alone, atol=1e-4, rtol=1e-4)
+    assert seen[0][1] > 1

@@ -76,6 +76,16 @@ def spatial(side: int = 3, **spec: object) -> SpatialSelector:
     return SpatialSelector(Place(SlotSpec("s0", side=side), (6, 5, 4), 8, SelectionSpec(**spec)))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("scorer", [PaperScorer, OfficialScorer])
+def test_what_comes_back_from_frames_is_the_gradient_of_their_descriptors(scorer: type[Scorer]) -> None:
+    grid, into = torch.randn(2, 3, 4, 5, 6, requires_grad=True), torch.randn(2, 3, 4, 5, 6)
+    described = scorer.describe_frames(grid)
+    above = torch.randn_like(described)
+    expected = into + torch.autograd.grad(described, grid, above)[0]
+    scorer.add_frames_gradient(into, grid.detach(), above)
+    torch.testing.assert_close(into, expected)
+
+
 def test_frames_keep_their_order_and_their_values() -> None:
     grid = torch.randn(4, 6, 5, 4, 8)
     kept, selection = temporal().eval()(grid, SIGMA, Noise())

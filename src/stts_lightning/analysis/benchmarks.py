@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import gc
 import itertools
 import statistics
@@ -211,27 +212,24 @@ def _forward(run: Callable[[Tensor], Tensor], size: Sequence[int], batch: int, n
 def training(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
     """Training steps: forward, cross-entropy, backward, AdamW; and the selectors' part of each, measured by itself.
 
-    Of their memory, what they hold besides the grid that comes out and the gradient of the one that went in.
+    Of their memory, the most that one holds besides the grid that comes out and the gradient of the one that went in.
     """
     for batch, number, how in plan.groups():
         works: dict[str, Work] = {}
-        through: dict[str, int] = {}
+        held: dict[str, int] = {}
         for one in entrants:
             works[one.name] = _step(one.model.train(), compiled(one.model, how), one.clip, batch, number, plan.device)
             if isinstance(one.model, VideoClassifier) and not one.plain:
-                part = f"selectors of {one.name}"
-                works[part], through[part] = _selectors(one.model, batch, plan.device)
+                works[f"selectors of {one.name}"], held[one.name] = _selectors(one.model, batch, plan.device)
         memory = {name: peak_memory(work, plan.device) for name, work in works.items()}
         products, operations = matmul(plan.device, PRECISIONS[number] or torch.float32)
         timings = in_turns({**works, **products}, plan.device, plan.seconds, plan.rounds)
         peak = _peak(timings, operations)
         facts = {"precision": number, "compile": how, "peak_tflops": peak / 1e12}
         for row in _rows(entrants, timings, memory, batch, 3, peak, **facts):
-            part = f"selectors of {row['model']}"
-            held, of_all = memory.get(part), memory[row["model"]]
-            share = timings[part].median * 1e3 / row["ms"] if part in timings else None
-            own = held - through[part] if held else None
-            yield {**row, "selectors_time": share, "selectors_memory": own / of_all if own and of_all else None}
+            name, of_all = row["model"], memory[row["model"]]
+            share = timings[f"selectors of {name}"].median * 1e3 / row["ms"] if name in held else None
+            yield {**row, "selectors_time": share, "selectors_memory": held[name] / of_all if name in held and of_all else None}
         del works, products
         _release()
 
@@ -259,25 +257,34 @@ def _step(
 
 
 def _selectors(model: VideoClassifier, batch: int, device: torch.device) -> tuple[Work, int]:
-    """Forward and backward passes of the selectors, on grids like those that reach them; bytes of the dearest's two grids."""
-    pieces: list[tuple[Selector, Tensor, Tensor]] = []
-    for names in model.slots.at_block.values():
-        for name in names:
-            selector = model.slots.get_submodule(f"selectors.{name}")
-            assert isinstance(selector, Selector)
-            grid = torch.randn(batch, *selector.in_size, selector.dim, device=device, requires_grad=True)
-            above = torch.randn(batch, *selector.out_size, selector.dim, device=device)
-            pieces.append((selector, grid, above))
+    """Forward and backward passes of the selectors, on grids like those that reach them.
 
-    def work() -> None:
-        for selector, grid, above in pieces:
-            kept, _ = selector(grid, model.slots.sigma, Noise.of(range(batch)))
-            kept.backward(above)
-            grid.grad = None
-        for parameter in model.slots.parameters():
+    Returns:
+        The passes of all, and the most bytes that one holds besides its result and the gradient of its grid.
+    """
+    works: list[Work] = []
+    own = [0]
+
+    def passes(selector: Selector, grid: Tensor, above: Tensor) -> None:
+        kept, _ = selector(grid, model.slots.sigma, Noise.of(range(batch)))
+        kept.backward(above)
+        grid.grad = None
+        for parameter in selector.parameters():
             parameter.grad = None
 
-    return work, max(grid.nbytes + above.nbytes for _, grid, above in pieces)
+    for name in itertools.chain(*model.slots.at_block.values()):
+        selector = model.slots.get_submodule(f"selectors.{name}")
+        assert isinstance(selector, Selector)
+        grid = torch.randn(batch, *selector.in_size, selector.dim, device=device, requires_grad=True)
+        above = torch.randn(batch, *selector.out_size, selector.dim, device=device)
+        works.append(functools.partial(passes, selector, grid, above))
+        own.append((peak_memory(works[-1], device) or 0) - grid.nbytes - above.nbytes)
+
+    def work() -> None:
+        for one in works:
+            one()
+
+    return work, max(own)
 
 
 def operator(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:

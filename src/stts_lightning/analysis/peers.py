@@ -76,10 +76,12 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 class TextbookPooledAttention(mvit.PooledAttention):
     """Pooling attention with its weights held."""
 
-    def forward(self, x: Tensor, size: GridSize, tell: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, size: GridSize, tell: bool = False, cls_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """See `PooledAttention.forward`."""
         batch, tokens, channels = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(norm(x)).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = (
             self._pooled(part, pool, size) for part, pool in zip(qkv, (self.pool_q, self.pool_k, self.pool_v), strict=True)
         )
@@ -96,20 +98,19 @@ class TextbookPooledAttention(mvit.PooledAttention):
 
 
 class TextbookMViTBlock(mvit.Block):
-    """A block that takes all tokens at once."""
+    """A block that takes all tokens at once, to the end."""
 
-    def forward(self, x: Tensor, size: GridSize, tell: bool = False) -> tuple[Tensor, GridSize, Tensor | None]:
-        """See `Block.forward`."""
-        attended, _ = self.attn(self.norm1(x), size, tell)
-        x = self._shortcut(x, size) + self.drop_path(attended)
-        return self._perceive(x), mvit.pooled(size, self.attn.q_stride), None
+    def ends(self) -> bool:
+        """See `Block.ends`."""
+        return False
 
 
 class TextbookWindowAttention(video_swin.WindowAttention):
     """Window attention: pad, roll, cut, attend with bias and mask, join, roll back, crop."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """See `WindowAttention.forward`."""
+        x = norm(x)
         plan, (batch, _, channels) = self.plan, x.shape
         window, shift, heads = plan.window, plan.shift, self.heads
         ends = [-n % m for n, m in zip(plan.size, window, strict=True)]
@@ -139,15 +140,6 @@ class TextbookWindowAttention(video_swin.WindowAttention):
         rows = rows.view(batch, t, h, w, *window, channels).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, *full, channels)
         t, h, w = plan.size
         return rows.roll(shift, (1, 2, 3))[:, :t, :h, :w].reshape(x.shape)
-
-
-class TextbookSwinBlock(video_swin.Block):
-    """A block that takes all tokens at once."""
-
-    def forward(self, grid: Tensor) -> Tensor:
-        """See `Block.forward`."""
-        x = grid.flatten(1, 3)
-        return self._perceive(x + self.drop_path(self.attn(self.norm1(x)))).view_as(grid)
 
 
 class OneHot:
@@ -201,7 +193,6 @@ _WRITTEN: dict[type[nn.Module], type[nn.Module]] = {
     mvit.PooledAttention: TextbookPooledAttention,
     mvit.Block: TextbookMViTBlock,
     video_swin.WindowAttention: TextbookWindowAttention,
-    video_swin.Block: TextbookSwinBlock,
     TemporalSelector: TextbookTemporal,
     SpatialSelector: TextbookSpatial,
 }

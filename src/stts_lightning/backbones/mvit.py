@@ -7,7 +7,6 @@ sizes at its end.
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -15,12 +14,11 @@ import torch
 from timm.layers.drop import DropPath
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
-from torch.amp import custom_bwd, custom_fwd
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stts_lightning.backbones.depthwise import depthwise
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
-from stts_lightning.backbones.rowwise import Linear, Perceptron, lean, linear, perceive, piecewise
+from stts_lightning.backbones.rowwise import Linear, Look, Perceptron, hooked, lean, perceive, piecewise, project
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -32,42 +30,6 @@ def pooled(size: GridSize, stride: Triple) -> GridSize:
     """Size of a grid after a pooling with kernel 3 and padding 1: ceil(n / stride) along each side."""
     t, h, w = (math.ceil(n / s) for n, s in zip(size, stride, strict=True))
     return t, h, w
-
-
-class _DepthwiseConv(torch.autograd.Function):
-    """Depthwise 3x3x3 convolution whose gradient of the input, another such convolution, suits a CPU.
-
-    The library's takes more than ten times its forward pass; its gradient of the weight is as good as any.
-    """
-
-    @staticmethod
-    @custom_fwd(device_type="cpu")
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: Triple) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        return F.conv3d(x, weight, None, stride, padding=1, groups=x.shape[1])
-
-    @staticmethod
-    @once_differentiable
-    @custom_bwd(device_type="cpu")
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        grad = grads[0].contiguous(memory_format=torch.channels_last_3d)
-        channels = x.shape[1]
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            spread = grad
-            if math.prod(ctx.stride) > 1:
-                spread = torch.zeros_like(x, dtype=grad.dtype)
-                spread[(..., *(slice(None, None, s) for s in ctx.stride))] = grad
-            grad_x = F.conv3d(spread, weight.flip(2, 3, 4), padding=1, groups=channels)
-        if ctx.needs_input_grad[1]:
-            ones, wanted = (1, 1, 1), (False, True, False)
-            _, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, ctx.stride, ones, ones, False, (0, 0, 0), channels, wanted
-            )
-        return grad_x, grad_weight, None
 
 
 class Pool(nn.Module):
@@ -86,10 +48,7 @@ class Pool(nn.Module):
         cls, grid = x.split((1, x.shape[1] - 1), dim=1)
         grid = grid.unflatten(1, size).permute(0, 4, 1, 2, 3)
         weight = self.conv.weight.repeat(heads, 1, 1, 1, 1)
-        if grid.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grid = _DepthwiseConv.apply(grid, weight, stride)
-        else:
-            grid = F.conv3d(grid, weight, None, stride, padding=1, groups=grid.shape[1])
+        grid = depthwise(grid, weight, stride)
         x = torch.cat((cls, grid.flatten(2).transpose(1, 2)), dim=1)
         return self.norm(x.unflatten(-1, (heads, -1))).transpose(1, 2)
 
@@ -108,23 +67,36 @@ class PooledAttention(nn.Module):
         self.pool_k = Pool(head_dim, kv_stride, pool_eps)
         self.pool_v = Pool(head_dim, kv_stride, pool_eps)
 
-    def forward(self, x: Tensor, size: GridSize, tell: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, size: GridSize, tell: bool = False, cls_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
         Args:
             x: `(B, 1 + N, C)`, the class token first.
-            size: T, H and W of its grid.
+            norm: of tokens, before all else.
+            size: T, H and W of the grid.
             tell: also return the class token's attention.
+            cls_only: work out what becomes of the class token alone; not where queries are pooled.
 
         Returns:
-            `(B, 1 + N', C)`, its grid pooled by `q_stride`. And, if `tell`, the class token's attention to each token of
-            that grid, `(B, T', H', W')`: the mean over heads, of the pooled keys where the token lies (their mean, if
-            queries are pooled more than keys).
+            `(B, 1 + N', C)`, its grid pooled by `q_stride`; `(B, 1, C)` if `cls_only`. And, if `tell`, the class token's
+            attention to each token of that grid, `(B, T', H', W')`: the mean over heads, of the pooled keys where the
+            token lies (their mean, if queries are pooled more than keys).
         """
         if lean(x) and len(x) > 1:  # A clip's tokens lie close together; those of several clips would be copied.
-            found, told = zip(*(self(clip, size, tell) for clip in x.split(1)), strict=True)
+            found, told = zip(*(self(clip, norm, size, tell, cls_only) for clip in x.split(1)), strict=True)
             return torch.cat(found), torch.cat(told) if tell else None
-        q, k, v, read_size, stride = self._projected(x, size)
+        width = x.shape[-1]
+        places, read_size, stride = self._read(size, x.device)
+        looks: list[Look] = [(places, (width, width))]
+        if cls_only:
+            looks.insert(0, (torch.zeros(1, dtype=torch.int64, device=x.device), (width,)))
+        elif places is None:
+            looks = [(None, (width, width, width))]
+        else:
+            looks.insert(0, (None, (width,)))
+        q, k, v = project(norm, self.qkv, x, looks)
         k, v = self.pool_k(k, read_size, self.heads, stride), self.pool_v(v, read_size, self.heads, stride)
         q = self.pool_q(q, size, self.heads) if self.pool_q else q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -133,38 +105,25 @@ class PooledAttention(nn.Module):
             paid = (q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean(1)[:, 0, 1:]
             paid = paid.unflatten(1, pooled(size, self.kv_stride)).detach()
             attention = F.interpolate(paid.unsqueeze(1), pooled(size, self.q_stride), mode="area").squeeze(1)
-        return piecewise(self.proj, out, out.shape[-1]), attention
+        return piecewise(self.proj, out, width), attention
 
-    def _projected(self, x: Tensor, size: GridSize) -> tuple[Tensor, Tensor, Tensor, GridSize, Triple]:
-        """Queries of all tokens, keys and values of those that their pooling reads; the grid of these and the stride there."""
-        if type(self.qkv) is not nn.Linear:  # An adapter stands there.
-            q, k, v = self.qkv(x).chunk(3, dim=-1)
-            return q, k, v, size, self.kv_stride
-        # Each by itself lies as its pooling reads it.
-        layers = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
-        to_q, to_k, to_v = (partial(linear, weight=weight, bias=bias) for weight, bias in layers)
-        # Counted as published: a cost is that of all tokens.
-        counted = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        read, read_size, stride = (x, size, self.kv_stride) if counted else self._read(x, size)
-        width = x.shape[-1]
-        return piecewise(to_q, x, width), piecewise(to_k, read, width), piecewise(to_v, read, width), read_size, stride
-
-    def _read(self, x: Tensor, size: GridSize) -> tuple[Tensor, GridSize, Triple]:
-        """The tokens that the pooling of keys and values reads, their grid, and the stride there.
+    def _read(self, size: GridSize, device: torch.device) -> tuple[Tensor | None, GridSize, Triple]:
+        """Places of the tokens that the pooling of keys and values reads, their grid, and the stride there.
 
         A kernel of 3 that moves on by 8 passes over 5 of 8 rows, and of 8 columns; it is a stride of 3 in what is left.
+        None is all.
         """
         read = [
             sorted({at + tap for at in range(0, n, stride) for tap in (-1, 0, 1) if 0 <= at + tap < n})
             for n, stride in zip(size, self.kv_stride, strict=True)
         ]
         t, h, w = map(len, read)
-        if t * h * w == math.prod(size):
-            return x, size, self.kv_stride
+        # Counted as published: a cost is that of all tokens.
+        if t * h * w == math.prod(size) or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            return None, size, self.kv_stride
         places = [0] + [(a * size[1] + b) * size[2] + c + 1 for a, b, c in product(*read)]
-        x = x.index_select(1, torch.tensor(places, device=x.device))
         first, second, third = (min(stride, 3) for stride in self.kv_stride)
-        return x, (t, h, w), (first, second, third)
+        return torch.tensor(places, device=device), (t, h, w), (first, second, third)
 
 
 class Block(nn.Module):
@@ -192,20 +151,22 @@ class Block(nn.Module):
         grid = F.max_pool3d(grid, kernel, list(stride), [k // 2 for k in kernel])
         return torch.cat((cls, grid.flatten(2).transpose(1, 2)), dim=1)
 
-    def _perceive(self, x: Tensor) -> Tensor:
-        if isinstance(self.proj, nn.Identity):
-            return x + self.drop_path(perceive(self.norm2, self.mlp, x))
-        normed = self.norm2(x)
-        return self.proj(normed) + self.drop_path(self.mlp(normed))
-
-    def forward(self, x: Tensor, size: GridSize, tell: bool = False) -> tuple[Tensor, GridSize, Tensor | None]:
+    def forward(
+        self, x: Tensor, size: GridSize, tell: bool = False, cls_only: bool = False
+    ) -> tuple[Tensor, GridSize, Tensor | None]:
         """Args: x `(B, 1 + N, C)`, the class token first; T, H, W of its grid. Returns: `(B, 1 + N', C')`, T', H', W'.
 
-        And the attention of the class token, `(B, T', H', W')`, if `tell`.
+        And the attention of the class token, `(B, T', H', W')`, if `tell`. With `cls_only` the first are `(B, 1, C')`.
         """
-        attended, attention = self.attn(self.norm1(x), size, tell)
-        x = self._shortcut(x, size) + self.drop_path(attended)
-        return piecewise(self._perceive, x, self.out_dim), pooled(size, self.attn.q_stride), attention
+        attended, attention = self.attn(x, self.norm1, size, tell, cls_only)
+        x = (x[:, :1] if cls_only else self._shortcut(x, size)) + self.drop_path(attended)
+        past = None if isinstance(self.proj, nn.Identity) else self.proj
+        return perceive(self.norm2, self.mlp, x, self.drop_path, past), pooled(size, self.attn.q_stride), attention
+
+    def ends(self) -> bool:
+        """Whether, as the last block, it may work out its class token alone: as far as anyone can see, that is the same."""
+        counted = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        return self.attn.pool_q is None and not counted and not any(map(hooked, self.modules()))
 
 
 class MViT(Backbone):
@@ -343,7 +304,9 @@ class MViT(Backbone):
         size: GridSize = (frames // 2, height // 4, width // 4)
         for i, block in enumerate(self.blocks):
             x, size = self.select(i, x, size, kept, attention)
-            x, size, attention = self.through(block, x, size, self.slots.wants_attention(i + 1))
+            assert isinstance(block, Block)
+            cls_only = i + 1 == len(self.blocks) and block.ends()
+            x, size, attention = self.through(block, x, size, self.slots.wants_attention(i + 1), cls_only)
         return self.norm(x[:, 0])
 
 

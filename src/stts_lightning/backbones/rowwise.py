@@ -5,10 +5,13 @@ evaluation with GELU in the product's own loop, in training with a backward pass
 and where they are traced, compiled, or something hooks into them, the same layers are plain ones.
 """
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -54,9 +57,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     return F.gelu(x) if gelu else x
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, plus: Tensor | None = None) -> Tensor:
+    """Linear layer, and GELU or a sum after it, in one loop."""
     # oneDNN's: faster than the library's default where that is MKL on processors of another maker.
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
+    if plus is None:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
+    if plus.dtype != x.dtype:
+        return plus + _product(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise.binary(x, plus, weight, bias, "add")
 
 
 class _Linear(torch.autograd.Function):
@@ -81,57 +89,194 @@ class _Linear(torch.autograd.Function):
         )
 
 
-class _Perceive(torch.autograd.Function):
-    """Norm, linear layer, GELU, linear layer: keeps its input and what GELU saw, and works out again what they became."""
+Look = tuple[Tensor | None, tuple[int, ...]]
+"""Places of tokens `(n,)`, each once, or None for all; and the numbers of a layer's next outputs that are wanted of them."""
+
+Weights = Sequence[Tensor | None]
+
+
+def _projected(x: Tensor, looks: Sequence[Look], eps: float, weights: Sequence[Tensor]) -> list[Tensor]:
+    scale, shift, *layer = weights
+    dtype = working_dtype(x)
+    weight, bias = (w.to(dtype) for w in layer)
+    out, start = [], 0
+    for rows, widths in _looked_at(x, looks):
+        flat = rows.view(-1, x.shape[-1])
+        made = [flat.new_empty(len(flat), width, dtype=dtype) for width in widths]
+        for begin in range(0, len(flat), PIECE):
+            piece = F.layer_norm(flat[begin : begin + PIECE], scale.shape, scale, shift, eps).to(dtype)
+            end = start
+            for one, width in zip(made, widths, strict=True):
+                part = slice(end, end + width)
+                one[begin : begin + PIECE] = _product(piece, weight[part], bias[part])
+                end += width
+        start += sum(widths)
+        out += [one.view(*rows.shape[:-1], -1) for one in made]
+    return out
+
+
+class _Project(torch.autograd.Function):
+    """Norm, then parts of a linear layer: keeps its input alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float, *weights: Tensor) -> Tensor:
-        scale, shift, first, first_bias, second, second_bias = weights
-        out = x.new_empty(*x.shape[:-1], len(second))
+    def forward(ctx: Any, x: Tensor, looks: Sequence[Look], eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.looks, ctx.eps = looks, eps
+        return tuple(_projected(x, looks, eps, weights))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, *weights = ctx.saved_tensors
+        weight = weights[2]
+        found = _Gradients(ctx.needs_input_grad[3:], weights, ctx.eps)
+        grad_x: Tensor | None = None
+        left, start = list(grads), 0
+        for (places, _), (rows, widths) in zip(ctx.looks, _looked_at(x, ctx.looks), strict=True):
+            flat = rows.view(-1, x.shape[-1])
+            above = [left.pop(0).reshape(-1, width) for width in widths]
+            down = torch.empty_like(flat)
+            for begin in range(0, len(flat), PIECE):
+                piece = flat[begin : begin + PIECE]
+                normed, *statistics = found.normed(piece)
+                total: Tensor | None = None
+                end = start
+                for grad, width in zip(above, widths, strict=True):
+                    grad = grad[begin : begin + PIECE]
+                    found.linear(2, grad, normed, end)
+                    total = _product(grad, weight[end : end + width].T, None, plus=total)
+                    end += width
+                assert total is not None
+                down[begin : begin + PIECE] = found.norm(total, piece, statistics)
+            start += sum(widths)
+            grad_x = _put(down.view_as(rows), places, grad_x, x)
+        return grad_x, None, None, *found.values
+
+
+def _put(rows: Tensor, places: Tensor | None, into: Tensor | None, like: Tensor) -> Tensor:
+    """Add rows to a sum, at their places; None is a sum of nothing so far."""
+    if places is None:
+        return rows if into is None else into.add_(rows)
+    if into is None and len(places) == like.shape[1]:
+        return torch.empty_like(like).index_copy_(1, places, rows)
+    return (torch.zeros_like(like) if into is None else into).index_add_(1, places, rows)
+
+
+def _perceived(x: Tensor, drop: Tensor | None, eps: float, weights: Weights, hidden: list[Tensor] | None) -> Tensor:
+    """See `perceive`; appends what GELU saw to `hidden`, if that is wanted."""
+    scale, shift, *layers = weights
+    dtype = working_dtype(x)
+    first, first_bias, second, second_bias, past, past_bias = (None if w is None else w.to(dtype) for w in layers)
+    assert scale is not None and first is not None and second is not None
+    flat = x.view(-1, x.shape[-1])
+    out = flat.new_empty(len(flat), len(second))
+    for piece, place, kept in zip(flat.split(PIECE), out.split(PIECE), _rows(drop, x), strict=True):
+        normed = F.layer_norm(piece, scale.shape, scale, shift, eps).to(dtype)
+        beside = piece if past is None else _product(normed, past, past_bias)
+        if hidden is None:
+            seen = _product(normed, first, first_bias, gelu=True)
+        else:
+            hidden.append(_product(normed, first, first_bias))
+            seen = F.gelu(hidden[-1])
+        if kept is None:
+            place.copy_(_product(seen, second, second_bias, plus=beside))
+        else:
+            torch.addcmul(beside, _product(seen, second, second_bias), kept, out=place)
+    return out.view(*x.shape[:-1], -1)
+
+
+def _rows(drop: Tensor | None, x: Tensor) -> Iterable[Tensor | None]:
+    """Factors of clips `(B, 1, 1)`, for each piece of the tokens x `(B, N, C)`."""
+    if drop is None:
+        return itertools.repeat(None, math.ceil(x.shape[:-1].numel() / PIECE))
+    return drop.expand(*x.shape[:-1], 1).reshape(-1, 1).split(PIECE)
+
+
+class _Perceive(torch.autograd.Function):
+    """`perceive` that keeps its input and what GELU saw, and works out again what they became."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, drop: Tensor | None, eps: float, *weights: Tensor | None) -> Tensor:
         hidden: list[Tensor] = []
-        for piece, place in zip(x.view(-1, x.shape[-1]).split(PIECE), out.view(-1, len(second)).split(PIECE), strict=True):
-            hidden.append(_product(F.layer_norm(piece, scale.shape, scale, shift, eps), first, first_bias))
-            place.copy_(_product(F.gelu(hidden[-1]), second, second_bias))
-        ctx.save_for_backward(x, *weights, *hidden)
+        out = _perceived(x, drop, eps, weights, hidden)
+        ctx.save_for_backward(x, drop, *weights, *hidden)
         ctx.eps = eps
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, *weights = ctx.saved_tensors  # Once: what is checkpointed is worked out again by each look.
-        hidden = weights[6:]
-        scale, shift, first, _, second, _ = weights[:6]
-        to_x, _, *wanted = ctx.needs_input_grad
-        found = [torch.zeros_like(w) if want else None for w, want in zip(weights[:6], wanted, strict=True)]
-        to_scale, to_shift, to_first, to_first_bias, to_second, to_second_bias = found
-        grad_x = torch.empty_like(x) if to_x else None
-        width = x.shape[-1]
-        places = [None] * len(hidden) if grad_x is None else grad_x.view(-1, width).split(PIECE)
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        for piece, above, before, place in zip(x.view(-1, width).split(PIECE), grad.split(PIECE), hidden, places, strict=True):
-            if to_second is not None:
-                to_second.addmm_(above.T, F.gelu(before))
-            if to_second_bias is not None:
-                to_second_bias += above.sum(0)
-            above = torch.ops.aten.gelu_backward(_product(above, second.T, None), before)
-            normed, mean, inverse = torch.native_layer_norm(piece, scale.shape, scale, shift, ctx.eps)
-            if to_first is not None:
-                to_first.addmm_(above.T, normed)
-            if to_first_bias is not None:
-                to_first_bias += above.sum(0)
-            if place is None and to_scale is None and to_shift is None:
-                continue
-            down, more_scale, more_shift = torch.ops.aten.native_layer_norm_backward(
-                _product(above, first.T, None), piece, scale.shape, mean, inverse, scale, shift, [True, True, True]
-            )
-            if place is not None:
-                place.copy_(down)
-            if to_scale is not None:
-                to_scale += more_scale
-            if to_shift is not None:
-                to_shift += more_shift
-        return grad_x, None, *found
+        x, drop, *saved = ctx.saved_tensors  # Once: what is checkpointed is worked out again by each look.
+        weights, hidden = saved[:8], saved[8:]
+        first, second, past = weights[2], weights[4], weights[6]
+        found = _Gradients(ctx.needs_input_grad[3:], weights, ctx.eps)
+        grad_x = torch.empty_like(x)
+        flat, places, above = (t.reshape(-1, t.shape[-1]).split(PIECE) for t in (x, grad_x, grads[0]))
+        for piece, place, beside, before, kept in zip(flat, places, above, hidden, _rows(drop, x), strict=True):
+            grad = beside if kept is None else beside * kept
+            found.linear(4, grad, F.gelu(before))
+            grad = torch.ops.aten.gelu_backward(_product(grad, second.T, None), before)
+            normed, *statistics = found.normed(piece)
+            found.linear(2, grad, normed)
+            if past is None:
+                down = found.norm(_product(grad, first.T, None), piece, statistics)
+                torch.add(down, beside, out=place)
+            else:
+                found.linear(6, beside, normed)
+                down = _product(beside, past.T, None, plus=_product(grad, first.T, None))
+                place.copy_(found.norm(down, piece, statistics))
+        return grad_x, None, None, *found.values
+
+
+class _Gradients:
+    """Gradients of a norm's and of linear layers' weights, summed up over pieces; None where they are not wanted.
+
+    Args:
+        wanted: of which weights.
+        weights: the norm's scale and shift, then weight and bias of each layer.
+        eps: the norm's.
+    """
+
+    def __init__(self, wanted: Sequence[bool], weights: Sequence[Tensor | None], eps: float) -> None:
+        self.values = [torch.empty_like(w) if w is not None and want else None for w, want in zip(weights, wanted, strict=True)]
+        self._scale, self._shift, self._eps = weights[0], weights[1], eps
+        self._begun: set[tuple[int, int]] = set()
+
+    def linear(self, number: int, above: Tensor, rows: Tensor, start: int = 0) -> None:
+        """Add those of a layer's outputs from `start` on: of its weight, which has this number, and its bias."""
+        weight, bias = (None if v is None else v[start : start + above.shape[1]] for v in self.values[number : number + 2])
+        again = self._again(number, start)
+        if weight is not None:
+            weight.addmm_(above.T, rows, beta=int(again))  # With 0 it does not matter what was there.
+        if bias is not None:
+            self._add(bias, above.sum(0), again)
+
+    def normed(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows through the norm, their means and inverse deviations."""
+        assert self._scale is not None
+        return torch.native_layer_norm(rows, self._scale.shape, self._scale, self._shift, self._eps)
+
+    def norm(self, above: Tensor, rows: Tensor, statistics: Sequence[Tensor]) -> Tensor:
+        """Add those of the norm; returns that of the rows."""
+        assert self._scale is not None
+        wanted = [True, *(value is not None for value in self.values[:2])]
+        down, *found = torch.ops.aten.native_layer_norm_backward(
+            above, rows, self._scale.shape, *statistics, self._scale, self._shift, wanted
+        )
+        again = self._again(0, 0)
+        for value, more in zip(self.values[:2], found, strict=True):
+            if value is not None:
+                self._add(value, more, again)
+        return down
+
+    def _again(self, number: int, start: int) -> bool:
+        begun = (number, start) in self._begun
+        self._begun.add((number, start))
+        return begun
+
+    @staticmethod
+    def _add(value: Tensor, more: Tensor, again: bool) -> None:
+        value.add_(more) if again else value.copy_(more)
 
 
 def piecewise(rows: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
@@ -175,16 +320,70 @@ class Perceptron(nn.Sequential):
         self.fc2 = Linear(hidden, out_dim)
 
 
-def perceive(norm: nn.LayerNorm, mlp: Perceptron, x: Tensor) -> Tensor:
-    """The perceptron of normed tokens: x `(..., C)` -> `(..., C')`."""
-    if not _learns_by_pieces(x) or not x.is_contiguous() or not all(map(_untouched, (norm, mlp, *mlp))):
-        return mlp(norm(x))
-    first, second = mlp.fc1, mlp.fc2
-    weights = (norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias)
-    return _Perceive.apply(x, norm.eps, *weights)  # type: ignore[return-value]
+def project(norm: nn.LayerNorm, layer: nn.Module, x: Tensor, looks: Sequence[Look]) -> list[Tensor]:
+    """Normed tokens through parts of a linear layer, of each part only the tokens that are wanted.
+
+    Args:
+        norm: of tokens.
+        layer: linear, or what somebody has put in its place.
+        x: `(B, N, C)`.
+        looks: which tokens and how many outputs, in the order of the outputs; all of these.
+
+    Returns:
+        `(B, n, width)` for each width of each look.
+    """
+    if _untouched(norm, layer) and x.is_contiguous():
+        if _learns_by_pieces(x):
+            return list(_Project.apply(x, looks, norm.eps, norm.weight, norm.bias, layer.weight, layer.bias))  # type: ignore[arg-type]
+        if lean(x):
+            return _projected(x, looks, norm.eps, (norm.weight, norm.bias, layer.weight, layer.bias))  # type: ignore[arg-type]
+    normed = norm(x)
+    widths = [width for _, wanted in looks for width in wanted]
+    if _untouched(layer):
+        parts = zip(layer.weight.split(widths), layer.bias.split(widths), strict=True)  # type: ignore[union-attr]
+        return [linear(rows, *next(parts)) for rows, wanted in _looked_at(normed, looks) for _ in wanted]
+    made = iter(layer(normed).split(widths, dim=-1))
+    return [rows for places, wanted in looks for _ in wanted for rows, _ in _looked_at(next(made), [(places, ())])]
 
 
-def _untouched(module: nn.Module) -> bool:
-    """Whether a module is of these very layers and nothing hooks into it: adapters and probes see plain calls."""
+def _looked_at(x: Tensor, looks: Sequence[Look]) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Tokens of each look, and the outputs that are wanted of them."""
+    for places, widths in looks:
+        yield (x if places is None else x.index_select(1, places)), widths
+
+
+def perceive(norm: nn.LayerNorm, mlp: Perceptron, x: Tensor, drop_path: nn.Module, past: nn.Module | None = None) -> Tensor:
+    """The perceptron's part of a block: x + drop_path(mlp(norm(x))), of x or of past(norm(x)) if the width changes.
+
+    Args:
+        norm: of tokens.
+        mlp: from C to C'.
+        x: `(B, N, C)`.
+        drop_path: of the residual path.
+        past: linear from C to C', or None where they are equal.
+
+    Returns:
+        `(B, N, C')`.
+    """
+    by_hand = lean(x) or _learns_by_pieces(x)
+    layers = (norm, mlp, *mlp, *([] if past is None else [past]))
+    if by_hand and x.is_contiguous() and _untouched(*layers) and type(drop_path) is DropPath:
+        weights: list[Tensor | None] = [norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias]
+        weights += [past.weight, past.bias] if isinstance(past, nn.Linear) else [None, None]
+        drop = drop_path(x.new_ones(len(x), 1, 1)) if drop_path.training and drop_path.drop_prob else None
+        if lean(x):
+            return _perceived(x, drop, norm.eps, weights, None)
+        return _Perceive.apply(x, drop, norm.eps, *weights)  # type: ignore[return-value]
+    normed = norm(x)
+    return (x if past is None else past(normed)) + drop_path(mlp(normed))
+
+
+def _untouched(*modules: nn.Module) -> bool:
+    """Whether modules are of these very layers and nothing hooks into them: adapters and probes see plain calls."""
+    return all(type(module) in (nn.LayerNorm, nn.Linear, Linear, Perceptron) and not hooked(module) for module in modules)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes into a module or comes out."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) in (nn.LayerNorm, Linear, Perceptron) and not any(hooks)
+    return any(map(bool, hooks))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
-from stts_lightning.backbones.rowwise import PIECE, Linear, Perceptron, lean, linear, perceive, piecewise, working_dtype
+from stts_lightning.backbones.rowwise import PIECE, Linear, Look, Perceptron, lean, linear, perceive, project, working_dtype
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -205,24 +205,22 @@ class WindowAttention(nn.Module):
         """Multiply-adds of pairs that published code masks after working them out; counted, as is the custom, not done."""
         return 2 * self.plan.hidden * self.proj.in_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Args: x `(B, N, C)`, the tokens of the grid in their order. Returns: the same size."""
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """Args: x `(B, N, C)`, the tokens of the grid in their order; what norms them first. Returns: the same size."""
         plan = self.plan
         biases = self._biases(working_dtype(x))
         if lean(x) and not plan.padded:
             out = torch.empty_like(x)
             for clip, found in zip(x, out, strict=True):
                 for places, (_, parts) in zip(plan.slots.split([rows for rows, _ in plan.pieces]), plan.pieces, strict=True):
-                    rows = self._attend(self.qkv(clip.index_select(0, places)), biases, parts)
-                    found.index_copy_(0, places, self.proj(rows).to(out.dtype))
+                    qkv = self.qkv(norm(clip.index_select(0, places)))
+                    found.index_copy_(0, places, self.proj(self._attend(qkv, biases, parts)).to(out.dtype))
             return out
         held, back = plan.arranged(len(x))
-        rows = x.flatten(0, 1)
+        look: Look = (None if plan.padded else held, (3 * x.shape[-1],))
+        qkv = project(norm, self.qkv, x.view(1, -1, x.shape[-1]), [look])[0].squeeze(0)
         if plan.padded:  # A padded token is q, k, v = bias, as if zeros had gone through the layer.
-            qkv = self.qkv(rows)
             qkv = torch.cat((qkv, self.qkv.bias.unsqueeze(0).to(qkv.dtype))).index_select(0, held)
-        else:
-            qkv = self.qkv(rows.index_select(0, held))
         parts = [(number, group.boxes * len(x)) for number, group in enumerate(plan.groups)]
         rows = self._attend(qkv, biases, parts).index_select(0, back)
         return self.proj(rows).view_as(x)
@@ -259,14 +257,11 @@ class Block(nn.Module):
         self.mlp = Perceptron(dim, 4 * dim, dim)
         self.drop_path = DropPath(drop_path)
 
-    def _perceive(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(perceive(self.norm2, self.mlp, x))
-
     def forward(self, grid: Tensor) -> Tensor:
         """Args: grid `(B, T, H, W, C)`. Returns: the same size."""
         x = grid.flatten(1, 3)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return piecewise(self._perceive, x, x.shape[-1]).view_as(grid)
+        x = x + self.drop_path(self.attn(x, self.norm1))
+        return perceive(self.norm2, self.mlp, x, self.drop_path).view_as(grid)
 
 
 class PatchEmbedding(nn.Conv3d):

@@ -3,10 +3,13 @@
 Letters: B rows, N candidates, E channels of a candidate's descriptor, C channels of the grid.
 """
 
+import itertools
+import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Scorer(nn.Module, ABC):
@@ -24,6 +27,22 @@ class Scorer(nn.Module, ABC):
     @abstractmethod
     def describe_frames(grid: Tensor) -> Tensor:
         """Grid `(B, T, H, W, C)` -> one descriptor a frame, `(B, T, frame_width * C)`."""
+
+    @classmethod
+    def add_frames_gradient(cls, into: Tensor, grid: Tensor, above: Tensor) -> None:
+        """Add what comes back by way of the descriptors to a gradient of the grid, a frame at a time.
+
+        Args:
+            into: `(B, T, H, W, C)`, added to.
+            grid: `(B, T, H, W, C)`.
+            above: gradient of the descriptors, `(B, T, frame_width * C)`.
+        """
+        for clip, t in itertools.product(*map(range, grid.shape[:2])):
+            place = slice(clip, clip + 1), slice(t, t + 1)
+            with torch.enable_grad():
+                frame = grid[place].detach().requires_grad_()
+                described = cls.describe_frames(frame)
+            into[place] += torch.autograd.grad(described, frame, above[place])[0]
 
     @staticmethod
     @abstractmethod
@@ -57,6 +76,11 @@ class PaperScorer(Scorer):
         """Mean over space (Sec. 3.3): `(B, T, H, W, C)` -> `(B, T, C)`."""
         return grid.mean(dim=(2, 3))
 
+    @classmethod
+    def add_frames_gradient(cls, into: Tensor, grid: Tensor, above: Tensor) -> None:
+        """See `Scorer.add_frames_gradient`."""
+        into.add_((above / math.prod(grid.shape[2:4]))[:, :, None, None])
+
     @staticmethod
     def normalize(scores: Tensor) -> Tensor:
         """Min-max over the row (Eq. 3): `(B, N)` -> `(B, N)`; equal scores give 0, with finite gradients."""
@@ -66,8 +90,12 @@ class PaperScorer(Scorer):
     def forward(self, candidates: Tensor) -> Tensor:
         """Candidates `(B, N, E)` -> raw scores `(B, N)`."""
         local = self.activation(self.local(candidates))
-        context = local.mean(dim=1, keepdim=True).expand_as(local)
-        return self.score(torch.cat((local, context), dim=-1)).squeeze(-1)
+        context = local.mean(dim=1, keepdim=True)
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            # Counted as Eq. 3 has it.
+            return self.score(torch.cat((local, context.expand_as(local)), dim=-1)).squeeze(-1)
+        of_local, of_context = self.score.weight.chunk(2, dim=1)  # As often as there are candidates, and once.
+        return (F.linear(local, of_local) + F.linear(context, of_context, self.score.bias)).squeeze(-1)
 
 
 class OfficialScorer(Scorer):

@@ -45,7 +45,7 @@ class _WeightedWindows(torch.autograd.Function):
         grad_weights = torch.empty_like(weights)
         for g, (top, left) in enumerate(ctx.corners):
             window = grid[:, :, top : top + h, left : left + w]
-            grad_weights[:, :, g] = torch.einsum("bthwc,bthwc->bt", grad, window)
+            grad_weights[:, :, g] = (grad * window).sum((2, 3, 4))
             if grad_grid is not None:
                 view = grad_grid[:, :, top : top + h, left : left + w]
                 view.addcmul_(grad, weights[:, :, g, None, None, None])
