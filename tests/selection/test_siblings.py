@@ -153,11 +153,11 @@ def test_attention_is_the_class_tokens_own(selection: str) -> None:
             )
     with torch.inference_mode():
         model(torch.randn(2, 3, 16, 64, 64))
-        told = seen["out"][2]
+        told = seen["out"][1]
         q = block.attn.qkv(block.norm1(seen["args"][0][:, :1])).unflatten(-1, (3, block.attn.heads, -1))[:, :, 0].transpose(1, 2)
         q = torch.cat(seen["pool_q"])[:, :, :1] if block.attn.pool_q is not None else q
         weights = (q @ torch.cat(seen["pool_k"]).transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 0, 1:]
-    assert told.shape[1:] == seen["out"][1]
+    assert told.shape[1:] == block.out_size
     torch.testing.assert_close(told.mean((1, 2, 3)), weights.mean(-1), atol=1e-6, rtol=1e-5)
     if told[0].numel() >= weights[0].numel():  # else several keys are averaged
         for one, expected in zip(told.flatten(1), weights, strict=True):

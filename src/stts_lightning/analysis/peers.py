@@ -15,7 +15,7 @@ from stts_lightning.backbones.registry import BackboneError
 from stts_lightning.backbones.rowwise import Linear
 from stts_lightning.classifier import VideoClassifier, create_model
 from stts_lightning.selection.noise import Noise
-from stts_lightning.selection.selector import GridSize, Selection
+from stts_lightning.selection.selector import Selection
 from stts_lightning.selection.spatial import SpatialSelector
 from stts_lightning.selection.spec import SelectionSpec
 from stts_lightning.selection.temporal import TemporalSelector
@@ -76,23 +76,19 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 class TextbookPooledAttention(mvit.PooledAttention):
     """Pooling attention with its weights held."""
 
-    def forward(
-        self, x: Tensor, norm: nn.LayerNorm, size: GridSize, tell: bool = False, cls_only: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, norm: nn.LayerNorm, tell: bool = False, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
         """See `PooledAttention.forward`."""
         batch, tokens, channels = x.shape
         qkv = self.qkv(norm(x)).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = (
-            self._pooled(part, pool, size) for part, pool in zip(qkv, (self.pool_q, self.pool_k, self.pool_v), strict=True)
-        )
+        q, k, v = (self._pooled(part, pool) for part, pool in zip(qkv, (self.pool_q, self.pool_k, self.pool_v), strict=True))
         return self.proj(_attended(q, k, v).transpose(1, 2).reshape(batch, -1, channels)), None
 
-    def _pooled(self, x: Tensor, pool: mvit.Pool | None, size: GridSize) -> Tensor:
+    def _pooled(self, x: Tensor, pool: mvit.Pool | None) -> Tensor:
         """Tokens of heads `(B, D, 1 + N, C/D)`, pooled."""
         if pool is None:
             return x
         batch, heads, _, channels = x.shape
-        grid = x[:, :, 1:].reshape(batch * heads, *size, channels).permute(0, 4, 1, 2, 3).contiguous()
+        grid = x[:, :, 1:].reshape(batch * heads, *self.size, channels).permute(0, 4, 1, 2, 3).contiguous()
         grid = pool.conv(grid).reshape(batch, heads, channels, -1).transpose(2, 3)
         return pool.norm(torch.cat((x[:, :, :1], grid), dim=2))
 

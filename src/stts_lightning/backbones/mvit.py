@@ -7,9 +7,9 @@ sizes at its end.
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from timm.layers.drop import DropPath
 from timm.layers.weight_init import trunc_normal_
@@ -53,12 +53,30 @@ class Pool(nn.Module):
         return self.norm(x.unflatten(-1, (heads, -1))).transpose(1, 2)
 
 
-class PooledAttention(nn.Module):
-    """Multi-head pooling attention: queries, keys and values are pooled before they meet (MViT, Sec. 3.1)."""
+def read(n: int, stride: int) -> list[int]:
+    """Which of n tokens in a row a pooling with kernel 3 reads: of each 8, at a stride of 8, the last and the first two."""
+    return sorted({at + tap for at in range(0, n, stride) for tap in (-1, 0, 1) if 0 <= at + tap < n})
 
-    def __init__(self, dim: int, heads: int, q_stride: Triple, kv_stride: Triple, pool_eps: float) -> None:
+
+class PooledAttention(nn.Module):
+    """Multi-head pooling attention: queries, keys and values are pooled before they meet (MViT, Sec. 3.1).
+
+    Keys and values are worked out of those tokens alone that their pooling reads.
+
+    Args:
+        dim: channels.
+        heads: of attention.
+        size: T, H and W of the grid.
+        q_stride: by which queries are pooled; they are left as they are if it is 1 throughout.
+        kv_stride: by which keys and values are pooled.
+        pool_eps: of the norms after pooling.
+    """
+
+    places: Tensor
+
+    def __init__(self, dim: int, heads: int, size: GridSize, q_stride: Triple, kv_stride: Triple, pool_eps: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.size = heads, size
         self.q_stride, self.kv_stride = q_stride, kv_stride
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
@@ -66,16 +84,18 @@ class PooledAttention(nn.Module):
         self.pool_q = Pool(head_dim, q_stride, pool_eps) if math.prod(q_stride) > 1 else None
         self.pool_k = Pool(head_dim, kv_stride, pool_eps)
         self.pool_v = Pool(head_dim, kv_stride, pool_eps)
+        rows = [read(n, stride) for n, stride in zip(size, kv_stride, strict=True)]
+        grid = np.arange(1, 1 + math.prod(size)).reshape(size)[np.ix_(*rows)]
+        self.read_size: GridSize = (len(rows[0]), len(rows[1]), len(rows[2]))
+        self.reads_all = grid.size == math.prod(size)
+        self.register_buffer("places", torch.from_numpy(np.append(0, grid)), persistent=False)
 
-    def forward(
-        self, x: Tensor, norm: nn.LayerNorm, size: GridSize, tell: bool = False, cls_only: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, norm: nn.LayerNorm, tell: bool = False, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
         Args:
             x: `(B, 1 + N, C)`, the class token first.
             norm: of tokens, before all else.
-            size: T, H and W of the grid.
             tell: also return the class token's attention.
             cls_only: work out what becomes of the class token alone; not where queries are pooled.
 
@@ -85,86 +105,84 @@ class PooledAttention(nn.Module):
             token lies (their mean, if queries are pooled more than keys).
         """
         if lean(x) and len(x) > 1:  # A clip's tokens lie close together; those of several clips would be copied.
-            found, told = zip(*(self(clip, norm, size, tell, cls_only) for clip in x.split(1)), strict=True)
+            found, told = zip(*(self(clip, norm, tell, cls_only) for clip in x.split(1)), strict=True)
             return torch.cat(found), torch.cat(told) if tell else None
-        width = x.shape[-1]
-        places, read_size, stride = self._read(size, x.device)
-        looks: list[Look] = [(places, (width, width))]
-        if cls_only:
-            looks.insert(0, (torch.zeros(1, dtype=torch.int64, device=x.device), (width,)))
-        elif places is None:
-            looks = [(None, (width, width, width))]
-        else:
-            looks.insert(0, (None, (width,)))
-        q, k, v = project(norm, self.qkv, x, looks)
+        q, k, v, read_size, stride = self._projected(x, norm, cls_only)
         k, v = self.pool_k(k, read_size, self.heads, stride), self.pool_v(v, read_size, self.heads, stride)
-        q = self.pool_q(q, size, self.heads) if self.pool_q else q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = self.pool_q(q, self.size, self.heads) if self.pool_q else q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         attention = None
         if tell:
             paid = (q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean(1)[:, 0, 1:]
-            paid = paid.unflatten(1, pooled(size, self.kv_stride)).detach()
-            attention = F.interpolate(paid.unsqueeze(1), pooled(size, self.q_stride), mode="area").squeeze(1)
-        return piecewise(self.proj, out, width), attention
+            paid = paid.unflatten(1, pooled(self.size, self.kv_stride)).detach()
+            attention = F.interpolate(paid.unsqueeze(1), pooled(self.size, self.q_stride), mode="area").squeeze(1)
+        return piecewise(self.proj, out, out.shape[-1]), attention
 
-    def _read(self, size: GridSize, device: torch.device) -> tuple[Tensor | None, GridSize, Triple]:
-        """Places of the tokens that the pooling of keys and values reads, their grid, and the stride there.
-
-        A kernel of 3 that moves on by 8 passes over 5 of 8 rows, and of 8 columns; it is a stride of 3 in what is left.
-        None is all.
-        """
-        read = [
-            sorted({at + tap for at in range(0, n, stride) for tap in (-1, 0, 1) if 0 <= at + tap < n})
-            for n, stride in zip(size, self.kv_stride, strict=True)
-        ]
-        t, h, w = map(len, read)
+    def _projected(self, x: Tensor, norm: nn.LayerNorm, cls_only: bool) -> tuple[Tensor, Tensor, Tensor, GridSize, Triple]:
+        """Queries, and keys and values of what their pooling reads; the grid of these, and the stride there."""
+        width = x.shape[-1]
         # Counted as published: a cost is that of all tokens.
-        if t * h * w == math.prod(size) or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            return None, size, self.kv_stride
-        places = [0] + [(a * size[1] + b) * size[2] + c + 1 for a, b, c in product(*read)]
-        first, second, third = (min(stride, 3) for stride in self.kv_stride)
-        return torch.tensor(places, device=device), (t, h, w), (first, second, third)
+        whole = self.reads_all or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        looks: list[Look] = [(self.places[:1] if cls_only else None, (width,)), (None if whole else self.places, (width, width))]
+        if whole and not cls_only:
+            looks = [(None, (width, width, width))]
+        q, k, v = project(norm, self.qkv, x, looks)
+        if whole:
+            return q, k, v, self.size, self.kv_stride
+        # A kernel of 3 that moves on by more is, in the rows that it reads, one that moves on by 3.
+        t, h, w = (min(stride, 3) for stride in self.kv_stride)
+        return q, k, v, self.read_size, (t, h, w)
 
 
 class Block(nn.Module):
-    """Pooled attention and perceptron, each with a residual path; the perceptron may change the channels."""
+    """Pooled attention and perceptron, each with a residual path; the perceptron may change the channels.
+
+    Attributes:
+        out_size: T, H and W of the grid that comes out.
+    """
 
     def __init__(
-        self, dim: int, out_dim: int, heads: int, q_stride: Triple, kv_stride: Triple, drop_path: float, pool_eps: float
+        self,
+        dim: int,
+        out_dim: int,
+        heads: int,
+        size: GridSize,
+        q_stride: Triple,
+        kv_stride: Triple,
+        drop_path: float,
+        pool_eps: float,
     ) -> None:
         super().__init__()
+        self.out_size = pooled(size, q_stride)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = PooledAttention(dim, heads, q_stride, kv_stride, pool_eps)
+        self.attn = PooledAttention(dim, heads, size, q_stride, kv_stride, pool_eps)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Perceptron(dim, 4 * dim, out_dim)
         self.proj = Linear(dim, out_dim) if out_dim != dim else nn.Identity()
-        self.out_dim = out_dim
         self.drop_path = DropPath(drop_path)
 
-    def _shortcut(self, x: Tensor, size: GridSize) -> Tensor:
+    def _shortcut(self, x: Tensor) -> Tensor:
         stride = self.attn.q_stride
         if math.prod(stride) == 1:
             return x
         kernel = [s + 1 if s > 1 else 1 for s in stride]
         cls, grid = x.split((1, x.shape[1] - 1), dim=1)
-        grid = grid.unflatten(1, size).permute(0, 4, 1, 2, 3)
+        grid = grid.unflatten(1, self.attn.size).permute(0, 4, 1, 2, 3)
         grid = F.max_pool3d(grid, kernel, list(stride), [k // 2 for k in kernel])
         return torch.cat((cls, grid.flatten(2).transpose(1, 2)), dim=1)
 
-    def forward(
-        self, x: Tensor, size: GridSize, tell: bool = False, cls_only: bool = False
-    ) -> tuple[Tensor, GridSize, Tensor | None]:
-        """Args: x `(B, 1 + N, C)`, the class token first; T, H, W of its grid. Returns: `(B, 1 + N', C')`, T', H', W'.
+    def forward(self, x: Tensor, tell: bool = False, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Args: x `(B, 1 + N, C)`, the class token first. Returns: `(B, 1 + N', C')`, or `(B, 1, C')` if `cls_only`.
 
-        And the attention of the class token, `(B, T', H', W')`, if `tell`. With `cls_only` the first are `(B, 1, C')`.
+        And the attention of the class token, `(B, T', H', W')`, if `tell`.
         """
-        attended, attention = self.attn(x, self.norm1, size, tell, cls_only)
-        x = (x[:, :1] if cls_only else self._shortcut(x, size)) + self.drop_path(attended)
+        attended, attention = self.attn(x, self.norm1, tell, cls_only)
+        x = (x[:, :1] if cls_only else self._shortcut(x)) + self.drop_path(attended)
         past = None if isinstance(self.proj, nn.Identity) else self.proj
-        return perceive(self.norm2, self.mlp, x, self.drop_path, past), pooled(size, self.attn.q_stride), attention
+        return perceive(self.norm2, self.mlp, x, self.drop_path, past), attention
 
     def ends(self) -> bool:
-        """Whether, as the last block, it may work out its class token alone: as far as anyone can see, that is the same."""
+        """Whether, as the last block, it may work out its class token alone: nobody would see the others."""
         counted = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         return self.attn.pool_q is None and not counted and not any(map(hooked, self.modules()))
 
@@ -229,8 +247,9 @@ class MViT(Backbone):
                 heads, kv_stride = 2 * heads, max(kv_stride // 2, 1)
             out_dim = 2 * dim if i + 1 in stages else dim
             rate = drop_path * i / max(depth - 1, 1)
-            self.blocks.append(Block(dim, out_dim, heads, q_stride, (1, kv_stride, kv_stride), rate, pool_norm_eps))
-            grid, dim = pooled(grid, q_stride), out_dim
+            block = Block(dim, out_dim, heads, grid, q_stride, (1, kv_stride, kv_stride), rate, pool_norm_eps)
+            self.blocks.append(block)
+            grid, dim = block.out_size, out_dim
         self.slots.check_all_attached(depth)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.out_dim = dim
@@ -274,15 +293,12 @@ class MViT(Backbone):
         cls = (self.cls_token + self.pos_embed_class).expand(clip.shape[0], -1, -1)
         return torch.cat((cls, grid.flatten(1, 3)), dim=1)
 
-    def select(
-        self, block: int, x: Tensor, size: GridSize, kept: list[Selection] | None, attention: Tensor | None
-    ) -> tuple[Tensor, GridSize]:
-        """Slots before a block: `(B, 1 + N, C)` and T, H, W of its grid -> the same of the smaller grid."""
+    def select(self, block: int, x: Tensor, size: GridSize, kept: list[Selection] | None, attention: Tensor | None) -> Tensor:
+        """Slots before a block: `(B, 1 + N, C)`, of a grid of this size -> the same of `block_sizes`."""
         if block not in self.slots.at_block:
-            return x, size
+            return x
         grid = self.slots(block, x[:, 1:].unflatten(1, size), kept, attention)
-        _, t, h, w, _ = grid.shape
-        return torch.cat((x[:, :1], grid.flatten(1, 3)), dim=1), (t, h, w)
+        return torch.cat((x[:, :1], grid.flatten(1, 3)), dim=1)
 
     def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
         """Features of a clip.
@@ -303,10 +319,11 @@ class MViT(Backbone):
         frames, height, width = self.clip_size
         size: GridSize = (frames // 2, height // 4, width // 4)
         for i, block in enumerate(self.blocks):
-            x, size = self.select(i, x, size, kept, attention)
             assert isinstance(block, Block)
+            x = self.select(i, x, size, kept, attention)
             cls_only = i + 1 == len(self.blocks) and block.ends()
-            x, size, attention = self.through(block, x, size, self.slots.wants_attention(i + 1), cls_only)
+            x, attention = self.through(block, x, self.slots.wants_attention(i + 1), cls_only)
+            size = block.out_size
         return self.norm(x[:, 0])
 
 
