@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from stts_lightning import create_model
 from stts_lightning.backbones import rowwise
-from stts_lightning.backbones.rowwise import Linear, Look, Perceptron, perceive, project
+from stts_lightning.backbones.rowwise import Linear, Look, Perceptron, constant_weights, perceive, project
 
 
 def layers(frozen: bool) -> tuple[nn.LayerNorm, Perceptron, Linear]:
@@ -89,6 +89,30 @@ def test_the_projections_own_backward_pass(monkeypatch: pytest.MonkeyPatch, froz
         layer.register_forward_hook(lambda *_: seen.append(1))
         torch.testing.assert_close(project(norm, layer, x, looks), plain)
         assert seen
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["mvit_tiny", "video_swin_tiny"])
+def test_weights_that_are_laid_out_say_the_same_until_they_may_change(name: str, precision: torch.dtype) -> None:
+    model = create_model(name, "t0_0.5_s1_0.8", 7).eval()
+    clip = torch.randn(2, 3, *model.backbone.clip_size)
+
+    def logits() -> Tensor:
+        with torch.inference_mode(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            return model(clip).float()
+
+    expected = logits()
+    for _ in range(2):  # What was laid out before does not outlast its scope.
+        with constant_weights():
+            with constant_weights():
+                torch.testing.assert_close(logits(), expected)
+            assert rowwise._laid_out.get()  # The inner one left it to the outer one.
+            torch.testing.assert_close(logits(), expected)
+        assert rowwise._laid_out.get() is None
+        for parameter in model.parameters():
+            parameter.data.mul_(1.5)  # Behind autograd's back.
+        before, expected = expected, logits()
+        assert (before - expected).abs().max() > 0.01
 
 
 def test_what_hooks_in_is_called_and_may_change_the_result() -> None:

@@ -21,6 +21,7 @@ from stts_lightning.analysis import peers
 from stts_lightning.analysis.closed_form import UnwrittenCost, closed_form
 from stts_lightning.analysis.flops import count_gflops
 from stts_lightning.analysis.speed import Timing, Work, in_turns, matmul, peak_memory
+from stts_lightning.backbones.rowwise import constant_weights
 from stts_lightning.classifier import VideoClassifier, create_model
 from stts_lightning.data.decode import open_video
 from stts_lightning.data.sampling import Spread
@@ -188,9 +189,10 @@ def forward(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
         works: dict[str, Work] = {}
         for one in entrants:
             works[one.name] = _forward(compiled(one.model.eval(), how), one.clip, batch, number, plan.device)
-        memory = {name: peak_memory(work, plan.device) for name, work in works.items()}
         products, operations = matmul(plan.device, PRECISIONS[number] or torch.float32)
-        timings = in_turns({**works, **products}, plan.device, plan.seconds, plan.rounds)
+        with constant_weights():
+            memory = {name: peak_memory(work, plan.device) for name, work in works.items()}
+            timings = in_turns({**works, **products}, plan.device, plan.seconds, plan.rounds)
         peak = _peak(timings, operations)
         facts = {"precision": number, "compile": how, "peak_tflops": peak / 1e12}
         yield from _rows(entrants, timings, memory, batch, 1, peak, **facts)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from stts_lightning.backbones.rowwise import linear
+from stts_lightning.backbones.rowwise import constant_weights, linear
 from stts_lightning.classifier import VideoClassifier
 
 Work = Callable[[], object]
@@ -130,6 +130,7 @@ def peak_memory(work: Work, device: torch.device) -> int | None:
     return max(itertools.accumulate((size for _, size in events), initial=0))
 
 
+@constant_weights()
 @torch.inference_mode()
 def clips_per_second(
     model: VideoClassifier, device: torch.device | str, batch: int | None = None, seconds: float = 2.0

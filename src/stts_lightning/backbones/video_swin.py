@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
-from stts_lightning.backbones.rowwise import PIECE, Linear, Look, Perceptron, lean, linear, perceive, project, working_dtype
+from stts_lightning.backbones.rowwise import (
+    PIECE,
+    Linear,
+    Look,
+    Perceptron,
+    constant_weights,
+    lean,
+    linear,
+    perceive,
+    project,
+    working_dtype,
+)
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -211,8 +222,9 @@ class WindowAttention(nn.Module):
         biases = self._biases(working_dtype(x))
         if lean(x) and not plan.padded:
             out = torch.empty_like(x)
-            for clip, found in zip(x, out, strict=True):
-                for places, (_, parts) in zip(plan.slots.split([rows for rows, _ in plan.pieces]), plan.pieces, strict=True):
+            pieces = list(zip(plan.slots.split([rows for rows, _ in plan.pieces]), plan.pieces, strict=True))
+            with constant_weights():
+                for (clip, found), (places, (_, parts)) in product(zip(x, out, strict=True), pieces):
                     qkv = self.qkv(norm(clip.index_select(0, places)))
                     found.index_copy_(0, places, self.proj(self._attend(qkv, biases, parts)).to(out.dtype))
             return out

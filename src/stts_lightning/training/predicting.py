@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from stts_lightning.analysis.kept import Kept, trace
 from stts_lightning.analysis.overlay import contact_sheet, film
+from stts_lightning.backbones.rowwise import constant_weights
 from stts_lightning.data.datamodule import LoaderOptions
 from stts_lightning.data.decode import write_mp4
 from stts_lightning.data.windows import Window, WindowBatch, WindowDataset, WindowRule, collate_windows
@@ -163,7 +164,8 @@ def run_predict(
     """
     predictor.folder.mkdir(parents=True, exist_ok=True)
     trainer.callbacks.append(predictor)  # type: ignore[attr-defined]
-    trainer.predict(module, data, return_predictions=False)
+    with constant_weights():
+        trainer.predict(module, data, return_predictions=False)
     if not trainer.is_global_zero:
         return None
     found: dict[str, Any] = {}
