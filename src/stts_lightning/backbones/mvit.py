@@ -286,19 +286,17 @@ class MViT(Backbone):
         return weight
 
     def embed(self, clip: Tensor) -> Tensor:
-        """Clip `(B, 3, T, H, W)` -> `(B, 1 + N, C)`, the class token first, positions added."""
+        """Clip `(B, 3, T, H, W)` -> grid `(B, T/2, H/4, W/4, C)`, positions added."""
         grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1)
         _, t, h, w, _ = grid.shape
-        grid = grid + self.pos_embed_spatial.unflatten(1, (1, h, w)) + self.pos_embed_temporal.unflatten(1, (t, 1, 1))
-        cls = (self.cls_token + self.pos_embed_class).expand(clip.shape[0], -1, -1)
-        return torch.cat((cls, grid.flatten(1, 3)), dim=1)
+        grid = grid + self.pos_embed_spatial.unflatten(1, (1, h, w))
+        return grid.add_(self.pos_embed_temporal.unflatten(1, (t, 1, 1)))
 
     def select(self, block: int, x: Tensor, size: GridSize, kept: list[Selection] | None, attention: Tensor | None) -> Tensor:
         """Slots before a block: `(B, 1 + N, C)`, of a grid of this size -> the same of `block_sizes`."""
-        if block not in self.slots.at_block:
-            return x
-        grid = self.slots(block, x[:, 1:].unflatten(1, size), kept, attention)
-        return torch.cat((x[:, :1], grid.flatten(1, 3)), dim=1)
+        cls, grid = x.split((1, x.shape[1] - 1), dim=1)
+        grid = self.slots(block, grid.unflatten(1, size), kept, attention)
+        return torch.cat((cls, grid.flatten(1, 3)), dim=1)
 
     def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
         """Features of a clip.
@@ -315,12 +313,13 @@ class MViT(Backbone):
         """
         if tuple(clip.shape[2:]) != self.clip_size:
             raise ValueError(f"clip of {tuple(clip.shape[2:])} frames x height x width: this backbone takes {self.clip_size}")
-        x, attention = self.embed(clip), None
-        frames, height, width = self.clip_size
-        size: GridSize = (frames // 2, height // 4, width // 4)
+        grid = self.slots(0, self.embed(clip), kept)
+        cls = (self.cls_token + self.pos_embed_class).expand(clip.shape[0], -1, -1)
+        x, size, attention = torch.cat((cls, grid.flatten(1, 3)), dim=1), self.block_sizes[0], None
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            x = self.select(i, x, size, kept, attention)
+            if i and i in self.slots.at_block:
+                x = self.select(i, x, size, kept, attention)
             cls_only = i + 1 == len(self.blocks) and block.ends()
             x, attention = self.through(block, x, self.slots.wants_attention(i + 1), cls_only)
             size = block.out_size

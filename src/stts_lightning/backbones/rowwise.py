@@ -137,15 +137,15 @@ def _projected(x: Tensor, looks: Sequence[Look], eps: float, weights: Sequence[T
     out, start = [], 0
     for rows, widths in _looked_at(x, looks):
         flat = rows.view(-1, x.shape[-1])
-        made = [flat.new_empty(len(flat), width, dtype=dtype) for width in widths]
+        made = [_Joined(flat, width, dtype) for width in widths]
         parts = _parts(start, widths)
         weights = [_ready(weight[part], dtype, _pieces(flat)) for part in parts]
         for begin in range(0, len(flat), PIECE):
             piece = F.layer_norm(flat[begin : begin + PIECE], scale.shape, scale, shift, eps).to(dtype)
             for one, ready, part in zip(made, weights, parts, strict=True):
-                one[begin : begin + PIECE] = _product(piece, ready, bias[part])
+                one.put(begin, _product(piece, ready, bias[part]))
         start += sum(widths)
-        out += [one.view(*rows.shape[:-1], -1) for one in made]
+        out += [one.rows.view(*rows.shape[:-1], -1) for one in made]
     return out
 
 
@@ -153,6 +153,27 @@ def _parts(start: int, widths: Sequence[int]) -> list[slice]:
     """Outputs of a layer, one part after the other."""
     ends = list(itertools.accumulate(widths, initial=start))
     return list(map(slice, ends, ends[1:]))
+
+
+class _Joined:
+    """Pieces of rows that become one tensor; a single piece is that tensor.
+
+    Args:
+        flat: rows that the pieces are made of, `(n, C)`.
+        width: channels that come out.
+        dtype: of what comes out.
+    """
+
+    def __init__(self, flat: Tensor, width: int, dtype: torch.dtype) -> None:
+        self._single = len(flat) <= PIECE
+        self.rows = flat.new_empty(0 if self._single else len(flat), width, dtype=dtype)
+
+    def put(self, begin: int, piece: Tensor) -> None:
+        """A piece, which starts at this row."""
+        if self._single:
+            self.rows = piece
+        else:
+            self.rows[begin : begin + PIECE] = piece
 
 
 def _pieces(flat: Tensor) -> int:
@@ -180,7 +201,7 @@ class _Project(torch.autograd.Function):
         for (places, _), (rows, widths) in zip(ctx.looks, _looked_at(x, ctx.looks), strict=True):
             flat = rows.view(-1, x.shape[-1])
             above = [left.pop(0).reshape(-1, width) for width in widths]
-            down = torch.empty_like(flat)
+            down = _Joined(flat, flat.shape[1], flat.dtype)
             parts = _parts(start, widths)
             turned = [_ready(weight[part].T, weight.dtype, _pieces(flat)) for part in parts]
             for begin in range(0, len(flat), PIECE):
@@ -192,9 +213,9 @@ class _Project(torch.autograd.Function):
                     found.linear(2, grad, normed, part.start)
                     total = _product(grad, ready, None, plus=total)
                 assert total is not None
-                down[begin : begin + PIECE] = found.norm(total, piece, statistics)
+                down.put(begin, found.norm(total, piece, statistics))
             start += sum(widths)
-            grad_x = _put(down.view_as(rows), places, grad_x, x)
+            grad_x = _put(down.rows.view_as(rows), places, grad_x, x)
         return grad_x, None, None, *found.values
 
 
@@ -215,8 +236,8 @@ def _perceived(x: Tensor, drop: Tensor | None, eps: float, weights: Weights, hid
     first, second, past = (None if w is None else _ready(w, dtype, _pieces(flat)) for w in layers[::2])
     first_bias, second_bias, past_bias = (None if b is None else b.to(dtype) for b in layers[1::2])
     assert scale is not None and first is not None and second is not None and layers[2] is not None
-    out = flat.new_empty(len(flat), len(layers[2]))
-    for piece, place, kept in zip(flat.split(PIECE), out.split(PIECE), _rows(drop, x), strict=True):
+    out = _Joined(flat, len(layers[2]), flat.dtype)
+    for number, (piece, kept) in enumerate(zip(flat.split(PIECE), _rows(drop, x), strict=True)):
         normed = F.layer_norm(piece, scale.shape, scale, shift, eps).to(dtype)
         beside = piece if past is None else _product(normed, past, past_bias)
         if hidden is None:
@@ -225,10 +246,10 @@ def _perceived(x: Tensor, drop: Tensor | None, eps: float, weights: Weights, hid
             hidden.append(_product(normed, first, first_bias))
             seen = F.gelu(hidden[-1])
         if kept is None:
-            place.copy_(_product(seen, second, second_bias, plus=beside))
+            out.put(number * PIECE, _product(seen, second, second_bias, plus=beside))
         else:
-            torch.addcmul(beside, _product(seen, second, second_bias), kept, out=place)
-    return out.view(*x.shape[:-1], -1)
+            out.put(number * PIECE, torch.addcmul(beside, _product(seen, second, second_bias), kept))
+    return out.rows.view(*x.shape[:-1], -1)
 
 
 def _rows(drop: Tensor | None, x: Tensor) -> Iterable[Tensor | None]:
@@ -257,9 +278,10 @@ class _Perceive(torch.autograd.Function):
         found = _Gradients(ctx.needs_input_grad[3:], weights, ctx.eps)
         first, second = (_ready(w.T, w.dtype, len(hidden)) for w in (weights[2], weights[4]))
         past = None if weights[6] is None else _ready(weights[6].T, x.dtype, len(hidden))
-        grad_x = torch.empty_like(x)
-        flat, places, above = (t.reshape(-1, t.shape[-1]).split(PIECE) for t in (x, grad_x, grads[0]))
-        for piece, place, beside, before, kept in zip(flat, places, above, hidden, _rows(drop, x), strict=True):
+        flat, above = (t.reshape(-1, t.shape[-1]) for t in (x, grads[0]))
+        grad_x = _Joined(flat, x.shape[-1], x.dtype)
+        pieces = zip(flat.split(PIECE), above.split(PIECE), hidden, _rows(drop, x), strict=True)
+        for number, (piece, beside, before, kept) in enumerate(pieces):
             grad = beside if kept is None else beside * kept
             found.linear(4, grad, F.gelu(before))
             grad = torch.ops.aten.gelu_backward(_product(grad, second, None), before)
@@ -267,12 +289,12 @@ class _Perceive(torch.autograd.Function):
             found.linear(2, grad, normed)
             if past is None:
                 down = found.norm(_product(grad, first, None), piece, statistics)
-                torch.add(down, beside, out=place)
+                grad_x.put(number * PIECE, down.add_(beside))
             else:
                 found.linear(6, beside, normed)
                 down = _product(beside, past, None, plus=_product(grad, first, None))
-                place.copy_(found.norm(down, piece, statistics))
-        return grad_x, None, None, *found.values
+                grad_x.put(number * PIECE, found.norm(down, piece, statistics))
+        return grad_x.rows.view_as(x), None, None, *found.values
 
 
 class _Gradients:
