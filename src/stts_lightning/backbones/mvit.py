@@ -287,10 +287,10 @@ class MViT(Backbone):
 
     def embed(self, clip: Tensor) -> Tensor:
         """Clip `(B, 3, T, H, W)` -> grid `(B, T/2, H/4, W/4, C)`, positions added."""
-        grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1)
+        space, time = self.pos_embed_spatial, self.pos_embed_temporal
+        grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1).to(space.dtype).contiguous()
         _, t, h, w, _ = grid.shape
-        grid = grid + self.pos_embed_spatial.unflatten(1, (1, h, w))
-        return grid.add_(self.pos_embed_temporal.unflatten(1, (t, 1, 1)))
+        return grid.add_(space.unflatten(1, (1, h, w))).add_(time.unflatten(1, (t, 1, 1)))
 
     def select(self, block: int, x: Tensor, size: GridSize, kept: list[Selection] | None, attention: Tensor | None) -> Tensor:
         """Slots before a block: `(B, 1 + N, C)`, of a grid of this size -> the same of `block_sizes`."""
