@@ -285,12 +285,15 @@ class MViT(Backbone):
                 return grid.flatten(2).transpose(1, 2)
         return weight
 
-    def embed(self, clip: Tensor) -> Tensor:
-        """Clip `(B, 3, T, H, W)` -> grid `(B, T/2, H/4, W/4, C)`, positions added."""
+    def embed(self, clip: Tensor, kept: list[Selection] | None) -> Tensor:
+        """Clip `(B, 3, T, H, W)` -> what reaches block 0, `(B, 1 + N, C)`: positions added, then the slots there."""
         space, time = self.pos_embed_spatial, self.pos_embed_temporal
         grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1).to(space.dtype).contiguous()
         _, t, h, w, _ = grid.shape
-        return grid.add_(space.unflatten(1, (1, h, w))).add_(time.unflatten(1, (t, 1, 1)))
+        grid = grid.add_(space.unflatten(1, (1, h, w))).add_(time.unflatten(1, (t, 1, 1)))
+        grid = self.slots(0, grid, kept)
+        cls = (self.cls_token + self.pos_embed_class).expand(clip.shape[0], -1, -1)
+        return torch.cat((cls, grid.flatten(1, 3)), dim=1)
 
     def select(self, block: int, x: Tensor, size: GridSize, kept: list[Selection] | None, attention: Tensor | None) -> Tensor:
         """Slots before a block: `(B, 1 + N, C)`, of a grid of this size -> the same of `block_sizes`."""
@@ -313,9 +316,7 @@ class MViT(Backbone):
         """
         if tuple(clip.shape[2:]) != self.clip_size:
             raise ValueError(f"clip of {tuple(clip.shape[2:])} frames x height x width: this backbone takes {self.clip_size}")
-        grid = self.slots(0, self.embed(clip), kept)
-        cls = (self.cls_token + self.pos_embed_class).expand(clip.shape[0], -1, -1)
-        x, size, attention = torch.cat((cls, grid.flatten(1, 3)), dim=1), self.block_sizes[0], None
+        x, size, attention = self.embed(clip, kept), self.block_sizes[0], None
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             if i and i in self.slots.at_block:
