@@ -115,6 +115,32 @@ def test_weights_that_are_laid_out_say_the_same_until_they_may_change(name: str,
         assert (before - expected).abs().max() > 0.01
 
 
+def test_new_weights_are_noticed_while_they_should_be_constant_and_training_does_not_care() -> None:
+    model = create_model("mvit_tiny", None, 7).eval()
+    other = create_model("mvit_tiny", None, 7).eval()
+    clip = torch.randn(1, 3, *model.backbone.clip_size)
+    with torch.no_grad():
+        expected = other(clip)
+    with constant_weights():
+        with torch.no_grad():
+            model(clip)
+            model.load_state_dict(other.state_dict())
+            torch.testing.assert_close(model(clip), expected)
+        kept = dict(rowwise._laid_out.get() or {})
+        model(clip).sum().backward()
+        assert (rowwise._laid_out.get() or {}).keys() == kept.keys()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        inside = model(clip)
+    torch.testing.assert_close(inside, model(clip))
+
+
+def test_what_comes_out_in_bf16_does_not_depend_on_the_number_of_tokens() -> None:
+    norm, mlp, past = layers(False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        few, many = (perceive(norm, mlp, torch.randn(1, n, 6), DropPath(), past).dtype for n in (5, 5000))
+    assert few == many == torch.float32
+
+
 def test_what_hooks_in_is_called_and_may_change_the_result() -> None:
     norm, mlp, past = layers(False)
     seen: list[Tensor] = []
@@ -128,24 +154,62 @@ def test_what_hooks_in_is_called_and_may_change_the_result() -> None:
     assert not changed.equal(out)
 
 
-def test_an_adapter_in_the_place_of_a_projection_is_used() -> None:
-    class Adapter(nn.Module):
-        def __init__(self, layer: nn.Linear) -> None:
-            super().__init__()
-            self.layer, self.calls = layer, 0
+class Adapter(nn.Module):
+    """Stands in the place of a layer; may mix tokens."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return self.layer(x)
+    def __init__(self, layer: nn.Module, mixed: float = 0.0) -> None:
+        super().__init__()
+        self.layer, self.mixed, self.calls = layer, mixed, 0
 
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out = self.layer(x)
+        return out + self.mixed * out.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("place", ["attn.qkv", "attn.proj", "mlp", "mlp.fc1", "norm1", "norm2"])
+@pytest.mark.parametrize("name", ["mvit_tiny", "video_swin_tiny"])
+def test_an_adapter_in_the_place_of_a_layer_is_used(name: str, place: str, grad: bool) -> None:
+    model = create_model(name, None, 7).eval()
+    clip = torch.randn(2, 3, *model.backbone.clip_size)
+    with torch.set_grad_enabled(grad):
+        expected = model(clip)
+        block = [m for m in model.modules() if hasattr(m, "norm1")][-1]
+        adapter = Adapter(block.get_submodule(place))
+        block.set_submodule(place, adapter)
+        torch.testing.assert_close(model(clip), expected, atol=1e-5, rtol=1e-4)
+    assert adapter.calls
+
+
+def test_an_adapter_that_mixes_tokens_of_the_last_block_sees_all_of_them() -> None:
     model = create_model("mvit_tiny", None, 7).eval()
     clip = torch.randn(1, 3, *model.backbone.clip_size)
-    with torch.no_grad():
+    block = model.backbone.blocks[-1]
+    for place in ("mlp.fc2", "attn.proj"):
+        block.set_submodule(place, Adapter(block.get_submodule(place), mixed=1.0))
+        with torch.no_grad():
+            found = model(clip)
+            handle = block.register_forward_hook(lambda *_: None)  # With it, all tokens are worked out.
+            torch.testing.assert_close(found, model(clip), atol=1e-5, rtol=1e-4)
+            handle.remove()
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", ["mvit_tiny", "video_swin_tiny"])
+def test_a_hook_on_a_norm_sees_the_tokens_as_they_lie_and_may_change_them(name: str, train: bool) -> None:
+    model = create_model(name, None, 7).train(train)
+    clip = torch.randn(2, 3, *model.backbone.clip_size)
+    norm = [m for m in model.modules() if hasattr(m, "norm1")][0].norm1
+    seen: list[torch.Size] = []
+    norm.register_forward_hook(lambda _, __, out: seen.append(out.shape))
+    with torch.set_grad_enabled(train):
         expected = model(clip)
-        block = model.backbone.blocks[1]
-        block.attn.qkv, block.mlp.fc1 = Adapter(block.attn.qkv), Adapter(block.mlp.fc1)
-        torch.testing.assert_close(model(clip), expected, atol=1e-5, rtol=1e-4)
-    assert block.attn.qkv.calls and block.mlp.fc1.calls
+        t, h, w = model.backbone.block_sizes[0]
+        assert seen == [(2, t * h * w + name.startswith("mvit"), norm.weight.numel())]
+        shift = torch.randn(1, *seen[0][1:])
+        norm.register_forward_hook(lambda _, __, out: out + shift)
+        assert (model(clip) - expected).abs().max() > 1e-3
 
 
 def test_a_linear_layer_learns_alike() -> None:

@@ -6,12 +6,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stts_lightning.selection import SelectionSpec, SlotSpec
 from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.scorer import OfficialScorer, PaperScorer, Scorer
-from stts_lightning.selection.selector import Place
+from stts_lightning.selection.selector import Place, Selection
 from stts_lightning.selection.spatial import SpatialSelector, _WeightedWindows
 from stts_lightning.selection.temporal import TemporalSelector
 from stts_lightning.selection.topk import perturbed_topk
@@ -84,6 +84,36 @@ def test_what_comes_back_from_frames_is_the_gradient_of_their_descriptors(scorer
     expected = into + torch.autograd.grad(described, grid, above)[0]
     scorer.add_frames_gradient(into, grid.detach(), above)
     torch.testing.assert_close(into, expected)
+
+
+def test_what_mixes_frames_otherwise_gets_its_own_gradients() -> None:
+    class Otherwise(TemporalSelector):
+        def mix(self, grid: torch.Tensor, scores: torch.Tensor, indicator: torch.Tensor) -> tuple[torch.Tensor, Selection]:
+            kept, selection = super().mix(grid + extra, scores, indicator)
+            return kept + grid.sum(1, keepdim=True), selection
+
+    grid = torch.randn(2, 6, 5, 4, 8, requires_grad=True)
+    extra = torch.zeros_like(grid, requires_grad=True)
+    selector = Otherwise(Place(SlotSpec("t0", keep=3), (6, 5, 4), 8, SelectionSpec())).train()
+    kept, selection = selector(grid, SIGMA, Noise.of([0, 1]))
+    above = torch.randn_like(kept)
+    expected = torch.einsum("bkt,bkhwc->bthwc", selection.indicator, above)
+    (found,) = torch.autograd.grad(kept, extra, above)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_layer_in_the_place_of_the_scorers_last_one_is_used() -> None:
+    scorer = PaperScorer(8)
+    candidates = torch.randn(2, 5, 8)
+    expected = scorer(candidates)
+    torch.testing.assert_close(scorer.score(torch.cat(parts(scorer, candidates), -1)).squeeze(-1), expected)
+    scorer.score = nn.Sequential(scorer.score)
+    torch.testing.assert_close(scorer(candidates), expected)
+
+
+def parts(scorer: PaperScorer, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    local = scorer.activation(scorer.local(candidates))
+    return local, local.mean(1, keepdim=True).expand_as(local)
 
 
 def test_frames_keep_their_order_and_their_values() -> None:

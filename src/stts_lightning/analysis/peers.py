@@ -76,7 +76,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 class TextbookPooledAttention(mvit.PooledAttention):
     """Pooling attention with its weights held."""
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm, tell: bool = False, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, norm: nn.Module, tell: bool = False, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
         """See `PooledAttention.forward`."""
         batch, tokens, channels = x.shape
         qkv = self.qkv(norm(x)).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -104,7 +104,7 @@ class TextbookMViTBlock(mvit.Block):
 class TextbookWindowAttention(video_swin.WindowAttention):
     """Window attention: pad, roll, cut, attend with bias and mask, join, roll back, crop."""
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         """See `WindowAttention.forward`."""
         x = norm(x)
         plan, (batch, _, channels) = self.plan, x.shape

@@ -18,7 +18,18 @@ from torch.nn import functional as F
 
 from stts_lightning.backbones.depthwise import depthwise
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
-from stts_lightning.backbones.rowwise import Linear, Look, Perceptron, hooked, lean, perceive, piecewise, project
+from stts_lightning.backbones.rowwise import (
+    Linear,
+    Look,
+    Perceptron,
+    ahead,
+    hooked,
+    lean,
+    perceive,
+    piecewise,
+    project,
+    untouched,
+)
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -90,12 +101,12 @@ class PooledAttention(nn.Module):
         self.reads_all = grid.size == math.prod(size)
         self.register_buffer("places", torch.from_numpy(np.append(0, grid)), persistent=False)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm, tell: bool = False, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, norm: nn.Module, tell: bool = False, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
         Args:
             x: `(B, 1 + N, C)`, the class token first.
-            norm: of tokens, before all else.
+            norm: of tokens, before all else; see `ahead`.
             tell: also return the class token's attention.
             cls_only: work out what becomes of the class token alone; not where queries are pooled.
 
@@ -118,7 +129,7 @@ class PooledAttention(nn.Module):
             attention = F.interpolate(paid.unsqueeze(1), pooled(self.size, self.q_stride), mode="area").squeeze(1)
         return piecewise(self.proj, out, out.shape[-1]), attention
 
-    def _projected(self, x: Tensor, norm: nn.LayerNorm, cls_only: bool) -> tuple[Tensor, Tensor, Tensor, GridSize, Triple]:
+    def _projected(self, x: Tensor, norm: nn.Module, cls_only: bool) -> tuple[Tensor, Tensor, Tensor, GridSize, Triple]:
         """Queries, and keys and values of what their pooling reads; the grid of these, and the stride there."""
         width = x.shape[-1]
         # Counted as published: a cost is that of all tokens.
@@ -176,15 +187,18 @@ class Block(nn.Module):
 
         And the attention of the class token, `(B, T', H', W')`, if `tell`.
         """
-        attended, attention = self.attn(x, self.norm1, tell, cls_only)
+        attended, attention = self.attn(*ahead(self.norm1, x), tell, cls_only)
         x = (x[:, :1] if cls_only else self._shortcut(x)) + self.drop_path(attended)
         past = None if isinstance(self.proj, nn.Identity) else self.proj
         return perceive(self.norm2, self.mlp, x, self.drop_path, past), attention
 
     def ends(self) -> bool:
         """Whether, as the last block, it may work out its class token alone: nobody would see the others."""
-        counted = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        return self.attn.pool_q is None and not counted and not any(map(hooked, self.modules()))
+        if self.attn.pool_q is not None or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            return False  # Counted as published.
+        layers = (self.norm1, self.norm2, self.drop_path, self.attn.proj, self.mlp)
+        plain = untouched(*layers) and untouched(*self.mlp) and isinstance(self.proj, nn.Identity | Linear)
+        return plain and not any(map(hooked, self.modules()))
 
 
 class MViT(Backbone):
@@ -288,7 +302,7 @@ class MViT(Backbone):
     def embed(self, clip: Tensor, kept: list[Selection] | None) -> Tensor:
         """Clip `(B, 3, T, H, W)` -> what reaches block 0, `(B, 1 + N, C)`: positions added, then the slots there."""
         space, time = self.pos_embed_spatial, self.pos_embed_temporal
-        grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1).to(space.dtype).contiguous()
+        grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1).to(space.dtype).clone(memory_format=torch.contiguous_format)
         _, t, h, w, _ = grid.shape
         grid = grid.add_(space.unflatten(1, (1, h, w))).add_(time.unflatten(1, (t, 1, 1)))
         grid = self.slots(0, grid, kept)

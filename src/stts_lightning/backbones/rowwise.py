@@ -17,6 +17,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 PIECE = 2048
 """Tokens at a time: few enough that four times their channels stay in a cache, enough to keep the product's pace."""
@@ -25,14 +26,17 @@ WORTH_LAYING_OUT = 3
 """Products with one weight from which on it pays to lay it out for them."""
 
 _FUSED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_BF16 = _FUSED and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # Not on processors of AVX2 alone.
+_EVALUATED = (torch.float32, torch.bfloat16) if _BF16 else (torch.float32,)
 
 
 def _by_pieces(x: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether x lies on a CPU, one operator after the other runs on it, and oneDNN knows its type."""
+    """Whether x lies on a CPU, one operator after the other runs on it, and oneDNN knows the type it is worked out in."""
     return (
         _FUSED
         and x.device.type == "cpu"
         and x.dtype in dtypes
+        and working_dtype(x) in dtypes
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     )
@@ -40,11 +44,11 @@ def _by_pieces(x: Tensor, *dtypes: torch.dtype) -> bool:
 
 def lean(x: Tensor) -> bool:
     """Whether x is evaluated in pieces: nothing is kept for a backward pass."""
-    return not torch.is_grad_enabled() and _by_pieces(x, torch.float32, torch.bfloat16)
+    return not torch.is_grad_enabled() and _by_pieces(x, *_EVALUATED)
 
 
 def _learns_by_pieces(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and _by_pieces(x, torch.float32) and not torch.is_autocast_enabled("cpu")
+    return torch.is_grad_enabled() and _by_pieces(x, torch.float32)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -60,7 +64,8 @@ _laid_out: ContextVar[dict[tuple[object, ...], tuple[Tensor, Tensor]] | None] = 
 def constant_weights() -> Iterator[None]:
     """While this lasts weights do not change: in evaluation on a CPU each is laid out once, as its products like it best.
 
-    A product of some hundred tokens takes a fifth less time for it. The weights are held twice until the end.
+    A product of some hundred tokens takes a fifth less time for it. The weights are held twice until the end. An optimiser's
+    step or new weights loaded are noticed; what is written by way of `.data` is not. Training goes on as without it.
     """
     token = _laid_out.set({}) if _laid_out.get() is None else None
     try:
@@ -70,23 +75,34 @@ def constant_weights() -> Iterator[None]:
             _laid_out.reset(token)
 
 
-def _ready(weight: Tensor, dtype: torch.dtype, uses: int = 1) -> Tensor:
-    """A weight for `_product`: in this type, laid out for it if that pays for so many products."""
-    kept = _laid_out.get()
-    if kept is None:
-        weight = weight.to(dtype)
-        return weight if uses < WORTH_LAYING_OUT else torch.ops.mkldnn._reorder_linear_weight(weight, PIECE)
-    key = weight.data_ptr(), weight.shape, weight.stride(), dtype
-    if key not in kept:  # The weight too: nothing else shall come to lie where it lies.
-        kept[key] = weight, torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), PIECE)
-    return kept[key][1]
+def _ready(weight: Tensor, dtype: torch.dtype, uses: int = 1, part: slice | None = None, keep: bool = False) -> Tensor:
+    """A weight, or a part of its outputs, as `_product` takes it.
+
+    Args:
+        weight: `(C', C)`.
+        dtype: to work in.
+        uses: for how many products; for some it pays to lay it out.
+        part: of the outputs.
+        keep: whether what is laid out may be kept while weights are constant.
+    """
+    kept = _laid_out.get() if keep and isinstance(weight, nn.Parameter) and not weight.is_inference() else None
+    whole = part or slice(0, len(weight))
+    key = weight.data_ptr(), 0 if kept is None else weight._version, whole.start, whole.stop, dtype
+    if kept is not None and key in kept:
+        return kept[key][1]
+    ready = weight[whole].to(dtype)
+    if kept is not None or uses >= WORTH_LAYING_OUT:
+        ready = torch.ops.mkldnn._reorder_linear_weight(ready, PIECE)
+    if kept is not None:
+        kept[key] = weight, ready  # The weight too: nothing else shall come to lie where it lies.
+    return ready
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """Linear layer, and GELU after it if that is wanted: x `(..., C)`, weight `(C', C)` -> `(..., C')`."""
     if lean(x):
         dtype = working_dtype(x)
-        return _product(x.to(dtype), _ready(weight, dtype), None if bias is None else bias.to(dtype), gelu)
+        return _product(x.to(dtype), _ready(weight, dtype, keep=True), None if bias is None else bias.to(dtype), gelu)
     x = _Linear.apply(x, weight, bias) if _learns_by_pieces(x) else F.linear(x, weight, bias)
     return F.gelu(x) if gelu else x
 
@@ -129,7 +145,7 @@ Look = tuple[Tensor | None, tuple[int, ...]]
 Weights = Sequence[Tensor | None]
 
 
-def _projected(x: Tensor, looks: Sequence[Look], eps: float, weights: Sequence[Tensor]) -> list[Tensor]:
+def _projected(x: Tensor, looks: Sequence[Look], eps: float, weights: Sequence[Tensor], keep: bool) -> list[Tensor]:
     scale, shift, *layer = weights
     dtype = working_dtype(x)
     weight, bias = layer
@@ -139,13 +155,13 @@ def _projected(x: Tensor, looks: Sequence[Look], eps: float, weights: Sequence[T
         flat = rows.view(-1, x.shape[-1])
         made = [_Joined(flat, width, dtype) for width in widths]
         parts = _parts(start, widths)
-        weights = [_ready(weight[part], dtype, _pieces(flat)) for part in parts]
+        weights = [_ready(weight, dtype, _pieces(flat), part, keep) for part in parts]
         for begin in range(0, len(flat), PIECE):
             piece = F.layer_norm(flat[begin : begin + PIECE], scale.shape, scale, shift, eps).to(dtype)
             for one, ready, part in zip(made, weights, parts, strict=True):
                 one.put(begin, _product(piece, ready, bias[part]))
         start += sum(widths)
-        out += [one.rows.view(*rows.shape[:-1], -1) for one in made]
+        out += [one.rows.view(*rows.shape[:-1], width) for one, width in zip(made, widths, strict=True)]
     return out
 
 
@@ -171,7 +187,7 @@ class _Joined:
     def put(self, begin: int, piece: Tensor) -> None:
         """A piece, which starts at this row."""
         if self._single:
-            self.rows = piece
+            self.rows = piece.to(self.rows.dtype)
         else:
             self.rows[begin : begin + PIECE] = piece
 
@@ -188,7 +204,7 @@ class _Project(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, looks: Sequence[Look], eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
         ctx.looks, ctx.eps = looks, eps
-        return tuple(_projected(x, looks, eps, weights))
+        return tuple(_projected(x, looks, eps, weights, keep=False))
 
     @staticmethod
     @once_differentiable
@@ -233,7 +249,8 @@ def _perceived(x: Tensor, drop: Tensor | None, eps: float, weights: Weights, hid
     scale, shift, *layers = weights
     dtype = working_dtype(x)
     flat = x.view(-1, x.shape[-1])
-    first, second, past = (None if w is None else _ready(w, dtype, _pieces(flat)) for w in layers[::2])
+    keep = hidden is None
+    first, second, past = (None if w is None else _ready(w, dtype, _pieces(flat), keep=keep) for w in layers[::2])
     first_bias, second_bias, past_bias = (None if b is None else b.to(dtype) for b in layers[1::2])
     assert scale is not None and first is not None and second is not None and layers[2] is not None
     out = _Joined(flat, len(layers[2]), flat.dtype)
@@ -249,7 +266,7 @@ def _perceived(x: Tensor, drop: Tensor | None, eps: float, weights: Weights, hid
             out.put(number * PIECE, _product(seen, second, second_bias, plus=beside))
         else:
             out.put(number * PIECE, torch.addcmul(beside, _product(seen, second, second_bias), kept))
-    return out.rows.view(*x.shape[:-1], -1)
+    return out.rows.view(*x.shape[:-1], len(layers[2]))
 
 
 def _rows(drop: Tensor | None, x: Tensor) -> Iterable[Tensor | None]:
@@ -392,11 +409,11 @@ class Perceptron(nn.Sequential):
         self.fc2 = Linear(hidden, out_dim)
 
 
-def project(norm: nn.LayerNorm, layer: nn.Module, x: Tensor, looks: Sequence[Look]) -> list[Tensor]:
+def project(norm: nn.Module, layer: nn.Module, x: Tensor, looks: Sequence[Look]) -> list[Tensor]:
     """Normed tokens through parts of a linear layer, of each part only the tokens that are wanted.
 
     Args:
-        norm: of tokens.
+        norm: of tokens; see `ahead`.
         layer: linear, or what somebody has put in its place.
         x: `(B, N, C)`.
         looks: which tokens and how many outputs, in the order of the outputs; all of these.
@@ -404,14 +421,14 @@ def project(norm: nn.LayerNorm, layer: nn.Module, x: Tensor, looks: Sequence[Loo
     Returns:
         `(B, n, width)` for each width of each look.
     """
-    if _untouched(norm, layer) and x.is_contiguous():
+    if untouched(norm, layer) and x.is_contiguous():
         if _learns_by_pieces(x):
             return list(_Project.apply(x, looks, norm.eps, norm.weight, norm.bias, layer.weight, layer.bias))  # type: ignore[arg-type]
         if lean(x):
-            return _projected(x, looks, norm.eps, (norm.weight, norm.bias, layer.weight, layer.bias))  # type: ignore[arg-type]
+            return _projected(x, looks, norm.eps, (norm.weight, norm.bias, layer.weight, layer.bias), keep=True)  # type: ignore[arg-type]
     normed = norm(x)
     widths = [width for _, wanted in looks for width in wanted]
-    if _untouched(layer):
+    if untouched(layer):
         parts = zip(layer.weight.split(widths), layer.bias.split(widths), strict=True)  # type: ignore[union-attr]
         return [linear(rows, *next(parts)) for rows, wanted in _looked_at(normed, looks) for _ in wanted]
     made = iter(layer(normed).split(widths, dim=-1))
@@ -437,12 +454,11 @@ def perceive(norm: nn.LayerNorm, mlp: Perceptron, x: Tensor, drop_path: nn.Modul
     Returns:
         `(B, N, C')`.
     """
-    by_hand = lean(x) or _learns_by_pieces(x)
-    layers = (norm, mlp, *mlp, *([] if past is None else [past]))
-    if by_hand and x.is_contiguous() and _untouched(*layers) and type(drop_path) is DropPath:
+    by_hand = (lean(x) or _learns_by_pieces(x)) and x.is_contiguous()
+    if by_hand and untouched(norm, mlp, drop_path) and untouched(*mlp, *([] if past is None else [past])):
         weights: list[Tensor | None] = [norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias]
         weights += [past.weight, past.bias] if isinstance(past, nn.Linear) else [None, None]
-        drop = drop_path(x.new_ones(len(x), 1, 1)) if drop_path.training and drop_path.drop_prob else None
+        drop = drop_path(x.new_ones(len(x), 1, 1)) if drop_path.training and drop_path.drop_prob else None  # type: ignore[union-attr]
         if lean(x):
             return _perceived(x, drop, norm.eps, weights, None)
         return _Perceive.apply(x, drop, norm.eps, *weights)  # type: ignore[return-value]
@@ -450,12 +466,20 @@ def perceive(norm: nn.LayerNorm, mlp: Perceptron, x: Tensor, drop_path: nn.Modul
     return (x if past is None else past(normed)) + drop_path(mlp(normed))
 
 
-def _untouched(*modules: nn.Module) -> bool:
+def ahead(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, nn.Module]:
+    """Tokens and their norm, for one who applies it where it suits; normed ones and nothing where somebody looks at the norm."""
+    return (x, norm) if untouched(norm) else (norm(x), nn.Identity())
+
+
+def untouched(*modules: nn.Module) -> bool:
     """Whether modules are of these very layers and nothing hooks into them: adapters and probes see plain calls."""
-    return all(type(module) in (nn.LayerNorm, nn.Linear, Linear, Perceptron) and not hooked(module) for module in modules)
+    return all(type(module) in _LAYERS and not hooked(module) for module in modules)
+
+
+_LAYERS = (nn.LayerNorm, nn.Linear, Linear, Perceptron, DropPath)
 
 
 def hooked(module: nn.Module) -> bool:
     """Whether somebody looks at what goes into a module or comes out."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(map(bool, hooks))
+    return any(map(bool, (*hooks, _has_any_global_hook())))

@@ -23,6 +23,7 @@ from stts_lightning.backbones.rowwise import (
     Linear,
     Look,
     Perceptron,
+    ahead,
     constant_weights,
     lean,
     linear,
@@ -216,7 +217,7 @@ class WindowAttention(nn.Module):
         """Multiply-adds of pairs that published code masks after working them out; counted, as is the custom, not done."""
         return 2 * self.plan.hidden * self.proj.in_features
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         """Args: x `(B, N, C)`, the tokens of the grid in their order; what norms them first. Returns: the same size."""
         plan = self.plan
         biases = self._biases(working_dtype(x))
@@ -230,7 +231,7 @@ class WindowAttention(nn.Module):
             return out
         held, back = plan.arranged(len(x))
         look: Look = (None if plan.padded else held, (3 * x.shape[-1],))
-        qkv = project(norm, self.qkv, x.view(1, -1, x.shape[-1]), [look])[0].squeeze(0)
+        qkv = project(norm, self.qkv, x.reshape(1, -1, x.shape[-1]), [look])[0].squeeze(0)
         if plan.padded:  # A padded token is q, k, v = bias, as if zeros had gone through the layer.
             qkv = torch.cat((qkv, self.qkv.bias.unsqueeze(0).to(qkv.dtype))).index_select(0, held)
         parts = [(number, group.boxes * len(x)) for number, group in enumerate(plan.groups)]
@@ -272,7 +273,7 @@ class Block(nn.Module):
     def forward(self, grid: Tensor) -> Tensor:
         """Args: grid `(B, T, H, W, C)`. Returns: the same size."""
         x = grid.flatten(1, 3)
-        x = x + self.drop_path(self.attn(x, self.norm1))
+        x = x + self.drop_path(self.attn(*ahead(self.norm1, x)))
         return perceive(self.norm2, self.mlp, x, self.drop_path).view_as(grid)
 
 

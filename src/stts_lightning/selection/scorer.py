@@ -6,6 +6,7 @@ Letters: B rows, N candidates, E channels of a candidate's descriptor, C channel
 import itertools
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +92,10 @@ class PaperScorer(Scorer):
         """Candidates `(B, N, E)` -> raw scores `(B, N)`."""
         local = self.activation(self.local(candidates))
         context = local.mean(dim=1, keepdim=True)
-        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            # Counted as Eq. 3 has it.
+        # Eq. 3 as it stands where it is counted, or where somebody has put another layer there or looks at it.
+        counted = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        hooks: list[Any] = [self.score._forward_hooks, self.score._forward_pre_hooks]  # pyright: ignore[reportUnknownMemberType]
+        if counted or type(self.score) is not nn.Linear or any(map(bool, hooks)):
             return self.score(torch.cat((local, context.expand_as(local)), dim=-1)).squeeze(-1)
         of_local, of_context = self.score.weight.chunk(2, dim=1)  # As often as there are candidates, and once.
         return (F.linear(local, of_local) + F.linear(context, of_context, self.score.bias)).squeeze(-1)
@@ -119,6 +122,15 @@ class OfficialScorer(Scorer):
     def describe_frames(grid: Tensor) -> Tensor:
         """Mean and maximum over space: `(B, T, H, W, C)` -> `(B, T, 2 C)`."""
         return torch.cat((grid.mean(dim=(2, 3)), grid.amax(dim=(2, 3))), dim=-1)
+
+    @classmethod
+    def add_frames_gradient(cls, into: Tensor, grid: Tensor, above: Tensor) -> None:
+        """See `Scorer.add_frames_gradient`; equal maxima share theirs."""
+        of_mean, of_max = above[:, :, None, None].chunk(2, dim=-1)
+        into.add_(of_mean / math.prod(grid.shape[2:4]))
+        for total, clip, down in zip(into, grid, of_max, strict=True):
+            highest = (clip == clip.amax((1, 2), keepdim=True)).to(clip.dtype)
+            total.addcmul_(highest, down / highest.sum((1, 2), keepdim=True))
 
     @staticmethod
     def normalize(scores: Tensor) -> Tensor:

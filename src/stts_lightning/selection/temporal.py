@@ -82,7 +82,8 @@ class TemporalSelector(FrameSelector):
 
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
-        if self.training and not torch.compiler.is_compiling():
+        # What `mix` sends back is a gradient of its own only as it stands here.
+        if self.training and type(self).mix is FrameSelector.mix and not torch.compiler.is_compiling():
             grid, described = _Described.apply(grid, type(self.scorer))  # type: ignore[misc]
         else:
             described = self.scorer.describe_frames(grid)
