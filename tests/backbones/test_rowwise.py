@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stts_lightning import create_model
-from stts_lightning.backbones import rowwise
-from stts_lightning.backbones.rowwise import Linear, Look, Perceptron, constant_weights, perceive, project
+from stts_lightning.backbones import products, rowwise
+from stts_lightning.backbones.products import constant_weights
+from stts_lightning.backbones.rowwise import Linear, Look, Perceptron, perceive, project
 
 
 def layers(frozen: bool) -> tuple[nn.LayerNorm, Perceptron, Linear]:
@@ -106,9 +107,9 @@ def test_weights_that_are_laid_out_say_the_same_until_they_may_change(name: str,
         with constant_weights():
             with constant_weights():
                 torch.testing.assert_close(logits(), expected)
-            assert rowwise._laid_out.get()  # The inner one left it to the outer one.
+            assert products._laid_out.get()  # The inner one left it to the outer one.
             torch.testing.assert_close(logits(), expected)
-        assert rowwise._laid_out.get() is None
+        assert products._laid_out.get() is None
         for parameter in model.parameters():
             parameter.data.mul_(1.5)  # Behind autograd's back.
         before, expected = expected, logits()
@@ -126,9 +127,9 @@ def test_new_weights_are_noticed_while_they_should_be_constant_and_training_does
             model(clip)
             model.load_state_dict(other.state_dict())
             torch.testing.assert_close(model(clip), expected)
-        kept = dict(rowwise._laid_out.get() or {})
+        kept = dict(products._laid_out.get() or {})
         model(clip).sum().backward()
-        assert (rowwise._laid_out.get() or {}).keys() == kept.keys()
+        assert (products._laid_out.get() or {}).keys() == kept.keys()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         inside = model(clip)
     torch.testing.assert_close(inside, model(clip))

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from stts_lightning.backbones.rowwise import constant_weights, linear
+from stts_lightning.backbones.products import constant_weights
+from stts_lightning.backbones.rowwise import linear
 from stts_lightning.classifier import VideoClassifier
 
 Work = Callable[[], object]

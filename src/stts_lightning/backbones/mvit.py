@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.backbones.depthwise import depthwise
+from stts_lightning.backbones.products import lean
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
 from stts_lightning.backbones.rowwise import (
     Linear,
@@ -24,7 +25,6 @@ from stts_lightning.backbones.rowwise import (
     Perceptron,
     ahead,
     hooked,
-    lean,
     perceive,
     piecewise,
     project,

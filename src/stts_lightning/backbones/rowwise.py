@@ -5,11 +5,9 @@ evaluation with GELU in the product's own loop, in training with a backward pass
 and where they are traced, compiled, or something hooks into them, the same layers are plain ones.
 """
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,102 +17,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-PIECE = 2048
-"""Tokens at a time: few enough that four times their channels stay in a cache, enough to keep the product's pace."""
-
-WORTH_LAYING_OUT = 3
-"""Products with one weight from which on it pays to lay it out for them."""
-
-_FUSED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_BF16 = _FUSED and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # Not on processors of AVX2 alone.
-_EVALUATED = (torch.float32, torch.bfloat16) if _BF16 else (torch.float32,)
-
-
-def _by_pieces(x: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether x lies on a CPU, one operator after the other runs on it, and oneDNN knows the type it is worked out in."""
-    return (
-        _FUSED
-        and x.device.type == "cpu"
-        and x.dtype in dtypes
-        and working_dtype(x) in dtypes
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    )
-
-
-def lean(x: Tensor) -> bool:
-    """Whether x is evaluated in pieces: nothing is kept for a backward pass."""
-    return not torch.is_grad_enabled() and _by_pieces(x, *_EVALUATED)
-
-
-def _learns_by_pieces(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and _by_pieces(x, torch.float32)
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """What a product of x is worked out in: autocast's choice, or its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-_laid_out: ContextVar[dict[tuple[object, ...], tuple[Tensor, Tensor]] | None] = ContextVar("laid_out", default=None)
-
-
-@contextlib.contextmanager
-def constant_weights() -> Iterator[None]:
-    """While this lasts weights do not change: in evaluation on a CPU each is laid out once, as its products like it best.
-
-    A product of some hundred tokens takes a fifth less time for it. The weights are held twice until the end. An optimiser's
-    step or new weights loaded are noticed; what is written by way of `.data` is not. Training goes on as without it.
-    """
-    token = _laid_out.set({}) if _laid_out.get() is None else None
-    try:
-        yield
-    finally:
-        if token is not None:
-            _laid_out.reset(token)
-
-
-def _ready(weight: Tensor, dtype: torch.dtype, uses: int = 1, part: slice | None = None, keep: bool = False) -> Tensor:
-    """A weight, or a part of its outputs, as `_product` takes it.
-
-    Args:
-        weight: `(C', C)`.
-        dtype: to work in.
-        uses: for how many products; for some it pays to lay it out.
-        part: of the outputs.
-        keep: whether what is laid out may be kept while weights are constant.
-    """
-    kept = _laid_out.get() if keep and isinstance(weight, nn.Parameter) and not weight.is_inference() else None
-    whole = part or slice(0, len(weight))
-    key = weight.data_ptr(), 0 if kept is None else weight._version, whole.start, whole.stop, dtype
-    if kept is not None and key in kept:
-        return kept[key][1]
-    ready = weight[whole].to(dtype)
-    if kept is not None or uses >= WORTH_LAYING_OUT:
-        ready = torch.ops.mkldnn._reorder_linear_weight(ready, PIECE)
-    if kept is not None:
-        kept[key] = weight, ready  # The weight too: nothing else shall come to lie where it lies.
-    return ready
+from stts_lightning.backbones.products import PIECE, constant_weights, lean, learns_by_pieces, product, ready, working_dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """Linear layer, and GELU after it if that is wanted: x `(..., C)`, weight `(C', C)` -> `(..., C')`."""
     if lean(x):
         dtype = working_dtype(x)
-        return _product(x.to(dtype), _ready(weight, dtype, keep=True), None if bias is None else bias.to(dtype), gelu)
-    x = _Linear.apply(x, weight, bias) if _learns_by_pieces(x) else F.linear(x, weight, bias)
+        return product(x.to(dtype), ready(weight, dtype, keep=True), None if bias is None else bias.to(dtype), gelu)
+    x = _Linear.apply(x, weight, bias) if learns_by_pieces(x) else F.linear(x, weight, bias)
     return F.gelu(x) if gelu else x
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, plus: Tensor | None = None) -> Tensor:
-    """Linear layer, and GELU or a sum after it, in one loop."""
-    # oneDNN's: faster than the library's default where that is MKL on processors of another maker.
-    if plus is None:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
-    if plus.dtype != x.dtype:
-        return plus + _product(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise.binary(x, plus, weight, bias, "add")
 
 
 class _Linear(torch.autograd.Function):
@@ -123,7 +35,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -133,7 +45,7 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         to_x, to_weight, to_bias = ctx.needs_input_grad
         return (
-            _product(grad, weight.T, None) if to_x else None,
+            product(grad, weight.T, None) if to_x else None,
             rows.T @ x.reshape(-1, x.shape[-1]) if to_weight else None,
             rows.sum(0) if to_bias else None,
         )
@@ -155,11 +67,11 @@ def _projected(x: Tensor, looks: Sequence[Look], eps: float, weights: Sequence[T
         flat = rows.view(-1, x.shape[-1])
         made = [_Joined(flat, width, dtype) for width in widths]
         parts = _parts(start, widths)
-        weights = [_ready(weight, dtype, _pieces(flat), part, keep) for part in parts]
+        weights = [ready(weight, dtype, _pieces(flat), part, keep) for part in parts]
         for begin in range(0, len(flat), PIECE):
             piece = F.layer_norm(flat[begin : begin + PIECE], scale.shape, scale, shift, eps).to(dtype)
-            for one, ready, part in zip(made, weights, parts, strict=True):
-                one.put(begin, _product(piece, ready, bias[part]))
+            for one, laid_out, part in zip(made, weights, parts, strict=True):
+                one.put(begin, product(piece, laid_out, bias[part]))
         start += sum(widths)
         out += [one.rows.view(*rows.shape[:-1], width) for one, width in zip(made, widths, strict=True)]
     return out
@@ -219,15 +131,15 @@ class _Project(torch.autograd.Function):
             above = [left.pop(0).reshape(-1, width) for width in widths]
             down = _Joined(flat, flat.shape[1], flat.dtype)
             parts = _parts(start, widths)
-            turned = [_ready(weight[part].T, weight.dtype, _pieces(flat)) for part in parts]
+            turned = [ready(weight[part].T, weight.dtype, _pieces(flat)) for part in parts]
             for begin in range(0, len(flat), PIECE):
                 piece = flat[begin : begin + PIECE]
                 normed, *statistics = found.normed(piece)
                 total: Tensor | None = None
-                for grad, ready, part in zip(above, turned, parts, strict=True):
+                for grad, laid_out, part in zip(above, turned, parts, strict=True):
                     grad = grad[begin : begin + PIECE]
                     found.linear(2, grad, normed, part.start)
-                    total = _product(grad, ready, None, plus=total)
+                    total = product(grad, laid_out, None, plus=total)
                 assert total is not None
                 down.put(begin, found.norm(total, piece, statistics))
             start += sum(widths)
@@ -250,29 +162,29 @@ def _perceived(x: Tensor, drop: Tensor | None, eps: float, weights: Weights, hid
     dtype = working_dtype(x)
     flat = x.view(-1, x.shape[-1])
     keep = hidden is None
-    first, second, past = (None if w is None else _ready(w, dtype, _pieces(flat), keep=keep) for w in layers[::2])
+    first, second, past = (None if w is None else ready(w, dtype, _pieces(flat), keep=keep) for w in layers[::2])
     first_bias, second_bias, past_bias = (None if b is None else b.to(dtype) for b in layers[1::2])
     assert scale is not None and first is not None and second is not None and layers[2] is not None
     out = _Joined(flat, len(layers[2]), flat.dtype)
     for number, (piece, kept) in enumerate(zip(flat.split(PIECE), _rows(drop, x), strict=True)):
         normed = F.layer_norm(piece, scale.shape, scale, shift, eps).to(dtype)
-        beside = piece if past is None else _product(normed, past, past_bias)
+        beside = piece if past is None else product(normed, past, past_bias)
         if hidden is None:
-            seen = _product(normed, first, first_bias, gelu=True)
+            seen = product(normed, first, first_bias, gelu=True)
         else:
-            hidden.append(_product(normed, first, first_bias))
+            hidden.append(product(normed, first, first_bias))
             seen = F.gelu(hidden[-1])
         if kept is None:
-            out.put(number * PIECE, _product(seen, second, second_bias, plus=beside))
+            out.put(number * PIECE, product(seen, second, second_bias, plus=beside))
         else:
-            out.put(number * PIECE, torch.addcmul(beside, _product(seen, second, second_bias), kept))
+            out.put(number * PIECE, torch.addcmul(beside, product(seen, second, second_bias), kept))
     return out.rows.view(*x.shape[:-1], len(layers[2]))
 
 
 def _rows(drop: Tensor | None, x: Tensor) -> Iterable[Tensor | None]:
     """Factors of clips `(B, 1, 1)`, for each piece of the tokens x `(B, N, C)`."""
     if drop is None:
-        return itertools.repeat(None, math.ceil(x.shape[:-1].numel() / PIECE))
+        return itertools.repeat(None, _pieces(x.flatten(0, -2)))
     return drop.expand(*x.shape[:-1], 1).reshape(-1, 1).split(PIECE)
 
 
@@ -293,23 +205,23 @@ class _Perceive(torch.autograd.Function):
         x, drop, *saved = ctx.saved_tensors  # Once: what is checkpointed is worked out again by each look.
         weights, hidden = saved[:8], saved[8:]
         found = _Gradients(ctx.needs_input_grad[3:], weights, ctx.eps)
-        first, second = (_ready(w.T, w.dtype, len(hidden)) for w in (weights[2], weights[4]))
-        past = None if weights[6] is None else _ready(weights[6].T, x.dtype, len(hidden))
+        first, second = (ready(w.T, w.dtype, len(hidden)) for w in (weights[2], weights[4]))
+        past = None if weights[6] is None else ready(weights[6].T, x.dtype, len(hidden))
         flat, above = (t.reshape(-1, t.shape[-1]) for t in (x, grads[0]))
         grad_x = _Joined(flat, x.shape[-1], x.dtype)
         pieces = zip(flat.split(PIECE), above.split(PIECE), hidden, _rows(drop, x), strict=True)
         for number, (piece, beside, before, kept) in enumerate(pieces):
             grad = beside if kept is None else beside * kept
             found.linear(4, grad, F.gelu(before))
-            grad = torch.ops.aten.gelu_backward(_product(grad, second, None), before)
+            grad = torch.ops.aten.gelu_backward(product(grad, second, None), before)
             normed, *statistics = found.normed(piece)
             found.linear(2, grad, normed)
             if past is None:
-                down = found.norm(_product(grad, first, None), piece, statistics)
+                down = found.norm(product(grad, first, None), piece, statistics)
                 grad_x.put(number * PIECE, down.add_(beside))
             else:
                 found.linear(6, beside, normed)
-                down = _product(beside, past, None, plus=_product(grad, first, None))
+                down = product(beside, past, None, plus=product(grad, first, None))
                 grad_x.put(number * PIECE, found.norm(down, piece, statistics))
         return grad_x.rows.view_as(x), None, None, *found.values
 
@@ -422,7 +334,7 @@ def project(norm: nn.Module, layer: nn.Module, x: Tensor, looks: Sequence[Look])
         `(B, n, width)` for each width of each look.
     """
     if untouched(norm, layer) and x.is_contiguous():
-        if _learns_by_pieces(x):
+        if learns_by_pieces(x):
             return list(_Project.apply(x, looks, norm.eps, norm.weight, norm.bias, layer.weight, layer.bias))  # type: ignore[arg-type]
         if lean(x):
             return _projected(x, looks, norm.eps, (norm.weight, norm.bias, layer.weight, layer.bias), keep=True)  # type: ignore[arg-type]
@@ -454,7 +366,7 @@ def perceive(norm: nn.LayerNorm, mlp: Perceptron, x: Tensor, drop_path: nn.Modul
     Returns:
         `(B, N, C')`.
     """
-    by_hand = (lean(x) or _learns_by_pieces(x)) and x.is_contiguous()
+    by_hand = (lean(x) or learns_by_pieces(x)) and x.is_contiguous()
     if by_hand and untouched(norm, mlp, drop_path) and untouched(*mlp, *([] if past is None else [past])):
         weights: list[Tensor | None] = [norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias]
         weights += [past.weight, past.bias] if isinstance(past, nn.Linear) else [None, None]

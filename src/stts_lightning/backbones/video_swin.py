@@ -17,20 +17,9 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stts_lightning.backbones.products import PIECE, constant_weights, lean, working_dtype
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
-from stts_lightning.backbones.rowwise import (
-    PIECE,
-    Linear,
-    Look,
-    Perceptron,
-    ahead,
-    constant_weights,
-    lean,
-    linear,
-    perceive,
-    project,
-    working_dtype,
-)
+from stts_lightning.backbones.rowwise import Linear, Look, Perceptron, ahead, linear, perceive, project
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
