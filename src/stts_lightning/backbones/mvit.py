@@ -16,6 +16,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stts_lightning.backbones.attention import attend
 from stts_lightning.backbones.depthwise import depthwise
 from stts_lightning.backbones.products import lean
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
@@ -58,7 +59,7 @@ class Pool(nn.Module):
         # Heads share a kernel, so that all channels are one convolution, of the tokens as they lie.
         cls, grid = x.split((1, x.shape[1] - 1), dim=1)
         grid = grid.unflatten(1, size).permute(0, 4, 1, 2, 3)
-        weight = self.conv.weight.repeat(heads, 1, 1, 1, 1)
+        weight = torch.cat((self.conv.weight,) * heads)
         grid = depthwise(grid, weight, stride)
         x = torch.cat((cls, grid.flatten(2).transpose(1, 2)), dim=1)
         return self.norm(x.unflatten(-1, (heads, -1))).transpose(1, 2)
@@ -121,7 +122,7 @@ class PooledAttention(nn.Module):
         q, k, v, read_size, stride = self._projected(x, norm, cls_only)
         k, v = self.pool_k(k, read_size, self.heads, stride), self.pool_v(v, read_size, self.heads, stride)
         q = self.pool_q(q, self.size, self.heads) if self.pool_q else q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = attend(q, k, v)
         attention = None
         if tell:
             paid = (q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean(1)[:, 0, 1:]
@@ -302,8 +303,12 @@ class MViT(Backbone):
     def embed(self, clip: Tensor, kept: list[Selection] | None) -> Tensor:
         """Clip `(B, 3, T, H, W)` -> what reaches block 0, `(B, 1 + N, C)`: positions added, then the slots there."""
         space, time = self.pos_embed_spatial, self.pos_embed_temporal
-        grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1).to(space.dtype).clone(memory_format=torch.contiguous_format)
+        if clip.device.type == "cpu":  # The convolution takes half the time, and its grid comes as it is wanted.
+            clip = clip.contiguous(memory_format=torch.channels_last_3d)
+        grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1).contiguous().to(space.dtype)
         _, t, h, w, _ = grid.shape
+        if not lean(grid) or hooked(self.patch_embed):
+            grid = grid.clone()
         grid = grid.add_(space.unflatten(1, (1, h, w))).add_(time.unflatten(1, (t, 1, 1)))
         grid = self.slots(0, grid, kept)
         cls = (self.cls_token + self.pos_embed_class).expand(clip.shape[0], -1, -1)

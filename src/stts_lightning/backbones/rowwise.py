@@ -17,7 +17,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from stts_lightning.backbones.products import PIECE, constant_weights, lean, learns_by_pieces, product, ready, working_dtype
+from stts_lightning.backbones.products import (
+    PIECE,
+    constant_weights,
+    lean,
+    learns_by_pieces,
+    outer,
+    product,
+    ready,
+    working_dtype,
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
@@ -30,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer of which two products of three are oneDNN's."""
+    """A linear layer whose three products are oneDNN's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -46,7 +55,7 @@ class _Linear(torch.autograd.Function):
         to_x, to_weight, to_bias = ctx.needs_input_grad
         return (
             product(grad, weight.T, None) if to_x else None,
-            rows.T @ x.reshape(-1, x.shape[-1]) if to_weight else None,
+            outer(rows, x.reshape(-1, x.shape[-1])) if to_weight else None,
             rows.sum(0) if to_bias else None,
         )
 
@@ -144,7 +153,7 @@ class _Project(torch.autograd.Function):
                 down.put(begin, found.norm(total, piece, statistics))
             start += sum(widths)
             grad_x = _put(down.rows.view_as(rows), places, grad_x, x)
-        return grad_x, None, None, *found.values
+        return grad_x, None, None, *found.values()
 
 
 def _put(rows: Tensor, places: Tensor | None, into: Tensor | None, like: Tensor) -> Tensor:
@@ -223,7 +232,7 @@ class _Perceive(torch.autograd.Function):
                 found.linear(6, beside, normed)
                 down = product(beside, past, None, plus=product(grad, first, None))
                 grad_x.put(number * PIECE, found.norm(down, piece, statistics))
-        return grad_x.rows.view_as(x), None, None, *found.values
+        return grad_x.rows.view_as(x), None, None, *found.values()
 
 
 class _Gradients:
@@ -236,18 +245,17 @@ class _Gradients:
     """
 
     def __init__(self, wanted: Sequence[bool], weights: Sequence[Tensor | None], eps: float) -> None:
-        self.values = [torch.empty_like(w) if w is not None and want else None for w, want in zip(weights, wanted, strict=True)]
+        self._sums: list[dict[int, Tensor] | None] = [{} if want else None for want in wanted]
+        """Of each weight that is wanted, by its first output."""
         self._scale, self._shift, self._eps = weights[0], weights[1], eps
-        self._begun: set[tuple[int, int]] = set()
 
     def linear(self, number: int, above: Tensor, rows: Tensor, start: int = 0) -> None:
         """Add those of a layer's outputs from `start` on: of its weight, which has this number, and its bias."""
-        weight, bias = (None if v is None else v[start : start + above.shape[1]] for v in self.values[number : number + 2])
-        again = self._again(number, start)
+        weight = self._sums[number]
         if weight is not None:
-            weight.addmm_(above.T, rows, beta=int(again))  # With 0 it does not matter what was there.
-        if bias is not None:
-            self._add(bias, above.sum(0), again)
+            weight[start] = outer(above, rows, weight.get(start))
+        if self._sums[number + 1] is not None:
+            self._add(number + 1, above.sum(0), start)
 
     def normed(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows through the norm, their means and inverse deviations."""
@@ -257,24 +265,24 @@ class _Gradients:
     def norm(self, above: Tensor, rows: Tensor, statistics: Sequence[Tensor]) -> Tensor:
         """Add those of the norm; returns that of the rows."""
         assert self._scale is not None
-        wanted = [True, *(value is not None for value in self.values[:2])]
+        wanted = [True, *(sums is not None for sums in self._sums[:2])]
         down, *found = torch.ops.aten.native_layer_norm_backward(
             above, rows, self._scale.shape, *statistics, self._scale, self._shift, wanted
         )
-        again = self._again(0, 0)
-        for value, more in zip(self.values[:2], found, strict=True):
-            if value is not None:
-                self._add(value, more, again)
+        for number, more in enumerate(found):
+            if wanted[1 + number]:
+                self._add(number, more)
         return down
 
-    def _again(self, number: int, start: int) -> bool:
-        begun = (number, start) in self._begun
-        self._begun.add((number, start))
-        return begun
+    def _add(self, number: int, more: Tensor, start: int = 0) -> None:
+        sums = self._sums[number]
+        assert sums is not None
+        sums[start] = sums[start].add_(more) if start in sums else more
 
-    @staticmethod
-    def _add(value: Tensor, more: Tensor, again: bool) -> None:
-        value.add_(more) if again else value.copy_(more)
+    def values(self) -> list[Tensor | None]:
+        """What has come of it, for each weight."""
+        ordered = [[part for _, part in sorted(sums.items())] if sums else [] for sums in self._sums]
+        return [torch.cat(parts) if len(parts) > 1 else parts[0].contiguous() if parts else None for parts in ordered]
 
 
 def piecewise(rows: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
