@@ -17,6 +17,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stts_lightning.backbones.attention import attend
 from stts_lightning.backbones.products import PIECE, constant_weights, lean, working_dtype
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
 from stts_lightning.backbones.rowwise import Linear, Look, Perceptron, ahead, linear, perceive, project
@@ -228,12 +229,12 @@ class WindowAttention(nn.Module):
         return self.proj(rows).view_as(x)
 
     def _biases(self, dtype: torch.dtype) -> list[Tensor]:
-        """Bias of each group of boxes, `(1, D, n, n)`: a part of the whole window's."""
+        """Bias of each group of boxes, `(D, n, n)`: a part of the whole window's."""
         # A row a head, gathered: four times as fast as rows of the table and then turned.
         table, index = self.relative_position_bias_table.to(dtype).T.contiguous(), self.plan.bias_index
         whole = table.gather(1, index.expand(self.heads, -1)).unflatten(1, (*self.plan.window, *self.plan.window))
         return [
-            whole[:, t, h, w, t, h, w].reshape(1, self.heads, group.tokens, group.tokens)
+            whole[:, t, h, w, t, h, w].reshape(self.heads, group.tokens, group.tokens)
             for group in self.plan.groups
             for t, h, w in (group.inside,)
         ]
@@ -244,7 +245,7 @@ class WindowAttention(nn.Module):
         found = []
         for rows, (number, boxes) in zip(qkv.split([n * groups[g].tokens for g, n in parts]), parts, strict=True):
             q, k, v = rows.view(boxes, groups[number].tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-            found.append(F.scaled_dot_product_attention(q, k, v, biases[number]).transpose(1, 2).flatten(2).flatten(0, 1))
+            found.append(attend(q, k, v, biases[number]).flatten(0, 1))
         return torch.cat(found) if len(found) > 1 else found[0]
 
 
