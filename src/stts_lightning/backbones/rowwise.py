@@ -139,18 +139,13 @@ class _Project(torch.autograd.Function):
             flat = rows.view(-1, x.shape[-1])
             above = [left.pop(0).reshape(-1, width) for width in widths]
             down = _Joined(flat, flat.shape[1], flat.dtype)
-            parts = _parts(start, widths)
-            turned = [ready(weight[part].T, weight.dtype, _pieces(flat)) for part in parts]
+            turned = ready(weight[start : start + sum(widths)].T, weight.dtype, _pieces(flat))
             for begin in range(0, len(flat), PIECE):
                 piece = flat[begin : begin + PIECE]
                 normed, *statistics = found.normed(piece)
-                total: Tensor | None = None
-                for grad, laid_out, part in zip(above, turned, parts, strict=True):
-                    grad = grad[begin : begin + PIECE]
-                    found.linear(2, grad, normed, part.start)
-                    total = product(grad, laid_out, None, plus=total)
-                assert total is not None
-                down.put(begin, found.norm(total, piece, statistics))
+                grad = torch.cat([part[begin : begin + PIECE] for part in above], dim=1)
+                found.linear(2, grad, normed, start)
+                down.put(begin, found.norm(product(grad, turned, None), piece, statistics))
             start += sum(widths)
             grad_x = _put(down.rows.view_as(rows), places, grad_x, x)
         return grad_x, None, None, *found.values()
