@@ -21,11 +21,11 @@ from stts_lightning.analysis import peers
 from stts_lightning.analysis.closed_form import UnwrittenCost, closed_form
 from stts_lightning.analysis.flops import count_gflops
 from stts_lightning.analysis.speed import Timing, Work, in_turns, matmul, peak_memory
-from stts_lightning.backbones.products import constant_weights
 from stts_lightning.classifier import VideoClassifier, create_model
 from stts_lightning.data.decode import open_video
 from stts_lightning.data.sampling import Spread
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
+from stts_lightning.layers.products import constant_weights
 from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.selector import Selector
 from stts_lightning.selection.topk import ESTIMATORS, Estimator, Exact

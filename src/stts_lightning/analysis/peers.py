@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from stts_lightning.backbones import mvit, video_swin
 from stts_lightning.backbones.checkpoints import load_checkpoint, recognised
 from stts_lightning.backbones.registry import BackboneError
-from stts_lightning.backbones.rowwise import Linear
 from stts_lightning.classifier import VideoClassifier, create_model
+from stts_lightning.layers.linear import Linear
 from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.selector import Selection
 from stts_lightning.selection.spatial import SpatialSelector

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from stts_lightning.backbones.products import constant_weights
-from stts_lightning.backbones.rowwise import linear
 from stts_lightning.classifier import VideoClassifier
+from stts_lightning.layers.products import constant_weights
+from stts_lightning.layers.rowwise import linear
 
 Work = Callable[[], object]
 

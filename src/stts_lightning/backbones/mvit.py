@@ -16,12 +16,12 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stts_lightning.backbones.attention import attend
-from stts_lightning.backbones.depthwise import depthwise
-from stts_lightning.backbones.products import lean
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
-from stts_lightning.backbones.rowwise import (
-    Linear,
+from stts_lightning.layers.attention import attend
+from stts_lightning.layers.depthwise import depthwise
+from stts_lightning.layers.linear import Linear
+from stts_lightning.layers.products import lean
+from stts_lightning.layers.rowwise import (
     Look,
     Perceptron,
     ahead,

@@ -17,10 +17,11 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stts_lightning.backbones.attention import attend
-from stts_lightning.backbones.products import PIECE, constant_weights, lean, working_dtype
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
-from stts_lightning.backbones.rowwise import Linear, Look, Perceptron, ahead, linear, perceive, project
+from stts_lightning.layers.attention import attend
+from stts_lightning.layers.linear import Linear, linear
+from stts_lightning.layers.products import PIECE, constant_weights, lean, working_dtype
+from stts_lightning.layers.rowwise import Look, Perceptron, ahead, perceive, project
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stts_lightning.layers.linear import Linear
+
 
 class Scorer(nn.Module, ABC):
     """A small network from candidates to raw scores, with the way its family describes frames and normalises scores.
@@ -68,7 +70,7 @@ class PaperScorer(Scorer):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.local = nn.Linear(dim, dim // 2)
+        self.local = Linear(dim, dim // 2)
         self.activation = nn.GELU()
         self.score = nn.Linear(2 * (dim // 2), 1)
 
@@ -113,9 +115,9 @@ class OfficialScorer(Scorer):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.LayerNorm(dim, eps=1e-5), nn.Linear(dim, dim), nn.GELU())
+        self.features = nn.Sequential(nn.LayerNorm(dim, eps=1e-5), Linear(dim, dim), nn.GELU())
         self.score = nn.Sequential(
-            nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 1)
+            Linear(dim, dim // 2), nn.GELU(), Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 1)
         )
 
     @staticmethod

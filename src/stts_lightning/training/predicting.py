@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 
 from stts_lightning.analysis.kept import Kept, trace
 from stts_lightning.analysis.overlay import contact_sheet, film
-from stts_lightning.backbones.products import constant_weights
 from stts_lightning.data.datamodule import LoaderOptions
 from stts_lightning.data.decode import write_mp4
 from stts_lightning.data.windows import Window, WindowBatch, WindowDataset, WindowRule, collate_windows
+from stts_lightning.layers.products import constant_weights
 from stts_lightning.selection.selector import Selection
 from stts_lightning.training.module import ClassificationModule
 

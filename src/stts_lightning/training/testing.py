@@ -7,9 +7,9 @@ import lightning.pytorch as pl
 import numpy as np
 
 from stts_lightning.analysis.evaluation import FILE, Predictions, write_tables
-from stts_lightning.backbones.products import constant_weights
 from stts_lightning.data.datamodule import VideoDataModule
 from stts_lightning.data.dataset import Batch
+from stts_lightning.layers.products import constant_weights
 from stts_lightning.training.module import ClassificationModule
 
 

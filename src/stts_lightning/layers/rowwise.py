@@ -1,4 +1,4 @@
-"""What acts on each token alone, for both backbones: linear layers and the perceptron.
+"""What acts on each token alone, for both backbones: a norm with the layers that follow it, and the perceptron.
 
 On a CPU, products are oneDNN's, and tokens go through these layers in pieces that stay in the processor's cache: in
 evaluation with GELU in the product's own loop, in training with a backward pass that works out again what is cheap. Elsewhere,
@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from stts_lightning.backbones.products import (
+from stts_lightning.layers.linear import Linear, linear
+from stts_lightning.layers.products import (
     PIECE,
     constant_weights,
     lean,
@@ -27,38 +28,6 @@ from stts_lightning.backbones.products import (
     ready,
     working_dtype,
 )
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """Linear layer, and GELU after it if that is wanted: x `(..., C)`, weight `(C', C)` -> `(..., C')`."""
-    if lean(x):
-        dtype = working_dtype(x)
-        return product(x.to(dtype), ready(weight, dtype, keep=True), None if bias is None else bias.to(dtype), gelu)
-    x = _Linear.apply(x, weight, bias) if learns_by_pieces(x) else F.linear(x, weight, bias)
-    return F.gelu(x) if gelu else x
-
-
-class _Linear(torch.autograd.Function):
-    """A linear layer whose three products are oneDNN's."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        grad = grads[0]
-        rows = grad.reshape(-1, grad.shape[-1])
-        to_x, to_weight, to_bias = ctx.needs_input_grad
-        return (
-            product(grad, weight.T, None) if to_x else None,
-            outer(rows, x.reshape(-1, x.shape[-1])) if to_weight else None,
-            rows.sum(0) if to_bias else None,
-        )
-
 
 Look = tuple[Tensor | None, tuple[int, ...]]
 """Places of tokens `(n,)`, each once, or None for all; and the numbers of a layer's next outputs that are wanted of them."""
@@ -301,18 +270,6 @@ def piecewise(rows: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor
         for piece, place in zip(flat.split(PIECE), out.split(PIECE), strict=True):
             place.copy_(rows(piece))
     return out.view(*x.shape[:-1], width)
-
-
-class Linear(nn.Linear):
-    """A linear layer that goes the way of `linear`; a GELU follows if asked for."""
-
-    def __init__(self, dim: int, out_dim: int, bias: bool = True, gelu: bool = False) -> None:
-        super().__init__(dim, out_dim, bias)
-        self.gelu = gelu
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Args: `(..., C)`. Returns: `(..., C')`."""
-        return linear(input, self.weight, self.bias, self.gelu)
 
 
 class Perceptron(nn.Sequential):

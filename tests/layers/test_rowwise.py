@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stts_lightning import create_model
-from stts_lightning.backbones import products, rowwise
-from stts_lightning.backbones.products import constant_weights
-from stts_lightning.backbones.rowwise import Linear, Look, Perceptron, perceive, project
+from stts_lightning.layers import products, rowwise
+from stts_lightning.layers.linear import Linear
+from stts_lightning.layers.products import constant_weights
+from stts_lightning.layers.rowwise import Look, Perceptron, perceive, project
 
 
 def layers(frozen: bool) -> tuple[nn.LayerNorm, Perceptron, Linear]:

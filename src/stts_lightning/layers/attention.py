@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from stts_lightning.backbones.products import (
+from stts_lightning.layers.products import (
     PIECE,
     default_lags,
     lean,

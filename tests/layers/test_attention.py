@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from stts_lightning import create_model
-from stts_lightning.backbones import attention, products
-from stts_lightning.backbones.attention import attend
+from stts_lightning.layers import attention, products
+from stts_lightning.layers.attention import attend
 
 
 @pytest.fixture
