@@ -117,9 +117,13 @@ def test_weights_that_are_laid_out_say_the_same_until_they_may_change(name: str,
         assert (before - expected).abs().max() > 0.01
 
 
-def test_new_weights_are_noticed_while_they_should_be_constant_and_training_does_not_care() -> None:
-    model = create_model("mvit_tiny", None, 7).eval()
-    other = create_model("mvit_tiny", None, 7).eval()
+@pytest.mark.parametrize("name", ["mvit_tiny", "video_swin_tiny"])
+def test_new_weights_are_noticed_while_they_should_be_constant_and_training_does_not_care(name: str) -> None:
+    model = create_model(name, None, 7).eval()
+    other = create_model(name, None, 7).eval()
+    for module in other.modules():
+        if hasattr(module, "relative_position_bias_table"):
+            nn.init.normal_(module.relative_position_bias_table)  # Else it is too small to show.
     clip = torch.randn(1, 3, *model.backbone.clip_size)
     with torch.no_grad():
         expected = other(clip)
@@ -212,6 +216,26 @@ def test_a_hook_on_a_norm_sees_the_tokens_as_they_lie_and_may_change_them(name: 
         shift = torch.randn(1, *seen[0][1:])
         norm.register_forward_hook(lambda _, __, out: out + shift)
         assert (model(clip) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["mvit_tiny", "video_swin_tiny"])
+def test_what_a_hook_holds_stays_as_it_was_in_evaluation(name: str) -> None:
+    """Sums and perceptrons overwrite what is nobody else's."""
+    model = create_model(name, "t0_0.5_s1_0.8", 7).eval()
+    clip = torch.randn(2, 3, *model.backbone.clip_size)
+    held: list[tuple[str, Tensor, Tensor]] = []
+
+    def hold(where: str, *values: object) -> None:
+        held.extend((where, value, value.clone()) for value in values if isinstance(value, Tensor))
+
+    with torch.no_grad():
+        expected = model(clip)
+        for where, module in model.named_modules():
+            handle = module.register_forward_hook(lambda _, before, out, where=where: hold(where, *before, out))
+            torch.testing.assert_close(model(clip), expected, atol=1e-5, rtol=1e-4)
+            handle.remove()
+    assert len(held) > 50
+    assert [where for where, value, then in held if not value.equal(then)] == []
 
 
 def test_a_linear_layer_learns_alike() -> None:

@@ -26,6 +26,7 @@ from stts_lightning.layers.rowwise import (
     Perceptron,
     ahead,
     hooked,
+    joined,
     perceive,
     piecewise,
     project,
@@ -189,7 +190,9 @@ class Block(nn.Module):
         And the attention of the class token, `(B, T', H', W')`, if `tell`.
         """
         attended, attention = self.attn(*ahead(self.norm1, x), tell, cls_only)
-        x = (x[:, :1] if cls_only else self._shortcut(x)) + self.drop_path(attended)
+        past = x[:, :1] if cls_only else self._shortcut(x)
+        own = type(self.attn) is PooledAttention and not hooked(self.attn) and untouched(self.attn.proj, self.drop_path)
+        x = joined(past, self.drop_path(attended), own)
         past = None if isinstance(self.proj, nn.Identity) else self.proj
         return perceive(self.norm2, self.mlp, x, self.drop_path, past), attention
 

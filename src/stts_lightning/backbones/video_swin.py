@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
 from stts_lightning.layers.attention import attend
 from stts_lightning.layers.linear import Linear, linear
-from stts_lightning.layers.products import PIECE, constant_weights, lean, working_dtype
-from stts_lightning.layers.rowwise import Look, Perceptron, ahead, perceive, project
+from stts_lightning.layers.products import PIECE, constant_weights, lean, once, working_dtype
+from stts_lightning.layers.rowwise import Look, Perceptron, ahead, hooked, joined, perceive, project, untouched
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -211,7 +211,8 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         """Args: x `(B, N, C)`, the tokens of the grid in their order; what norms them first. Returns: the same size."""
         plan = self.plan
-        biases = self._biases(working_dtype(x))
+        dtype, table = working_dtype(x), self.relative_position_bias_table
+        biases = once(table, plan, dtype, make=lambda: self._biases(dtype)) if lean(x) else self._biases(dtype)
         if lean(x) and not plan.padded:
             out = torch.empty_like(x)
             pieces = list(zip(plan.slots.split([rows for rows, _ in plan.pieces]), plan.pieces, strict=True))
@@ -264,7 +265,8 @@ class Block(nn.Module):
     def forward(self, grid: Tensor) -> Tensor:
         """Args: grid `(B, T, H, W, C)`. Returns: the same size."""
         x = grid.flatten(1, 3)
-        x = x + self.drop_path(self.attn(*ahead(self.norm1, x)))
+        own = type(self.attn) is WindowAttention and not hooked(self.attn) and untouched(self.attn.proj, self.drop_path)
+        x = joined(x, self.drop_path(self.attn(*ahead(self.norm1, x))), own)
         return perceive(self.norm2, self.mlp, x, self.drop_path).view_as(grid)
 
 
@@ -438,7 +440,9 @@ class VideoSwin(Backbone):
     def embed(self, clip: Tensor) -> Tensor:
         """Clip `(B, 3, T, H, W)` -> grid `(B, T/2, H/4, W/4, C)`; sides that are no multiple are padded by zeros."""
         t, h, w = (-n % p for n, p in zip(clip.shape[2:], self.patch, strict=True))
-        return self.patch_norm(self.patch_embed(F.pad(clip, (0, w, 0, h, 0, t))))
+        if t or h or w:  # Padding by nothing would be a copy.
+            clip = F.pad(clip, (0, w, 0, h, 0, t))
+        return self.patch_norm(self.patch_embed(clip))
 
     def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
         """Features of a clip.

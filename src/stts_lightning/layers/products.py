@@ -3,12 +3,15 @@
 import contextlib
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Made = TypeVar("Made")
 
 PIECE = 2048
 """Tokens at a time: few enough that four times their channels stay in a cache, enough to keep the product's pace."""
@@ -49,7 +52,7 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-_laid_out: ContextVar[dict[tuple[object, ...], tuple[Tensor, Tensor]] | None] = ContextVar("laid_out", default=None)
+_laid_out: ContextVar[dict[tuple[object, ...], tuple[Tensor, Any]] | None] = ContextVar("laid_out", default=None)
 
 
 @contextlib.contextmanager
@@ -67,6 +70,28 @@ def constant_weights() -> Iterator[None]:
             _laid_out.reset(token)
 
 
+def _kept(weight: Tensor) -> dict[tuple[object, ...], tuple[Tensor, Any]] | None:
+    """What has been made of constant weights; None where this one may change unnoticed."""
+    return _laid_out.get() if isinstance(weight, nn.Parameter) and not weight.is_inference() else None
+
+
+def once(weight: Tensor, *which: object, make: Callable[[], Made]) -> Made:
+    """What is made of a weight: anew each time, or once while weights are constant.
+
+    Args:
+        weight: it depends on nothing else,
+        which: but on this.
+        make: makes it.
+    """
+    kept = _kept(weight)
+    if kept is None:
+        return make()
+    key = weight.data_ptr(), weight._version, *which
+    if key not in kept:
+        kept[key] = weight, make()  # The weight too: nothing else shall come to lie where it lies.
+    return kept[key][1]
+
+
 def ready(weight: Tensor, dtype: torch.dtype, uses: int = 1, part: slice | None = None, keep: bool = False) -> Tensor:
     """A weight, or a part of its outputs, as `product` takes it.
 
@@ -77,17 +102,14 @@ def ready(weight: Tensor, dtype: torch.dtype, uses: int = 1, part: slice | None 
         part: of the outputs.
         keep: whether what is laid out may be kept while weights are constant.
     """
-    kept = _laid_out.get() if keep and isinstance(weight, nn.Parameter) and not weight.is_inference() else None
     whole = part or slice(0, len(weight))
-    key = weight.data_ptr(), 0 if kept is None else weight._version, whole.start, whole.stop, dtype
-    if kept is not None and key in kept:
-        return kept[key][1]
-    ready = weight[whole].to(dtype)
-    if kept is not None or uses >= WORTH_LAYING_OUT:
-        ready = torch.ops.mkldnn._reorder_linear_weight(ready, PIECE)
-    if kept is not None:
-        kept[key] = weight, ready  # The weight too: nothing else shall come to lie where it lies.
-    return ready
+
+    def laid_out() -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight[whole].to(dtype), PIECE)
+
+    if keep and _kept(weight) is not None:
+        return once(weight, whole.start, whole.stop, dtype, make=laid_out)
+    return laid_out() if uses >= WORTH_LAYING_OUT else weight[whole].to(dtype)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, plus: Tensor | None = None) -> Tensor:

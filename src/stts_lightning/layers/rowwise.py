@@ -68,11 +68,12 @@ class _Joined:
         flat: rows that the pieces are made of, `(n, C)`.
         width: channels that come out.
         dtype: of what comes out.
+        into: to overwrite, if that is as good.
     """
 
-    def __init__(self, flat: Tensor, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, flat: Tensor, width: int, dtype: torch.dtype, into: Tensor | None = None) -> None:
         self._single = len(flat) <= PIECE
-        self.rows = flat.new_empty(0 if self._single else len(flat), width, dtype=dtype)
+        self.rows = flat.new_empty(0 if self._single else len(flat), width, dtype=dtype) if into is None else into
 
     def put(self, begin: int, piece: Tensor) -> None:
         """A piece, which starts at this row."""
@@ -138,7 +139,7 @@ def _perceived(x: Tensor, drop: Tensor | None, eps: float, weights: Weights, hid
     first, second, past = (None if w is None else ready(w, dtype, _pieces(flat), keep=keep) for w in layers[::2])
     first_bias, second_bias, past_bias = (None if b is None else b.to(dtype) for b in layers[1::2])
     assert scale is not None and first is not None and second is not None and layers[2] is not None
-    out = _Joined(flat, len(layers[2]), flat.dtype)
+    out = _Joined(flat, len(layers[2]), flat.dtype, into=flat if hidden is None and past is None else None)
     for number, (piece, kept) in enumerate(zip(flat.split(PIECE), _rows(drop, x), strict=True)):
         normed = F.layer_norm(piece, scale.shape, scale, shift, eps).to(dtype)
         beside = piece if past is None else product(normed, past, past_bias)
@@ -319,7 +320,7 @@ def perceive(norm: nn.LayerNorm, mlp: Perceptron, x: Tensor, drop_path: nn.Modul
     Args:
         norm: of tokens.
         mlp: from C to C'.
-        x: `(B, N, C)`.
+        x: `(B, N, C)`; nobody else's, it may be overwritten.
         drop_path: of the residual path.
         past: linear from C to C', or None where they are equal.
 
@@ -336,6 +337,17 @@ def perceive(norm: nn.LayerNorm, mlp: Perceptron, x: Tensor, drop_path: nn.Modul
         return _Perceive.apply(x, drop, norm.eps, *weights)  # type: ignore[return-value]
     normed = norm(x)
     return (x if past is None else past(normed)) + drop_path(mlp(normed))
+
+
+def joined(x: Tensor, found: Tensor, own: bool) -> Tensor:
+    """Sum of what goes past a layer and what comes out of it, in evaluation where the latter lies.
+
+    Args:
+        x: `(B, N, C)`.
+        found: the same size.
+        own: whether nobody else can hold what was found.
+    """
+    return found.add_(x) if own and lean(found) and found.dtype == x.dtype else x + found
 
 
 def ahead(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, nn.Module]:
