@@ -104,6 +104,29 @@ def test_the_gradient_of_a_weight_in_parts(monkeypatch: pytest.MonkeyPatch, lags
     for part in (slice(0, 20), slice(20, 30)):
         found = products.outer(above[part], rows[part], found)
     torch.testing.assert_close(found, above.T @ rows)
+    assert products.outer(above[:0], rows[:0]).equal(torch.zeros(columns))
+    with torch.autocast("cpu", torch.bfloat16):  # As a backward pass may find it.
+        inside = products.outer(above[20:], rows[20:], products.outer(above[:20], rows[:20]))
+    torch.testing.assert_close(inside, found)
+
+
+def test_what_the_default_product_is_worth_is_asked_of_the_cpu_whatever_tensors_are_by_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    product, seen = products.product, []
+
+    def watched(x: Tensor, *rest: Tensor | None) -> Tensor:
+        seen.append((x.device.type, x.dtype, torch.is_autocast_enabled("cpu")))
+        return product(x, *rest)
+
+    monkeypatch.setattr(products, "product", watched)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+            products.default_lags.__wrapped__()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert set(seen) == {("cpu", torch.float32, False)}
 
 
 @pytest.mark.parametrize("name", ["mvit_tiny", "video_swin_tiny"])

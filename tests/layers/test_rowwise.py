@@ -261,3 +261,48 @@ def test_a_hook_on_the_last_block_sees_all_tokens_and_changes_no_result(selectio
     model.backbone.blocks[-1].mlp.register_forward_hook(lambda _, __, out: seen.append(out.shape))
     torch.testing.assert_close(step(), alone, atol=1e-4, rtol=1e-4)
     assert seen[0][1] > 1
+
+
+def test_gradients_of_a_linear_layer_have_gradients() -> None:
+    layer, x = Linear(6, 4), torch.randn(5, 6, requires_grad=True)
+
+    def curvature(out: Tensor) -> list[Tensor]:
+        (slope,) = torch.autograd.grad(out.pow(3).sum(), x, create_graph=True)
+        return list(torch.autograd.grad(slope.square().sum(), (x, layer.weight)))
+
+    torch.testing.assert_close(curvature(layer(x)), curvature(functional.linear(x, layer.weight, layer.bias)))
+    weights = dict(layer.named_parameters())
+    found = torch.func.grad(lambda w: torch.func.functional_call(layer, w, x).square().sum())(weights)
+    wanted = torch.autograd.grad(layer(x).square().sum(), tuple(weights.values()))
+    torch.testing.assert_close(tuple(found.values()), wanted)
+
+
+def test_a_stem_in_the_place_of_the_convolution_keeps_what_it_returns() -> None:
+    model = create_model("mvit_tiny", None, 7).eval()
+    clip = torch.randn(1, 3, *model.backbone.clip_size)
+    held: list[Tensor] = []
+    conv = model.backbone.patch_embed
+    model.backbone.patch_embed = nn.Sequential(conv)
+    conv.register_forward_hook(lambda _, __, out: held.extend((out, out.clone())))
+    with torch.no_grad():
+        model(clip)
+    assert held[0].equal(held[1])
+
+
+@pytest.mark.parametrize("name", ["mvit_tiny", "video_swin_tiny"])
+def test_a_function_in_the_place_of_attention_keeps_what_it_returns(name: str) -> None:
+    model = create_model(name, None, 7).eval()
+    clip = torch.randn(1, 3, *model.backbone.clip_size)
+    attn = next(m for m in model.modules() if hasattr(m, "norm1")).attn
+    plain, held = attn.forward, []
+
+    def forward(*args: object) -> object:
+        found = plain(*args)
+        out = found[0] if isinstance(found, tuple) else found
+        held.extend((out, out.clone()))
+        return found
+
+    attn.forward = forward
+    with torch.no_grad():
+        model(clip)
+    assert held[0].equal(held[1])

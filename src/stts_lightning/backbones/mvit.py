@@ -310,8 +310,8 @@ class MViT(Backbone):
             clip = clip.contiguous(memory_format=torch.channels_last_3d)
         grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1).contiguous().to(space.dtype)
         _, t, h, w, _ = grid.shape
-        if not lean(grid) or hooked(self.patch_embed):
-            grid = grid.clone()
+        if not lean(grid) or type(self.patch_embed) is not nn.Conv3d or hooked(self.patch_embed):
+            grid = grid.clone()  # It may be somebody else's.
         grid = grid.add_(space.unflatten(1, (1, h, w))).add_(time.unflatten(1, (t, 1, 1)))
         grid = self.slots(0, grid, kept)
         cls = (self.cls_token + self.pos_embed_class).expand(clip.shape[0], -1, -1)

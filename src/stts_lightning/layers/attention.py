@@ -5,6 +5,7 @@ the backward pass works them out again: where the default product lags behind on
 the library's.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -59,11 +60,17 @@ def _by_products(q: Tensor, k: Tensor, bias: Tensor | None) -> bool:
     """Whether attention pays as products of our own."""
     if not (lean(q) or learns_by_pieces(q)) or working_dtype(q) is not torch.float32:
         return False
-    worth = min(q.shape[2], _queries(k)) * k.shape[2] / torch.get_num_threads()
+    worth = min(q.shape[2], _queries(k)) * k.shape[2] / _threads()
     if bias is None:
         return worth >= WORTH_A_THREAD and default_lags()
     # The library has no fused way for one that learns. With one that does not, windows are as fast there.
     return torch.is_grad_enabled() and bias.requires_grad and worth >= WORTH_KEEPING_NONE
+
+
+@functools.cache
+def _threads() -> int:
+    """Asked once: blocks that run again in the backward pass, to save memory, have to decide alike."""
+    return torch.get_num_threads()
 
 
 def _queries(k: Tensor) -> int:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stts_lightning.layers.products import lean, learns_by_pieces, outer, product, ready, working_dtype
@@ -20,24 +19,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer whose three products are oneDNN's."""
+    """A linear layer whose three products are oneDNN's; the default's, where gradients have gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = x.contiguous()  # Rows that lie apart would be slow beyond measure.
-        ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return product(x.contiguous(), weight, bias)  # Rows that lie apart would be slow beyond measure.
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows, seen = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         to_x, to_weight, to_bias = ctx.needs_input_grad
+        again = torch.is_grad_enabled()
         return (
-            product(grad, weight.T, None) if to_x else None,
-            outer(rows, x.reshape(-1, x.shape[-1])) if to_weight else None,
+            (F.linear(grad, weight.T) if again else product(grad, weight.T, None)) if to_x else None,
+            (rows.T @ seen if again else outer(rows, seen)) if to_weight else None,
             rows.sum(0) if to_bias else None,
         )
 

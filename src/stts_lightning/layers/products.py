@@ -129,9 +129,9 @@ def default_lags() -> bool:
     It does where it is MKL, which knows no AVX-512 on processors of another maker, and theirs is of full width: two times as
     long. On others the two differ by a tenth, so that no noise decides.
     """
-    a, b = torch.ones(512, 512), torch.ones(512, 512)
+    a, b = (torch.ones(512, 512, dtype=torch.float32, device="cpu") for _ in range(2))
     taken: dict[bool, list[float]] = {True: [], False: []}
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for _ in range(12):
             for default, times in taken.items():
                 start = time.perf_counter()
@@ -151,8 +151,9 @@ def outer(above: Tensor, rows: Tensor, plus: Tensor | None = None) -> Tensor:
     Returns:
         `(C', C)`, in memory perhaps the other way round.
     """
-    if not default_lags():
-        return above.T @ rows if plus is None else plus.addmm_(above.T, rows)
+    if not len(above) or not default_lags():
+        sums = above.new_zeros(above.shape[1], rows.shape[1]) if plus is None else plus
+        return sums.addmm_(above.T, rows)  # In place, so that no autocast changes its type.
     if above.shape[1] > rows.shape[1]:  # One has to be turned: the smaller.
         return outer(rows, above, None if plus is None else plus.T).T
     # Turned here, the product runs at full pace. Rows that lie apart would be slow beyond measure.

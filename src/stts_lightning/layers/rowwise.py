@@ -364,6 +364,6 @@ _LAYERS = (nn.LayerNorm, nn.Linear, Linear, Perceptron, DropPath)
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether somebody looks at what goes into a module or comes out."""
+    """Whether somebody looks at what goes into a module or comes out, or calls another function in its place."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(map(bool, (*hooks, _has_any_global_hook())))
+    return any(map(bool, (*hooks, _has_any_global_hook(), "forward" in vars(module))))
