@@ -190,9 +190,9 @@ class Block(nn.Module):
         And the attention of the class token, `(B, T', H', W')`, if `tell`.
         """
         attended, attention = self.attn(*ahead(self.norm1, x), tell, cls_only)
-        past = x[:, :1] if cls_only else self._shortcut(x)
+        beside = x[:, :1] if cls_only else self._shortcut(x)
         own = type(self.attn) is PooledAttention and not hooked(self.attn) and untouched(self.attn.proj, self.drop_path)
-        x = joined(past, self.drop_path(attended), own)
+        x = joined(beside, self.drop_path(attended), own)
         past = None if isinstance(self.proj, nn.Identity) else self.proj
         return perceive(self.norm2, self.mlp, x, self.drop_path, past), attention
 
@@ -308,10 +308,10 @@ class MViT(Backbone):
         space, time = self.pos_embed_spatial, self.pos_embed_temporal
         if clip.device.type == "cpu":  # The convolution takes half the time, and its grid comes as it is wanted.
             clip = clip.contiguous(memory_format=torch.channels_last_3d)
-        grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1).contiguous().to(space.dtype)
+        grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1).to(space.dtype)
         _, t, h, w, _ = grid.shape
-        if not lean(grid) or type(self.patch_embed) is not nn.Conv3d or hooked(self.patch_embed):
-            grid = grid.clone()  # It may be somebody else's.
+        own = lean(grid) and type(self.patch_embed) is nn.Conv3d and not hooked(self.patch_embed)
+        grid = grid.contiguous() if own else grid.clone(memory_format=torch.contiguous_format)
         grid = grid.add_(space.unflatten(1, (1, h, w))).add_(time.unflatten(1, (t, 1, 1)))
         grid = self.slots(0, grid, kept)
         cls = (self.cls_token + self.pos_embed_class).expand(clip.shape[0], -1, -1)
