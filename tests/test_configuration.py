@@ -2,22 +2,33 @@
 
 import itertools
 import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 
 from stts_lightning import assembly, run_folders  # noqa: F401 (the latter's resolvers)
-from stts_lightning.conf_dir import conf_dir
+from stts_lightning.configuration import conf_dir
+from stts_lightning.selection.spec import PAPER_SELECTIONS, SelectionSpec
 
 CONF = Path(conf_dir())
 GROUPS = ("backbone", "selection", "dataset", "recipe", "trainer", "logger")
+GIVEN = {
+    "folder": ["dataset.root=data"],
+    "list": ["dataset.train=a.csv", "dataset.val=b.csv"],
+    "kinetics400": ["dataset.root=data"],
+    "ssv2": ["dataset.root=data"],
+    "demo": [],
+}
+"""What has to be said of a data set."""
 
 
 def options(group: str) -> list[str]:
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml") if file.stem != "operator")
+    return list(PAPER_SELECTIONS) if group == "selection" else sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
 COMBINATIONS = list(itertools.product(*map(options, GROUPS)))
@@ -25,10 +36,12 @@ COMBINATIONS = list(itertools.product(*map(options, GROUPS)))
 
 def check(combination: tuple[str, ...]) -> str:
     """Compose, and build what needs neither data nor weights; returns what was refused."""
-    overrides = [f"{group}={option}" for group, option in zip(GROUPS, combination, strict=True)]
-    given = ["dataset.root=data", "dataset.train=a.csv", "dataset.val=b.csv"]
-    known = {"folder": given[:1], "list": given[1:], "kinetics400": given[:1], "ssv2": given[:1], "demo": []}
-    cfg = compose("train", [*overrides, *known[combination[2]], "run_dir=x"])
+    return build([f"{group}={option}" for group, option in zip(GROUPS, combination, strict=True)], combination[2])
+
+
+def build(overrides: list[str], dataset: str) -> str:
+    """Compose, and build what needs neither data nor weights; returns what was refused."""
+    cfg = compose("train", [*overrides, *GIVEN[dataset], "run_dir=x"])
     try:
         with assembly.refusals():
             assembly.plain(cfg.optim)
@@ -53,10 +66,54 @@ def hydra_is_set_up():  # type: ignore[no-untyped-def]
     GlobalHydra.instance().clear()
 
 
+@pytest.mark.parametrize("dataset", options("dataset"))
+@pytest.mark.parametrize("backbone", options("backbone"))
+def test_clips_follow_the_backbone_on_every_data_set(backbone: str, dataset: str) -> None:
+    """No group breaks another's default: with the default selection and recipe each pair builds, its pictures 256/224 of its clips."""
+    given = [f"backbone={backbone}", f"dataset={dataset}"]
+    assert build(given, dataset) == ""
+    cfg = compose("train", [*given, *GIVEN[dataset]])
+    assert cfg.clip.short_side is None and cfg.clip.test_short_side in (None, "crop"), "no option says pixels"
+    assert build([*given, "backbone.size=112"], dataset) == ""
+
+
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group in GROUPS for option in options(group)])
+def test_each_option_beside_the_defaults(group: str, option: str) -> None:
+    assert build([f"{group}={option}"], option if group == "dataset" else "demo") == ""
+
+
 def test_some_combinations_of_all_groups() -> None:
+    """What is refused is a slot before a block that a small backbone does not have; nothing else."""
     rng = random.Random(0)
     refused = {line for combination in rng.sample(COMBINATIONS, 40) if (line := check(combination))}
-    print(refused)
+    assert all("no block" in line for line in refused), refused
+
+
+@pytest.mark.parametrize("text", ["t0_0.75", "t2_0.4_s6_0.5", "s3_1", "none", *PAPER_SELECTIONS])
+def test_selection_takes_any_notation(text: str) -> None:
+    for door in ("train", "evaluate", "predict", "flops", "export"):
+        cfg = compose(door, [f"selection={text}", "selection.sigma=0.3"])
+        assert SelectionSpec.of(assembly.plain(cfg.selection)) == SelectionSpec(SelectionSpec.of(text).slots, sigma=0.3)
+    if text == "none":
+        return
+    slot = SelectionSpec.of(text).slots[0].name
+    cfg = compose("train", [f"selection={text}", f"selection.slots.{slot}.ratio=0.9", "recipe=official"])
+    assert cfg.selection.slots[slot].ratio == 0.9 and cfg.selection.scorer == "official"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("t0_1.5", "selection.slots.t0.ratio=1.5: must lie in (0, 1]"),
+        ("t0_0.5_t0_0.6", "selection.slots: t0 named twice"),
+        ("t0_0.5_", "Could not find 'selection/t0_0.5_'"),
+        ("x0_0.5", "Could not find 'selection/x0_0.5'"),
+        ("T0_0.5", "t0_0.6_s4_0.9"),  # It lists what there is.
+    ],
+)
+def test_impossible_notation_is_refused(text: str, message: str) -> None:
+    with pytest.raises(HydraException, match=re.escape(message)):
+        compose("train", [f"selection={text}"])
 
 
 @pytest.mark.slow

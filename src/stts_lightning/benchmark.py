@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from stts_lightning.conf_dir import conf_dir
+from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""`python -m stts_lightning.flops`: what a configuration costs, or all shipped ones, or which ones a budget allows."""
+"""`python -m stts_lightning.flops`: what a configuration costs, or all of the paper, or which ones a budget allows."""
 
 import csv
 import json
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from stts_lightning.conf_dir import conf_dir
+from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 
 if TYPE_CHECKING:
@@ -52,23 +52,21 @@ def one(cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def shipped(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Figures of every shipped selection that the backbone can honour, from sizes alone."""
+    """Figures of every selection of the paper that the backbone can honour, from sizes alone."""
     import torch
 
     from stts_lightning import assembly
     from stts_lightning.analysis.closed_form import closed_form
-    from stts_lightning.selection.spec import SelectionError
+    from stts_lightning.selection.spec import PAPER_SELECTIONS, SelectionError, SelectionSpec
 
     found = []
-    for file in (Path(conf_dir()) / "selection").glob("*.yaml"):
-        if file.stem == "operator":  # What the others have in common.
-            continue
-        slots = assembly.plain(OmegaConf.load(file)).get("slots", {})
+    for name in PAPER_SELECTIONS:
+        slots = SelectionSpec.of(name).plain()["slots"]
         with assembly.refusals(), torch.device("meta"):
             try:
                 model = assembly.build_untrained(cfg, cfg.num_classes, slots)
             except SelectionError as error:
-                print(f"left out {file.stem}: {error}")
+                print(f"left out {name}: {error}")
                 continue
         found.append(facts(cfg, model, closed_form(model)))
     return sorted(found, key=lambda row: -row["gflops"])

@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from stts_lightning.arguments import of_a_run
-from stts_lightning.conf_dir import conf_dir
+from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.run_folders import launches_by_itself
 

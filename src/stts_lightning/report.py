@@ -7,7 +7,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from stts_lightning.conf_dir import conf_dir
+from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 
 Lines = list[dict[str, str]]

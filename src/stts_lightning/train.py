@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from stts_lightning import sweeps
 from stts_lightning.arguments import in_run_folder, of_a_sweep
-from stts_lightning.conf_dir import conf_dir
+from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.run_folders import goes_on, launches_by_itself
 

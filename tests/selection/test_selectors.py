@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stts_lightning.selection import SelectionSpec, SlotSpec
 from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.scorer import OfficialScorer, PaperScorer, Scorer
 from stts_lightning.selection.selector import Place, Selection
 from stts_lightning.selection.spatial import SpatialSelector, _WeightedWindows
+from stts_lightning.selection.spec import SelectionSpec, SlotSpec
 from stts_lightning.selection.temporal import TemporalSelector
 from stts_lightning.selection.topk import perturbed_topk
 

@@ -8,7 +8,14 @@ from importlib import import_module
 from typing import Any, Self
 
 _SLOT_NAME = re.compile(r"([ts])(\d+)")
-_NOTATION = re.compile(r"([ts]\d+)_(\d+(?:\.\d+)?)(?:_|$)")
+_NOTATION = re.compile(r"([ts]\d+)_(\d+(?:\.\d+)?)(?:_(?=[ts])|$)")
+
+PAPER_SELECTIONS = (
+    "none", "t0_0.4", "t0_0.5", "t0_0.6", "t0_0.7", "t0_0.8", "t0_0.9", "t4_0.3", "s0_0.5", "s0_0.6", "s4_0.3",
+    "t0_0.4_s4_0.6", "t0_0.5_s4_0.7", "t0_0.6_s4_0.9", "t0_0.8_s4_0.9", "t0_0.9_s4_0.9", "t0_0.8_s0_0.7",
+    "t4_0.6_s4_0.7_t8_0.4_s8_0.7", "t0_0.9_s0_0.9_t4_0.7_s4_0.7", "t0_0.9_s0_0.9_t4_0.9_s4_0.9_t8_0.7_s8_0.8",
+)  # fmt: skip
+"""The plain model and every selection of the paper's Tables 1 to 8."""
 
 
 class SelectionError(ValueError):
@@ -182,9 +189,14 @@ def selector_class(path: str) -> type:
         raise SelectionError(f"selection: no selector class {path!r} ({error})") from error
 
 
+def is_notation(text: str) -> bool:
+    """Whether a text is slots in the paper's notation, as in t0_0.6_s4_0.9, possible or not."""
+    return bool(text) and "".join(match.group(0) for match in _NOTATION.finditer(text)) == text
+
+
 def _parse(text: str) -> tuple[SlotSpec, ...]:
     if text == "none":
         return ()
-    if "".join(m.group(0) for m in _NOTATION.finditer(text)) != text:
+    if not is_notation(text):
         raise SelectionError(f"selection={text!r}: expected none, or slots as in t0_0.6_s4_0.9 (axis, block, ratio)")
     return tuple(SlotSpec(name, ratio=float(ratio)) for name, ratio in _NOTATION.findall(text))
