@@ -1,12 +1,18 @@
 """What a user meets first: installation, --help, configuration."""
 
 import os
+import pkgutil
+import shutil
 import subprocess
 import sys
 import time
+import venv
 from pathlib import Path
 
 import pytest
+
+import stts_lightning
+from stts_lightning.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,22 +31,67 @@ def test_help_is_quick() -> None:
         assert f"\n{group}: " in done.stdout
 
 
-def test_wheel_carries_the_configuration(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, installed in an environment that has the dependencies of this one and cannot see the checkout."""
+    place = tmp_path_factory.mktemp("wheel")
     run = {"check": True, "capture_output": True, "text": True, "timeout": 300}
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    source = tmp_path / "source"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], **run)
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)], **run)
-    (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], **run)
-    code = "import stts_lightning, sys; print(stts_lightning.__file__)"
-    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    where = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, **run).stdout
-    assert where.startswith(str(tmp_path / "site"))
-    compose = [sys.executable, "-m", "stts_lightning.train", "--cfg", "job", "experiment=demo", "selection.sigma=0.2"]
-    composed = subprocess.run(compose, cwd=tmp_path, env=env, **run).stdout
-    assert "name: mvit_tiny" in composed
-    assert "sigma: 0.2" in composed
+    # As it would be committed: what git does not know of is no part of it.
+    files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, **run).stdout
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).exists():
+            target = place / "source" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target, follow_symlinks=False)
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(place), str(place / "source")], **run)
+    (wheel,) = place.glob("*.whl")
+    venv.create(place / "env", symlinks=True, with_pip=False)
+    (site,) = (place / "env" / "lib").glob("python*/site-packages")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], **run)
+    # Path by path, as a .pth file would make the editable checkout's known too.
+    ours = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "dependencies.pth").write_text("".join(f"{path}\n" for path in ours))
+    return place / "env"
+
+
+def test_the_wheel_works_where_the_checkout_cannot_be_seen(installed: Path, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def run(*arguments: str) -> str:
+        command = [str(installed / "bin" / "python"), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    about = "import stts_lightning; print(stts_lightning.__file__, stts_lightning.__version__)"
+    file, version = run("-c", about).split()
+    assert file.startswith(str(installed)) and str(ROOT) not in file
+    assert version == stts_lightning.__version__
+    code = "import stts_lightning as s; print(s.create_model('mvit_tiny', 't0_0.75').slots.describe())"
+    assert run("-c", code).strip() == "{'t0': '6 of 8 frames'}"
+    everything = "import pkgutil, stts_lightning as s; print(*sorted(m.name for m in pkgutil.walk_packages(s.__path__)))"
+    assert run("-c", everything).split() == sorted(module.name for module in pkgutil.walk_packages(stts_lightning.__path__))
+    # The console script, run by that environment's own Python.
+    (script,) = map(str, installed.glob("lib/python*/site-packages/bin/stts"))
+    assert run(script, "--version").strip() == f"stts-lightning {version}"
+    assert "t0_0.6_s4_0.9" in run(script, "train", "--help")
+    few = ["dataset.train=2", "dataset.val=1", "loader.batch_size=4", "loader.num_workers=0", "debug=fast"]
+    done = run(script, "train", "experiment=demo", "pretrained=null", "trainer.accelerator=cpu", *few, "hydra.run.dir=runs/x")
+    assert "top1" in done and (tmp_path / "runs" / "x" / "result.json").is_file()
+
+
+def test_the_package_lists_its_commands() -> None:
+    doors = {path.stem for path in (ROOT / "src" / "stts_lightning").glob("*.py") if "@hydra.main" in path.read_text()}
+    assert set(COMMANDS) == doors
+    run = {"capture_output": True, "text": True, "timeout": 60}
+    for arguments in ([], ["--help"]):
+        done = subprocess.run([sys.executable, "-m", "stts_lightning", *arguments], **run)
+        assert done.returncode == 0 and all(f"\n  {name} " in done.stdout for name in COMMANDS)
+    wrong = subprocess.run([sys.executable, "-m", "stts_lightning", "trian"], **run)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: no command 'trian'; there are train, ")
+    cost = subprocess.run([sys.executable, "-m", "stts_lightning", "flops", "backbone=mvit_tiny", "selection=t0_0.75"], **run)
+    assert cost.returncode == 0 and "T0: 6 of 8 frames" in cost.stdout
 
 
 def test_broken_torchvision_pair_is_met_with_one_line(tmp_path: Path) -> None:
@@ -56,20 +107,17 @@ def test_broken_torchvision_pair_is_met_with_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in (ROOT / "conf" / "recipe").glob("*.yaml")))
-@pytest.mark.parametrize("selection", sorted(p.stem for p in (ROOT / "conf" / "selection").glob("*.yaml")))
-def test_every_selection_and_recipe_composes_and_fits_the_model(selection: str, recipe: str) -> None:
+def test_every_selection_and_recipe_composes_and_fits_the_model(recipe: str) -> None:
     from hydra import compose, initialize_config_dir
 
     from stts_lightning import assembly
-    from stts_lightning.selection.spec import SelectionSpec
+    from stts_lightning.selection.spec import PAPER_SELECTIONS, SelectionSpec
 
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", [f"selection={selection}", f"recipe={recipe}"])
-    assert assembly.build_model_shape(cfg) == (16, 224, 224)
-    spec = SelectionSpec.of(assembly.plain(cfg.selection))
-    # A file's name is its content; the paper lists temporal before spatial at each place.
-    assert {s.name: s.ratio for s in SelectionSpec.of("none" if selection == "operator" else selection).slots} == {
-        s.name: s.ratio for s in spec.slots
-    }
-    assembly.build_optim(cfg)
-    assert (spec.scorer, spec.estimator) == (("official", "official") if "official" in recipe else ("paper", "monte_carlo"))
+    for selection in PAPER_SELECTIONS:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("train", [f"selection={selection}", f"recipe={recipe}"])
+        assert assembly.build_model_shape(cfg) == (16, 224, 224)
+        spec = SelectionSpec.of(assembly.plain(cfg.selection))
+        assert spec.slots == SelectionSpec.of(selection).slots
+        assembly.build_optim(cfg)
+        assert (spec.scorer, spec.estimator) == (("official", "official") if "official" in recipe else ("paper", "monte_carlo"))
