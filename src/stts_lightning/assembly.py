@@ -16,6 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -224,7 +225,7 @@ def one_line_errors() -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Keep what is not the user's to mend off the screen: tips, device inventories, libraries' own deprecations."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib.font_manager"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*torch.jit.*", ".*treespec.*", ".*does not have many workers.*", ".*Experiment logs directory.*"):
         warnings.filterwarnings("ignore", message=message)
@@ -313,7 +314,15 @@ def build_module(cfg: DictConfig, model: VideoClassifier) -> ClassificationModul
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
-    """Lightning's Trainer with the configured callbacks and loggers; keys under `trainer` are its arguments."""
+    """Lightning's Trainer with the configured callbacks and loggers; keys under `trainer` are its arguments.
+
+    Raises:
+        ConfigError: for devices that this machine does not have.
+    """
+    values = plain(cfg.trainer)
+    check_devices(values["accelerator"], values["devices"])
+    # Runs of earlier versions say nothing of it.
+    torch.set_float32_matmul_precision(values.pop("float32_matmul_precision", "highest"))
     callbacks = [instantiate(node) for node in cfg.callbacks.values() if node]
     loggers = [instantiate(node) for node in cfg.logger.values() if node]
     plugins: list[Any] = [WholeCheckpointIO()]
@@ -322,4 +331,23 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
             plugins.append(SLURMEnvironment(auto_requeue=False))  # callbacks.last sees to signals.
         except RuntimeError as error:
             raise ConfigError(str(error)) from error
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, plugins=plugins)
+    # Lightning would put a bar of its own in the place of one that was left out.
+    values["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
+    return instantiate(values, callbacks=callbacks, logger=loggers or False, plugins=plugins)
+
+
+def check_devices(accelerator: str, devices: Any) -> None:
+    """Refuse, in a line that says what to do, GPUs that this machine does not have.
+
+    Raises:
+        ConfigError: names the key, what was asked for and what there is.
+    """
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if accelerator in ("gpu", "cuda") and not cuda and not (accelerator == "gpu" and torch.backends.mps.is_available()):
+        raise ConfigError(
+            f"trainer.accelerator={accelerator}: torch {torch.__version__} finds no GPU on this machine; trainer=cpu trains on "
+            "its processor, and so do several processes of trainer=ddp trainer.accelerator=cpu trainer.devices=2 "
+            "trainer.precision=32-true"
+        )
+    if accelerator in ("gpu", "cuda", "auto") and cuda and isinstance(devices, int) and devices > cuda:
+        raise ConfigError(f"trainer.devices={devices}: this machine has {cuda} GPUs; trainer.devices=auto takes them all")

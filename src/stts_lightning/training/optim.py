@@ -141,11 +141,18 @@ def parameter_groups(model: VideoClassifier, spec: OptimSpec) -> list[dict[str, 
 
 
 def build_optimizer(
-    model: VideoClassifier, spec: OptimSpec, total_steps: int
+    model: VideoClassifier, spec: OptimSpec, total_steps: int, fused: bool = True
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW over the named groups, and its schedule over `total_steps` optimiser steps."""
+    """AdamW over the named groups, and its schedule.
+
+    Args:
+        model: what learns.
+        spec: how.
+        total_steps: optimiser steps of the whole schedule.
+        fused: one kernel for all parameters, where the device has one.
+    """
     groups = parameter_groups(model, spec)
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    fused = fused and next(model.parameters()).device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=fused)
 
     def schedule(part: PartSpec) -> Callable[[int], float]:

@@ -1,0 +1,94 @@
+"""Every recipe, precision, kind of clipping and trainer option together: each takes real optimiser steps."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import DataLoader
+
+from stts_lightning import assembly
+from stts_lightning.configuration import conf_dir
+from stts_lightning.data.dataset import Batch
+
+RECIPES = sorted(file.stem for file in (Path(conf_dir()) / "recipe").glob("*.yaml"))
+TRAINERS = sorted(file.stem for file in (Path(conf_dir()) / "trainer").glob("*.yaml"))
+SMALL = ["backbone=mvit_tiny", "backbone.frames=4", "backbone.size=32", "selection=t0_0.5", "selection.samples=8", "selection.sigma=1", "logger=none"]
+CLIPPING = {"none": ["trainer.gradient_clip_val=null"], "norm": ["trainer.gradient_clip_val=1.0"]}
+CLIPPING["value"] = ["trainer.gradient_clip_val=0.1", "+trainer.gradient_clip_algorithm=value"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def composer() -> Iterator[None]:
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        yield
+    rank_zero_only.rank = 0
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def batches(copies: int) -> DataLoader[Batch]:
+    def batch(seed: int) -> Batch:
+        clip = torch.randint(0, 256, (2, copies, 3, 4, 32, 32), dtype=torch.uint8)
+        return Batch(clip, torch.tensor([0, 1]), torch.arange(2), torch.ones(2, dtype=torch.bool), (), (seed, seed + 1))
+
+    return DataLoader([batch(seed) for seed in range(0, 8, 2)], batch_size=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", None])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_each_combination_takes_real_steps(tmp_path: Path, trainer: str, precision: str | None) -> None:
+    own = [f"trainer.precision={precision}"] if precision else []  # None: what the option itself says.
+    for recipe in RECIPES:
+        for clipping in CLIPPING.values() if recipe in ("paper", "swin_official") else [CLIPPING["norm"]]:
+            here = [f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=1", f"run_dir={tmp_path}", *own, *clipping]
+            cfg = compose("train", [*SMALL, f"recipe={recipe}", *here, "+trainer.enable_checkpointing=false"])
+            if recipe != "none":
+                cfg.trainer.max_epochs, cfg.trainer.max_steps, cfg.callbacks = -1, 4, {}
+            assembly.quiet_libraries()
+            with assembly.refusals():
+                built = assembly.build_trainer(cfg)
+                module = assembly.build_module(cfg, assembly.build_model(cfg, 4))
+            before = {name: value.detach().clone() for name, value in module.named_parameters()}
+            steps(built, module, batches(cfg.clip.train_transform.copies))
+            changed = {name for name, value in module.named_parameters() if not torch.equal(value, before[name])}
+            told = f"{recipe}, {here}"
+            if recipe == "none":
+                assert not changed and not built.global_step, told
+                continue
+            assert built.global_step == 4, told
+            assert any(".slots." in name for name in changed), told
+            assert all(bool(value.isfinite().all()) for value in module.parameters()), told
+            if recipe == "selectors_only":
+                assert all(".slots." in name for name in changed), told
+
+
+def steps(trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader[Batch]) -> None:
+    trainer.fit(module, loader, loader)  # Validated in that precision, too.
+
+
+def test_fused_wherever_no_loss_is_scaled(tmp_path: Path) -> None:
+    for precision, fused in (("32-true", True), ("bf16-mixed", True), ("16-mixed", False)):
+        own = [f"trainer.precision={precision}", "trainer.accelerator=cpu", "trainer.devices=1", f"run_dir={tmp_path}"]
+        cfg = compose("train", [*SMALL, *own, "+trainer.enable_checkpointing=false"])
+        cfg.trainer.max_epochs, cfg.trainer.max_steps, cfg.callbacks = -1, 1, {}
+        trainer = assembly.build_trainer(cfg)
+        steps(trainer, assembly.build_module(cfg, assembly.build_model(cfg, 4)), batches(2))
+        assert trainer.optimizers[0].defaults["fused"] is fused
+
+
+def test_gpu_options_are_alike_and_a_machine_without_one_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gpu", "ddp"):
+        cfg = compose("train", [f"trainer={name}"])
+        assert (cfg.trainer.accelerator, cfg.trainer.precision, cfg.trainer.float32_matmul_precision) == ("gpu", "bf16-mixed", "high")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(assembly.ConfigError, match="trainer.accelerator=gpu: torch .* finds no GPU on this machine; trainer=cpu"):
+        assembly.build_trainer(compose("train", ["trainer=ddp", "run_dir=x"]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(assembly.ConfigError, match="trainer.devices=4: this machine has 2 GPUs"):
+        assembly.build_trainer(compose("train", ["trainer=ddp", "trainer.devices=4", "run_dir=x"]))
