@@ -10,11 +10,12 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from stts_lightning.conf_dir import conf_dir
+from stts_lightning.configuration import conf_dir
 from stts_lightning.data.annotations import AnnotationError, VideoList
 from stts_lightning.data.checking import Encoding, Task, work
 from stts_lightning.data.manifest import Entry, manifest_hash, write_manifest
 from stts_lightning.doctor import check_installation
+from stts_lightning.progress import counting
 
 TASKS = ("check", "encode")
 
@@ -36,13 +37,9 @@ def _safe(name: str) -> str:
 
 
 def run(tasks: Sequence[Task], jobs: int, timeout: float) -> list[Entry]:
-    """Work through tasks under a progress bar."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task("files", total=len(tasks))
-        return work(tasks, jobs, timeout, lambda _: progress.advance(bar))
+    """Work through tasks, and show how far it is."""
+    with counting("files", len(tasks)) as one_more:
+        return work(tasks, jobs, timeout, lambda _: one_more())
 
 
 def write_list(file: Path, videos: VideoList, entries: Sequence[Entry]) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import Progress
 from torch.utils.data import DataLoader
 
 from stts_lightning.analysis.kept import Kept, trace
@@ -20,6 +20,7 @@ from stts_lightning.data.datamodule import LoaderOptions
 from stts_lightning.data.decode import write_mp4
 from stts_lightning.data.windows import Window, WindowBatch, WindowDataset, WindowRule, collate_windows
 from stts_lightning.layers.products import constant_weights
+from stts_lightning.progress import counting
 from stts_lightning.selection.selector import Selection
 from stts_lightning.training.module import ClassificationModule
 
@@ -73,7 +74,7 @@ class Predictor(pl.Callback):
         self.drawn: dict[int, list[tuple[np.ndarray, Kept, str, float]]] = defaultdict(list)
         self.lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
         self.done: dict[int, dict[str, Any]] = {}
-        self.progress = Progress(disable=quiet)
+        self.quiet, self.shown = quiet, ExitStack()
 
     def part(self, rank: int) -> Path:
         """Where a process leaves its share."""
@@ -81,9 +82,8 @@ class Predictor(pl.Callback):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the progress of the first process's videos."""
-        if trainer.is_global_zero:
-            self.progress.start()
-            self.task = self.progress.add_task("videos", total=len(range(0, len(self.videos), trainer.world_size)))
+        own = len(range(0, len(self.videos), trainer.world_size))
+        self.one_more = self.shown.enter_context(counting("videos", own, self.quiet or not trainer.is_global_zero))
 
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: WindowBatch, batch_idx: int, dataloader_idx: int = 0
@@ -100,8 +100,7 @@ class Predictor(pl.Callback):
                 row += 1
             if window.failure or window.number == window.of - 1:
                 self._finish(window)
-                if trainer.is_global_zero:
-                    self.progress.advance(self.task)
+                self.one_more()
 
     def _take(self, window: Window, chances: torch.Tensor, kept: list[Selection], sizes: dict[str, Any], row: int) -> None:
         best = ranked(chances, self.classes, self.top)
@@ -144,13 +143,13 @@ class Predictor(pl.Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave this process's share."""
-        self.progress.stop()
+        self.shown.close()
         self.part(trainer.global_rank).write_text(json.dumps(self.done))
         trainer.strategy.barrier("predictions")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the terminal back."""
-        self.progress.stop()
+        self.shown.close()
 
 
 def run_predict(
