@@ -3,8 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from stts_lightning.data.sampling import SAMPLINGS, Parts, Segments, Spread
+from stts_lightning.data.sampling import SAMPLINGS, Parts, Segments, SlowFast, Spread
 
 
 def test_views_spread_from_start_to_end_and_one_is_the_centre() -> None:
@@ -68,3 +69,40 @@ def test_the_official_codes_indices(shared: Path) -> None:
     edges = np.round(np.arange(33) * (99 / 32)).astype(int)
     assert (clips.min(0) == edges[:-1]).all()
     assert (clips.max(0) == edges[1:]).all()
+
+
+RATES = (8, 10, 12.5, 14.985, 23.976, 25, 30000 / 1001, 30, 50, 60000 / 1001, 60, 120, 0)
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize(("frames", "stride"), [(16, 4), (32, 3), (8, 8), (4, 1), (1, 1)])
+def test_the_releases_indices(frames: int, stride: int, rate: float) -> None:
+    """Its arithmetic, written out: a span of frames * stride thirtieths of a second, linspace in float32, cut to whole numbers."""
+    span = frames * stride / 30 * (rate or 30)
+    for total in (1, 17, 64, 183, 300, 1001):
+        rest = max(total - span, 0)
+        for views in (1, 2, 5, 10):
+            firsts = [int(rest / 2)] if views == 1 else [view * int(rest / (views - 1)) for view in range(views)]
+            clip = torch.linspace(0, span - 1, frames)
+            wanted = [(first + clip.clamp(min=0).long()).clamp(0, total - 1).tolist() for first in firsts]
+            assert SlowFast(frames, stride).views(total, views, rate).tolist() == wanted
+        clips = [SlowFast(frames, stride).train(total, np.random.default_rng(seed), rate) for seed in range(50)]
+        assert all(len(clip) == frames and 0 <= clip.min() and clip.max() < total for clip in clips)
+        assert max(clip[0] for clip in clips) <= np.ceil(rest)
+
+
+def test_a_clip_is_a_span_of_time() -> None:
+    """2.1 seconds of any video, where a stride of 4 frames takes 2.4 seconds at 25 a second and one second at 60."""
+    seconds = {rate: float(np.ptp(SlowFast(16, 4).views(1000, 1, rate)[0])) / rate for rate in (25.0, 30.0, 60.0)}
+    assert seconds == pytest.approx({25.0: 2.08, 30.0: 2.1, 60.0: 2.1167}, abs=1e-3)
+    assert SlowFast(16, 4).views(300, 5, 30)[:, 0].tolist() == [0, 59, 118, 177, 236]
+    assert SlowFast(16, 4).views(300, 1, 30)[0].tolist() == [118 + at for at in (0, 4, 8, 12, 16, 21, 25, 29, 33, 37, 42, 46, 50, 54, 58, 63)]
+
+
+def test_windows_over_time_reach_the_end_at_any_rate() -> None:
+    for rate in (25.0, 60.0):
+        windows = SlowFast(16, 4).over_time(3000, None, rate)
+        span = 64 / 30 * rate
+        assert windows[0, 0] == 0 and windows[-1, -1] >= 3000 - 2
+        assert abs(len(windows) - 3000 / span) < 1.3
+    assert len(SlowFast(16, 4).over_time(20, None, 25.0)) == 1

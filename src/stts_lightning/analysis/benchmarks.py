@@ -368,7 +368,7 @@ def loading(
             for decoder in [*decoders[number % len(decoders) :], *decoders[: number % len(decoders)]]:
                 start = time.process_time()
                 with open_video(path, decoder) as reader:
-                    clip = reader.frames(sampling.train(len(reader), np.random.default_rng(place)))
+                    clip = reader.frames(sampling.train(len(reader), np.random.default_rng(place), reader.rate))
                 taken[decoder].setdefault("decode", []).append(time.process_time() - start)
                 for name, transform in transforms.items():
                     start = time.process_time()

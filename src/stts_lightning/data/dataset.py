@@ -66,7 +66,7 @@ class ClipSpec:
 
     Attributes:
         frames: frames of it.
-        stride: source frames from one to the next.
+        stride: source frames from one to the next; with "slowfast" thirtieths of a second.
         views: clips of a video in evaluation.
         sampling: which; a name of `SAMPLINGS`.
     """
@@ -168,9 +168,9 @@ class ClipDataset(Dataset[Batch]):
             total = video.frames or len(reader)
             if self.train:
                 rng = np.random.default_rng(int(torch.randint(2**62, ())))
-                views = self.sampling.train(total, rng)[None]
+                views = self.sampling.train(total, rng, reader.rate)[None]
             else:
-                views = self.sampling.views(total, self.clip.views)
+                views = self.sampling.views(total, self.clip.views, reader.rate)
             pixels = reader.frames(views.ravel())
         return self._crops(torch.from_numpy(pixels).permute(0, 3, 1, 2), len(views))
 

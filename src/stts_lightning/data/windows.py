@@ -122,7 +122,7 @@ class WindowDataset(IterableDataset[Window]):
             with open_isolated(self.videos[video], rule.decoder, rule.patience) as reader:
                 rate = reader.rate
                 every = max(round(rule.every * rate), 1) if rule.every and rate else None
-                views = sampling.over_time(len(reader), every)
+                views = sampling.over_time(len(reader), every, rate)
                 for first in range(0, len(views), self.at_once):
                     some = views[first : first + self.at_once]
                     pixels = torch.from_numpy(reader.frames(some.ravel())).permute(0, 3, 1, 2)
