@@ -1,11 +1,13 @@
 """The LightningDataModule: sources of videos in, loaders of clips out."""
 
 import multiprocessing
+import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -130,10 +132,16 @@ class LoaderOptions:
                 raise LoaderError(f"loader.{name}={value}: must be {least} or more")
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """Let a decoding process live on when a scheduler asks its whole group to end: the trainer wants its step's batch first."""
+def begin_worker(worker: int, niceness: int = 0) -> None:
+    """What a decoding process does first.
+
+    It lives on when a scheduler asks its whole group to end: the trainer wants its step's batch first. And it gives way to a
+    model that runs on the same cores: a thread that a worker holds up holds up all threads of a product.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    if niceness and hasattr(os, "nice"):
+        os.nice(niceness)
 
 
 def _end_workers() -> None:
@@ -269,11 +277,12 @@ class VideoDataModule(pl.LightningDataModule):
     def _workers(self) -> dict[str, Any]:
         """What all loaders have in common."""
         workers = self.loader.num_workers
+        on_cpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cpu"
         Finalize(None, _end_workers, exitpriority=100)
         return {
             "num_workers": workers,
             "collate_fn": collate,
-            "worker_init_fn": leave_signals_to_the_trainer,
+            "worker_init_fn": partial(begin_worker, niceness=10 if on_cpu else 0),
             "persistent_workers": workers > 0,
             "timeout": self.loader.timeout if workers > 0 else 0,
         }

@@ -112,9 +112,11 @@ class PyAVReader:
         last = int(wanted[-1])
         chosen = set(wanted.tolist())
         out: list[Frames] = []
+        # One for all frames: a frame's own would be set up again for each.
+        converter = importlib.import_module("av.video.reformatter").VideoReformatter()
         for number, frame in enumerate(_decodable(self._container, self._stream, [])):
             if number in chosen:
-                image = frame.to_ndarray(format="rgb24")
+                image = converter.reformat(frame, format="rgb24").to_ndarray()
                 out.append(np.rot90(image, getattr(frame, "rotation", 0) // 90))
             if number == last:
                 break

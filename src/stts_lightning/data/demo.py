@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
-from rich.progress import track
 
 from stts_lightning.data.decode import write_mp4
+from stts_lightning.progress import counting
 
 MOTIONS = ("right", "down_right", "down", "down_left", "left", "up_left", "up", "up_right")
 
@@ -42,6 +42,7 @@ class DemoSpec:
         frames: frames of a video.
         action: frames in which the action shows.
         distractors: number of cool-coloured disks.
+        crf: quality of the H.264 files; less is better, larger and slower to decode.
     """
 
     seed: int = 0
@@ -51,6 +52,7 @@ class DemoSpec:
     frames: int = 36
     action: int = 16
     distractors: int = 2
+    crf: int = 23
 
 
 def direction(name: str) -> tuple[float, float]:
@@ -92,10 +94,13 @@ class _Disk:
         along = (2 * phase - 1) * self.reach
         dx, dy = along * right, along * down
         x, y = self.x + dx, self.y + dy
-        at = np.arange(side, dtype=np.float32)
-        cover = np.clip(self.radius + 0.5 - np.hypot(at - x, (at - y)[:, None]), 0, 1)[..., None]
+        # The square around the disk; nothing changes outside of it.
+        (x0, x1), (y0, y1) = ((max(int(at - self.radius), 0), min(int(at + self.radius) + 2, side)) for at in (x, y))
+        across, down = (np.arange(*ends, dtype=np.float32) for ends in ((x0, x1), (y0, y1)))
+        cover = np.clip(self.radius + 0.5 - np.hypot(across - x, (down - y)[:, None]), 0, 1)[..., None]
         top, left = round(side / 2 - dy), round(side / 2 - dx)
-        image += cover * (self.colour + self.texture[top : top + side, left : left + side] - image)
+        part = image[y0:y1, x0:x1]
+        part += cover * (self.colour + self.texture[top + y0 : top + y1, left + x0 : left + x1] - part)
         return x, y, self.radius
 
 
@@ -154,7 +159,7 @@ def _make_video(root: Path, spec: DemoSpec, resumed: bool, job: Job) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     images, truth = render(spec, *job)
     file.with_suffix(".json").write_text(json.dumps(truth))
-    write_mp4(file, images)
+    write_mp4(file, images, crf=spec.crf)
 
 
 def make_demo(root: str | Path, spec: DemoSpec) -> None:
@@ -181,7 +186,9 @@ def _make_demo(root: Path, spec: DemoSpec) -> None:
     made = partial(_make_video, root, spec, resumed)
     # Spawned: the caller may hold threads, which a fork would not survive.
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
-        list(track(pool.map(made, jobs, chunksize=8), f"Making {len(jobs)} demo videos", len(jobs)))
+        with counting("demo videos made", len(jobs)) as one_more:
+            for _ in pool.map(made, jobs, chunksize=8):
+                one_more()
     for split in ("train", "val"):
         lines = [f"{_file(root, job).relative_to(root)} {job[1]}\n" for job in jobs if job[0] == split]
         (root / f"{split}.csv").write_text("".join(lines))
