@@ -27,8 +27,8 @@ MARKS = ("<!-- tables: written by scripts/study.py -->", "<!-- end of tables -->
 
 # What is kept -> how it is chosen -> overrides. The paper's Table 1 in small, with its N/A: no attention before block 0, no
 # Gumbel-Softmax in space. Slots before block 1 are there for the attention.
-LEARNED = {f"STTS, {name}": [f"selection.estimator={name}"] for name in ("official", "monte_carlo", "exact")}
-STTS = {"STTS, monte_carlo": LEARNED["STTS, monte_carlo"]}
+LEARNED = {f"STTS, estimator {name}": [f"selection.estimator={name}"] for name in ("official", "monte_carlo", "exact")}
+STTS = {"STTS, estimator monte_carlo": LEARNED["STTS, estimator monte_carlo"]}
 
 
 def named(*names: str) -> dict[str, list[str]]:

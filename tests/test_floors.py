@@ -11,17 +11,19 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "stts_lightning"
 ALLOWED: dict[str, set[str]] = {
     "layers": set(),
     "selection": {"layers"},
-    "data": set(),
+    "progress": set(),
+    "data": {"progress"},
     "backbones": {"layers", "selection"},
     "classifier": {"backbones", "selection"},
     "analysis": {"classifier", "backbones", "selection", "layers", "data"},
     # What a run costs and what a test found is analysis' to say; it knows nothing of training.
-    "training": {"classifier", "backbones", "selection", "layers", "data", "analysis"},
+    "training": {"classifier", "backbones", "selection", "layers", "data", "analysis", "progress"},
     "arguments": set(),
-    "conf_dir": set(),
+    "configuration": {"selection"},
     "doctor": set(),
     "run_folders": set(),
     "sweeps": {"analysis", "run_folders"},
+    "__main__": set(),
     "assembly": {"classifier", "backbones", "selection", "data", "training", "analysis"},
 }
 DOORS = {"train", "evaluate", "predict", "flops", "benchmark", "report", "export", "prepare_data"}
