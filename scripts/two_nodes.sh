@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run a training on two "nodes" of one machine, each a network namespace of its own, as torchrun does on a cluster (root, iproute2):
-#   scripts/two_nodes.sh -m stts_lightning.train trainer=ddp trainer.num_nodes=2 trainer.devices=1 ...
+#   scripts/two_nodes.sh -m stts_lightning.train trainer=ddp trainer.accelerator=cpu trainer.precision=32-true trainer.num_nodes=2 trainer.devices=1 ...
 # PYTHON names the interpreter. Both nodes see the same files, as on a shared file system.
 set -euo pipefail
 python=${PYTHON:-python3}

@@ -15,6 +15,15 @@ def pytest_configure() -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models begin with whatever lies in memory: for tests of large ones whose weights all come from a file."""
+    for place in ("stts_lightning.backbones.mvit", "stts_lightning.backbones.video_swin"):
+        monkeypatch.setattr(f"{place}.trunc_normal_", lambda tensor, **_: tensor)
+    for name in ("trunc_normal_", "kaiming_uniform_", "normal_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Reference numbers and real videos, kept beside the checkout."""

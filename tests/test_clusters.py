@@ -18,7 +18,7 @@ RUN = [
     "experiment=demo", "pretrained=null", "dataset.train=8", "dataset.val=2", "loader.batch_size=8", "loader.num_workers=1",
     "callbacks.progress=null", "trainer.log_every_n_steps=1", "trainer.max_epochs=4",
 ]  # fmt: skip
-TWO = ["trainer=ddp", "trainer.accelerator=cpu"]
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
 STEPS = 32
 
 pytestmark = [

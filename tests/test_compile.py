@@ -7,7 +7,10 @@ import torch
 
 from stts_lightning import create_model
 
-SWIN = {"frames": 16, "size": 64, "dim": 16, "depths": (2, 2, 2, 2), "heads": (1, 1, 2, 2)}
+SMALL = {
+    "video_swin_b": {"frames": 16, "size": 64, "dim": 16, "depths": (2, 2, 1), "heads": (1, 1, 2)},
+    "mvit_tiny": {"depth": 5},
+}
 SELECTIONS: dict[str, Any] = {
     "none": None,
     "learned": "t0_0.6_s4_0.9",
@@ -24,7 +27,7 @@ CASES = [(name, kind) for name in ("mvit_tiny", "video_swin_b") for kind in SELE
 def test_a_model_is_one_graph(name: str, kind: str, training: bool) -> None:
     selection = SELECTIONS.get(kind, {"slots": {"t4": 0.5}, "selector": kind})
     torch.compiler.reset()
-    model = create_model(name, selection, 7, **(SWIN if name == "video_swin_b" else {})).train(training)
+    model = create_model(name, selection, 7, **SMALL[name]).train(training)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(3):

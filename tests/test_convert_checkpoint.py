@@ -1,9 +1,10 @@
 import hashlib
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from warm import python_m
 
 from stts_lightning import create_model, load_model
 
@@ -11,7 +12,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "convert_checkpoint.p
 
 
 def convert(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    return python_m(str(SCRIPT), list(arguments), folder, dict(os.environ), timeout=300)
 
 
 def test_a_torchvision_file_becomes_safetensors_with_a_card(tmp_path: Path) -> None:

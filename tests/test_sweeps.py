@@ -78,7 +78,7 @@ def test_a_failing_job_is_named_the_rest_goes_on_and_nothing_is_repeated(tmp_pat
 
 
 def test_a_killed_sweep_takes_its_job_along_and_goes_on(tmp_path: Path) -> None:
-    command = ["-m", *FAST, "trainer.max_epochs=6", "selection.sigma=0.05,0.1"]
+    command = ["-m", *FAST, "trainer.max_epochs=4", "selection.sigma=0.05,0.1"]
     arguments = [sys.executable, "-m", "stts_lightning.train", *command]
     process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
@@ -101,7 +101,7 @@ def test_a_killed_sweep_takes_its_job_along_and_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"({folder.name}): goes on" in done.stdout
     results = [json.loads(file.read_text()) for file in folder.parent.glob("*/result.json")]
-    assert sorted((r["sigma"], r["steps"]) for r in results) == [(0.05, 12), (0.1, 12)]
+    assert sorted((r["sigma"], r["steps"]) for r in results) == [(0.05, 8), (0.1, 8)]
     assert (folder.parent / "report.html").is_file()
 
 

@@ -26,13 +26,17 @@ def _run(module: str, arguments: list[str], folder: str, environment: dict[str, 
     sys.argv = [module, *arguments]
     # Workers of a DataLoader are processes of this one, which multiprocessing forbids to its daemons.
     multiprocessing.set_start_method("fork", force=True)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if module.endswith(".py"):
+        sys.path.insert(0, str(Path(module).parent))
+        runpy.run_path(module, run_name="__main__")
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def python_m(
     module: str, arguments: list[str], folder: Path, environment: dict[str, str], timeout: float
 ) -> CompletedProcess[str]:
-    """What `python -m module arguments` gives, run in a folder."""
+    """What `python -m module arguments` gives, or `python script.py arguments`, run in a folder."""
     with tempfile.TemporaryDirectory() as place:
         out, err = (Path(place) / name for name in ("out", "err"))
         process = PROCESSES.Process(target=_run, args=(module, arguments, str(folder), environment, str(out), str(err)))

@@ -3,6 +3,8 @@
 import runpy
 import sys
 
+import stts_lightning
+
 COMMANDS = {
     "train": "train a model on a data set, test it, leave a run folder",
     "evaluate": "test a run or a checkpoint on all its views",
@@ -37,9 +39,7 @@ def main() -> None:
     if name in ("-h", "--help", "help"):
         print(usage())
     elif name in ("-V", "--version"):
-        from stts_lightning import __version__
-
-        print(f"stts-lightning {__version__}")
+        print(f"stts-lightning {stts_lightning.__version__}")
     elif name.replace("-", "_") in COMMANDS:
         # Run as `python -m` would: processes that the command starts are then started so, too.
         sys.argv = [sys.argv[0], *rest]

@@ -51,7 +51,7 @@ def one(cfg: DictConfig) -> list[dict[str, Any]]:
     return [{**facts(cfg, model, cost.gflops), **details}]
 
 
-def shipped(cfg: DictConfig) -> list[dict[str, Any]]:
+def of_the_paper(cfg: DictConfig) -> list[dict[str, Any]]:
     """Figures of every selection of the paper that the backbone can honour, from sizes alone."""
     import torch
 
@@ -175,8 +175,8 @@ def main(cfg: DictConfig) -> float:
             print_many(found, f"{cfg.backbone.name} within {cfg.budget} GFLOPs a view")
             print("The first is", *found[0]["overrides"])
         elif cfg.all:
-            found = shipped(cfg)
-            print_many(found, f"shipped selections of {cfg.backbone.name}")
+            found = of_the_paper(cfg)
+            print_many(found, f"the paper's selections, {cfg.backbone.name}")
         else:
             found = one(cfg)
             show(lines(found[0]))

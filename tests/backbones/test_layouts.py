@@ -34,6 +34,7 @@ def mvit_file(shared: Path, rule: ModuleType, layout: str) -> dict[str, Tensor]:
     return state
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.reference
 @pytest.mark.parametrize("layout", MVIT)
 def test_mvit_layouts_give_the_golden_logits(shared: Path, load_rule: Rule, tmp_path: Path, layout: str) -> None:
@@ -100,6 +101,7 @@ def random_values(entries: list[tuple[str, tuple[int, ...]]]) -> dict[str, Tenso
     return {key: torch.randn(shape, generator=draw) for key, shape in entries}
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.reference
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in MORE else name for name in LISTS])
 def test_a_listed_file_loads_whole_and_comes_back_bit_equal(shared: Path, tmp_path: Path, name: str) -> None:
@@ -139,6 +141,7 @@ def saved_own(model: torch.nn.Module, folder: Path) -> Path:
     return folder / "own.ckpt"
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.reference
 def test_torchvision_keys_of_swin_follow_the_references_map(shared: Path, load_rule: Rule, tmp_path: Path) -> None:
     """An independent map: each weight arrives where the official name of the same weight arrives."""

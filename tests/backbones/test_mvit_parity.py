@@ -28,6 +28,7 @@ def official_keys(folder: Path, config: str) -> list[tuple[str, list[int]]]:
     return keys
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.reference
 @pytest.mark.parametrize("config", ["unpruned", "t0_0.6_s4_0.9", "t0_0.4_s4_0.6", "s0_0.6174"])
 def test_golden(shared: Path, load_rule: Callable[[str], ModuleType], tmp_path: Path, config: str) -> None:

@@ -73,6 +73,7 @@ def test_golden_tiny(shared: Path, load_rule: Callable[[str], ModuleType], tmp_p
         assert np.array_equal(selection.indices.numpy(), golden[f"{case}/indices{number}"])
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.reference
 @pytest.mark.parametrize(("case", "slots"), [("unpruned", {}), ("t0_0.625", {"t0": {"keep": 10}})])
 def test_golden_full_size(

@@ -96,7 +96,7 @@ def test_evaluation_resizes_the_short_side_and_crops_the_centre() -> None:
     out = EvalTransform(224)(frame)
     assert out.shape == (1, 1, 3, 224, 224)
     assert out[0, 0, 0, 100].float().argmax() == pytest.approx(102, abs=1)
-    with pytest.raises(ValueError, match="short_side=100: must be at least the crop, 224, or 'crop'"):
+    with pytest.raises(ValueError, match="short_side=100: must be at least the crop, 224 px, or 'crop', or null"):
         EvalTransform(224, 100)
 
 

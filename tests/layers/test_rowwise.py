@@ -108,7 +108,8 @@ def test_weights_that_are_laid_out_say_the_same_until_they_may_change(name: str,
         with constant_weights():
             with constant_weights():
                 torch.testing.assert_close(logits(), expected)
-            assert products._laid_out.get()  # The inner one left it to the outer one.
+            # The inner one left it to the outer one. A processor without AVX-512 takes bf16 the plain way, and lays out nothing.
+            assert bool(products._laid_out.get()) == (precision in products._EVALUATED)
             torch.testing.assert_close(logits(), expected)
         assert products._laid_out.get() is None
         for parameter in model.parameters():
@@ -144,7 +145,9 @@ def test_what_comes_out_in_bf16_does_not_depend_on_the_number_of_tokens() -> Non
     norm, mlp, past = layers(False)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         few, many = (perceive(norm, mlp, torch.randn(1, n, 6), DropPath(), past).dtype for n in (5, 5000))
-    assert few == many == torch.float32
+    assert few == many
+    if torch.bfloat16 in products._EVALUATED:
+        assert few == torch.float32
 
 
 def test_what_hooks_in_is_called_and_may_change_the_result() -> None:

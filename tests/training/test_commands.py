@@ -49,7 +49,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(place: Path) -> Path:
-    done = command(place, "trainer.max_epochs=2", "hydra.run.dir=runs/full", "selection=t0_0.6_s4_0.9")
+    base = [argument for argument in FAST if not argument.startswith("callbacks.progress")]
+    done = command(place, "trainer.max_epochs=2", "hydra.run.dir=runs/full", "selection=t0_0.6_s4_0.9", base=base)
+    # Not a terminal: a line an epoch, with all that a log is read for, here and in the run's folder.
+    number = r"[-+.\de]+"
+    for text in (done.stdout, (place / "runs/full/train.log").read_text()):
+        for epoch in (1, 2):
+            line = (
+                rf"epoch {epoch} of 2, step {4 * epoch} of 8: loss {number}, val/top1 {number}%, val/top5 {number}%, "
+                rf"lr {number} \(selectors\) {number} \(backbone\) {number} \(head\), sigma {number}, {number} clips/s, "
+                r"\d+:\d\d:\d\d left"
+            )
+            assert len(re.findall(line, text)) == 1, text
+    assert "font" not in done.stdout
     assert "T0: 5 of 8 frames; S4: 3x3 of 3x3" in done.stdout
     assert re.search(r"steps +│ 8 ", done.stdout)
     return place / "runs" / "full"
@@ -112,7 +124,7 @@ def test_two_processes_test_each_video_once(place: Path, finished: Path) -> None
     data = ["dataset=list", "dataset.train=null", "dataset.val=data/demo/eleven.csv", "dataset.classes=classes.txt"]
     (place / "classes.txt").write_text("\n".join(f"c{i}" for i in range(8)))
     found = []
-    for name, trainer in (("one", []), ("two", ["trainer=ddp", "trainer.devices=2"])):
+    for name, trainer in (("one", []), ("two", ["trainer=ddp", "trainer.devices=2", "trainer.precision=32-true"])):
         run = [f"hydra.run.dir=runs/{name}", "clip.short_side=72", "clip.stride=2", "clip.test_views=2"]
         door("evaluate", place, "run=runs/full", *data, *EVALUATE, *trainer, *run)
         found.append(json.loads((place / "runs" / name / "evaluation.json").read_text()))
@@ -169,7 +181,7 @@ def test_predict_labels_any_videos_and_shows_what_was_kept(place: Path, finished
             assert len(reader) == 16 * min(len(starts), 6)
     assert "cannot be decoded" in found[2]["error"] and "top" not in found[2]
     # The same under two processes, each video once.
-    two = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "hydra.run.dir=runs/predicted"]
+    two = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.precision=32-true", "hydra.run.dir=runs/predicted"]
     door("predict", place, "run=runs/full", "videos=[unknown/deep/1.mp4,'unknown/**/[0-2].mp4']", *two, "every=0.5")
     again = json.loads((place / "runs/predicted/predictions.json").read_text())
     assert [Path(video["video"]).name for video in again] == ["1.mp4", "0.mp4", "2.mp4"]
@@ -359,7 +371,7 @@ def test_flops_says_what_a_configuration_costs(tmp_path: Path) -> None:
     assert failed.stderr.strip().splitlines()[-1] == "error: selection.slots.t0.ratio=2: must lie in (0, 1]"
 
 
-def test_flops_of_all_shipped_selections_and_of_a_budget(tmp_path: Path) -> None:
+def test_flops_of_the_papers_selections_and_of_a_budget(tmp_path: Path) -> None:
     done = door("flops", tmp_path, "backbone=mvit_tiny", "all=true", "json=all.json", "csv=all.csv")
     rows = {row["selection"]: row for row in json.loads((tmp_path / "all.json").read_text())}
     assert {"none", "t0_0.6_s4_0.9", "s0_0.5"} <= set(rows)

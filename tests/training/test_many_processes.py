@@ -15,7 +15,7 @@ FAST = [
     "callbacks.progress=null", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.max_epochs=1",
     "selection=t0_0.6_s4_0.9", "augment.mixup=0.8", "augment.cutmix=1.0",
 ]  # fmt: skip
-TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.precision=32-true"]
 
 
 def train(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

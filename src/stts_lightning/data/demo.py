@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -24,6 +25,9 @@ from stts_lightning.data.decode import write_mp4
 from stts_lightning.progress import counting
 
 MOTIONS = ("right", "down_right", "down", "down_left", "left", "up_left", "up", "up_right")
+
+WORTH_PROCESSES = 200
+"""Videos from which on processes that share the work make up for the time that they take to start."""
 
 Image = NDArray[np.float32]
 Job = tuple[str, int, int]
@@ -184,11 +188,15 @@ def _make_demo(root: Path, spec: DemoSpec) -> None:
     building.write_text(wanted)
     jobs = list(_jobs(spec))
     made = partial(_make_video, root, spec, resumed)
-    # Spawned: the caller may hold threads, which a fork would not survive.
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
-        with counting("demo videos made", len(jobs)) as one_more:
-            for _ in pool.map(made, jobs, chunksize=8):
-                one_more()
+    with ExitStack() as stack:
+        one_more = stack.enter_context(counting("demo videos made", len(jobs)))
+        mapped = map(made, jobs)
+        if len(jobs) >= WORTH_PROCESSES:
+            # Spawned: the caller may hold threads, which a fork would not survive.
+            pool = stack.enter_context(ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")))
+            mapped = pool.map(made, jobs, chunksize=8)
+        for _ in mapped:
+            one_more()
     for split in ("train", "val"):
         lines = [f"{_file(root, job).relative_to(root)} {job[1]}\n" for job in jobs if job[0] == split]
         (root / f"{split}.csv").write_text("".join(lines))
