@@ -108,10 +108,16 @@ def test_a_killed_sweep_takes_its_job_along_and_goes_on(tmp_path: Path) -> None:
 def test_several_jobs_at_a_time(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     jobs = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    done = sweep(tmp_path, "-m", *FAST, "debug=fast", "selection.sigma=0.05,0.1", *jobs)
+    # Selections that no file holds.
+    done = sweep(tmp_path, "-m", *FAST, "debug=fast", "selection=t0_0.75,t1_0.4_s2_0.5", *jobs)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
-    assert len(list(folder.glob("*/result.json"))) == 2 and (folder / "report.html").is_file()
+    results = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/result.json")}
+    assert {name: result["selection"] for name, result in results.items()} == {
+        "selection-t0_0.75": "t0_0.75",
+        "selection-t1_0.4_s2_0.5": "t1_0.4_s2_0.5",
+    }
+    assert (folder / "report.html").is_file()
 
 
 @pytest.mark.slow

@@ -66,6 +66,12 @@ def test_lines_within_an_epoch_a_validation_and_a_test(monkeypatch: pytest.Monke
     assert re.search(r"test, batches: \d of 4, [\d.]+ a second, \d+:\d\d:\d\d left", "\n".join(lines))
 
 
+def test_the_loss_is_that_of_clips_however_gradients_are_accumulated(caplog: pytest.LogCaptureFixture) -> None:
+    lines = trained(ProgressLines(), caplog, num_sanity_val_steps=0, accumulate_grad_batches=4)
+    (loss,) = re.findall(r"step 1 of 2: loss ([\d.]+),", lines[0])
+    assert float(loss) > 0.7, "of four classes, before anything is learnt"
+
+
 def test_only_the_first_process_speaks(caplog: pytest.LogCaptureFixture) -> None:
     lines = ProgressLines()
     lines.disable()

@@ -66,7 +66,8 @@ class ProgressLines(ProgressBar):
         """Add up; log where it is time to."""
         now = time.monotonic()
         self.seconds, self.batch_end = self.seconds + now - self.batch_end, now
-        self.loss, self.steps = self.loss + outputs["loss"].detach(), self.steps + 1
+        # Lightning has divided it where gradients are accumulated.
+        self.loss, self.steps = self.loss + outputs["loss"].detach() * trainer.accumulate_grad_batches, self.steps + 1
         self.clips += batch.clip.shape[0] * batch.clip.shape[1] * trainer.world_size
         if batch_idx + 1 < trainer.num_training_batches and self.timer.due():
             self._log(trainer, pl_module, {})
