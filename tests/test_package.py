@@ -65,14 +65,19 @@ def test_the_wheel_works_where_the_checkout_cannot_be_seen(installed: Path, tmp_
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    about = "import stts_lightning; print(stts_lightning.__file__, stts_lightning.__version__)"
-    file, version = run("-c", about).split()
+    code = """if True:
+        import pkgutil, stts_lightning as s
+        print(s.__file__, s.__version__)
+        print(*sorted(module.name for module in pkgutil.walk_packages(s.__path__, "stts_lightning.")))
+        print(s.create_model("mvit_tiny", "t0_0.75").slots.describe())
+    """
+    about, modules, slots = run("-c", code).splitlines()
+    file, version = about.split()
     assert file.startswith(str(installed)) and str(ROOT) not in file
     assert version == stts_lightning.__version__
-    code = "import stts_lightning as s; print(s.create_model('mvit_tiny', 't0_0.75').slots.describe())"
-    assert run("-c", code).strip() == "{'t0': '6 of 8 frames'}"
-    everything = "import pkgutil, stts_lightning as s; print(*sorted(m.name for m in pkgutil.walk_packages(s.__path__, 'stts_lightning.')))"
-    assert run("-c", everything).split() == sorted(module.name for module in pkgutil.walk_packages(stts_lightning.__path__, "stts_lightning."))
+    here = pkgutil.walk_packages(stts_lightning.__path__, "stts_lightning.")
+    assert modules.split() == sorted(module.name for module in here)
+    assert slots == "{'t0': '6 of 8 frames'}"
     # The console script, run by that environment's own Python.
     (script,) = map(str, installed.glob("lib/python*/site-packages/bin/stts"))
     assert run(script, "--version").strip() == f"stts-lightning {version}"

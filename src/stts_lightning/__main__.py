@@ -1,4 +1,4 @@
-"""`stts` and `python -m stts_lightning`: lists the commands, or runs one: `stts train ...` is `python -m stts_lightning.train ...`."""
+"""`stts`, `python -m stts_lightning`: list the commands, or run one: `stts train` is `python -m stts_lightning.train`."""
 
 import runpy
 import sys

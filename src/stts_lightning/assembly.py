@@ -227,7 +227,13 @@ def quiet_libraries() -> None:
     """Keep what is not the user's to mend off the screen: tips, device inventories, libraries' own deprecations."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*torch.jit.*", ".*treespec.*", ".*does not have many workers.*", ".*Experiment logs directory.*", ".*broadcast_buffers.*"):
+    for message in (
+        ".*torch.jit.*",
+        ".*treespec.*",
+        ".*does not have many workers.*",
+        ".*Experiment logs directory.*",
+        ".*broadcast_buffers.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar in a terminal, a line every few minutes in a log file. Light: nothing here needs torch."""
+"""How far a long piece of work is: a bar in a terminal, a line every few minutes in a log file. Light: no torch."""
 
 import time
 from collections.abc import Callable, Iterator

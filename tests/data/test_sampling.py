@@ -77,7 +77,7 @@ RATES = (8, 10, 12.5, 14.985, 23.976, 25, 30000 / 1001, 30, 50, 60000 / 1001, 60
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize(("frames", "stride"), [(16, 4), (32, 3), (8, 8), (4, 1), (1, 1)])
 def test_the_releases_indices(frames: int, stride: int, rate: float) -> None:
-    """Its arithmetic, written out: a span of frames * stride thirtieths of a second, linspace in float32, cut to whole numbers."""
+    """Its arithmetic, written out: a span of frames * stride thirtieths of a second, linspace in float32, cut down."""
     span = frames * stride / 30 * (rate or 30)
     for total in (1, 17, 64, 183, 300, 1001):
         rest = max(total - span, 0)
@@ -87,7 +87,7 @@ def test_the_releases_indices(frames: int, stride: int, rate: float) -> None:
             wanted = [(first + clip.clamp(min=0).long()).clamp(0, total - 1).tolist() for first in firsts]
             assert SlowFast(frames, stride).views(total, views, rate).tolist() == wanted
         clips = [SlowFast(frames, stride).train(total, np.random.default_rng(seed), rate) for seed in range(50)]
-        assert all(len(clip) == frames and 0 <= clip.min() and clip.max() < total for clip in clips)
+        assert all(len(clip) == frames and clip.min() >= 0 and clip.max() < total for clip in clips)
         assert max(clip[0] for clip in clips) <= np.ceil(rest)
 
 
@@ -96,7 +96,9 @@ def test_a_clip_is_a_span_of_time() -> None:
     seconds = {rate: float(np.ptp(SlowFast(16, 4).views(1000, 1, rate)[0])) / rate for rate in (25.0, 30.0, 60.0)}
     assert seconds == pytest.approx({25.0: 2.08, 30.0: 2.1, 60.0: 2.1167}, abs=1e-3)
     assert SlowFast(16, 4).views(300, 5, 30)[:, 0].tolist() == [0, 59, 118, 177, 236]
-    assert SlowFast(16, 4).views(300, 1, 30)[0].tolist() == [118 + at for at in (0, 4, 8, 12, 16, 21, 25, 29, 33, 37, 42, 46, 50, 54, 58, 63)]
+    assert SlowFast(16, 4).views(300, 1, 30)[0].tolist() == [
+        118 + at for at in (0, 4, 8, 12, 16, 21, 25, 29, 33, 37, 42, 46, 50, 54, 58, 63)
+    ]
 
 
 def test_windows_over_time_reach_the_end_at_any_rate() -> None:

@@ -181,7 +181,13 @@ def test_predict_labels_any_videos_and_shows_what_was_kept(place: Path, finished
             assert len(reader) == 16 * min(len(starts), 6)
     assert "cannot be decoded" in found[2]["error"] and "top" not in found[2]
     # The same under two processes, each video once.
-    two = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.precision=32-true", "hydra.run.dir=runs/predicted"]
+    two = [
+        "trainer=ddp",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+        "trainer.precision=32-true",
+        "hydra.run.dir=runs/predicted",
+    ]
     door("predict", place, "run=runs/full", "videos=[unknown/deep/1.mp4,'unknown/**/[0-2].mp4']", *two, "every=0.5")
     again = json.loads((place / "runs/predicted/predictions.json").read_text())
     assert [Path(video["video"]).name for video in again] == ["1.mp4", "0.mp4", "2.mp4"]

@@ -19,7 +19,15 @@ from stts_lightning.data.dataset import Batch
 
 RECIPES = sorted(file.stem for file in (Path(conf_dir()) / "recipe").glob("*.yaml"))
 TRAINERS = sorted(file.stem for file in (Path(conf_dir()) / "trainer").glob("*.yaml"))
-SMALL = ["backbone=mvit_tiny", "backbone.frames=4", "backbone.size=32", "selection=t0_0.5", "selection.samples=8", "selection.sigma=1", "logger=none"]
+SMALL = [
+    "backbone=mvit_tiny",
+    "backbone.frames=4",
+    "backbone.size=32",
+    "selection=t0_0.5",
+    "selection.samples=8",
+    "selection.sigma=1",
+    "logger=none",
+]
 CLIPPING = {
     "none": {"gradient_clip_val": None},
     "norm": {"gradient_clip_val": 1.0},
@@ -61,7 +69,7 @@ def test_each_combination_takes_real_steps(tmp_path: Path, trainer: str, precisi
             OmegaConf.set_struct(cfg, False)
             cfg.run_dir = str(tmp_path)
             cfg.callbacks, cfg.trainer.accelerator, cfg.trainer.devices = {}, "cpu", 1
-            cfg.trainer |= {"enable_checkpointing": False, "limit_val_batches": 1, **CLIPPING[clipping]}
+            cfg.trainer.update({"enable_checkpointing": False, "limit_val_batches": 1, **CLIPPING[clipping]})
             if precision:  # None: what the option itself says.
                 # Lightning takes float16 on a CPU for a mistake: it is put in behind its back.
                 cfg.trainer.precision = "32-true" if precision == "16-mixed" else precision
@@ -111,7 +119,11 @@ def test_fused_wherever_no_loss_is_scaled(tmp_path: Path) -> None:
 def test_gpu_options_are_alike_and_a_machine_without_one_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("gpu", "ddp"):
         cfg = compose("train", [f"trainer={name}"])
-        assert (cfg.trainer.accelerator, cfg.trainer.precision, cfg.trainer.float32_matmul_precision) == ("gpu", "bf16-mixed", "high")
+        assert (cfg.trainer.accelerator, cfg.trainer.precision, cfg.trainer.float32_matmul_precision) == (
+            "gpu",
+            "bf16-mixed",
+            "high",
+        )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(assembly.ConfigError, match="trainer.accelerator=gpu: torch .* finds no GPU on this machine; trainer=cpu"):

@@ -40,7 +40,9 @@ def trained(lines: ProgressLines, caplog: pytest.LogCaptureFixture, **options: A
         return Batch(clip, torch.tensor([0, 1]), torch.arange(2), torch.ones(2, dtype=torch.bool), (), (seed, seed + 1))
 
     loader: Any = DataLoader([batch(2 * number) for number in range(4)], batch_size=None)  # type: ignore[arg-type]
-    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=2, logger=False, enable_checkpointing=False, callbacks=[lines], **options)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=2, logger=False, enable_checkpointing=False, callbacks=[lines], **options
+    )
     with caplog.at_level(logging.INFO, logger=training.__name__):
         trainer.fit(module, loader, loader)
         trainer.test(module, loader, verbose=False)
@@ -95,7 +97,10 @@ def test_counting_in_a_log_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
             one_more()
     lines = capsys.readouterr().out.splitlines()
     assert 2 <= len(lines) <= 6
-    assert all(re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] files: \d+ of 10, [\d.]+ a second, \d+:\d\d:\d\d left", line) for line in lines), lines
+    assert all(
+        re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] files: \d+ of 10, [\d.]+ a second, \d+:\d\d:\d\d left", line)
+        for line in lines
+    ), lines
     with progress.counting("files", 10, quiet=True, every_minutes=1) as one_more:
         one_more()
     assert not capsys.readouterr().out

@@ -85,7 +85,7 @@ class SlowFast(Sampling):
         return self.frames * self.stride / self.target * (rate or self.target)
 
     def _clip(self, first: int, total: int, rate: float) -> Indices:
-        # linspace(0, span - 1, frames) in float32, from both ends to the middle as torch's: a whole number may fall short of itself.
+        # torch's linspace(0, span - 1, frames): in float32, from both ends to the middle. A whole number may fall short.
         end = np.float32(self._span(rate) - 1)
         step = np.float32(end / np.float32(max(self.frames - 1, 1)))
         at = np.arange(self.frames, dtype=np.float32)

@@ -103,8 +103,8 @@ class EvalTransform:
         longest = max(self.height, self.width)
         if short_side not in (None, "crop") and (not isinstance(short_side, int) or short_side < longest):
             raise ValueError(
-                f"clip.short_side, clip.test_short_side={short_side}: must be at least the crop, {longest} px, or 'crop', or null "
-                "(256/224 of the crop)"
+                f"clip.short_side, clip.test_short_side={short_side}: must be at least the crop, {longest} px, or 'crop', or "
+                "null (256/224 of the crop)"
             )
         if crops not in (1, 3):
             raise ValueError(f"clip.test_crops={crops}: allowed are 1 and 3")

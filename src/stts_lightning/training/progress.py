@@ -113,7 +113,9 @@ class ProgressLines(ProgressBar):
         left = taken / max(done - self.first_step, 1) * (total - done)
         parts.append(f"{duration(left)} left")
         if self.shown:
-            log.info("epoch %d of %s, step %d of %d: %s", trainer.current_epoch + 1, trainer.max_epochs, done, total, ", ".join(parts))
+            log.info(
+                "epoch %d of %s, step %d of %d: %s", trainer.current_epoch + 1, trainer.max_epochs, done, total, ", ".join(parts)
+            )
         self.loss, self.steps, self.clips, self.seconds = 0.0, 0, 0, 0.0
         self.timer.last = time.monotonic()
 
