@@ -41,7 +41,7 @@ def main() -> None:
     elif name in ("-V", "--version"):
         print(f"stts-lightning {stts_lightning.__version__}")
     elif name.replace("-", "_") in COMMANDS:
-        # Run as `python -m` would: processes that the command starts are then started so, too.
+        # As `python -m` runs it, so that Lightning starts the processes of other devices in the same way.
         sys.argv = [sys.argv[0], *rest]
         runpy.run_module(f"stts_lightning.{name.replace('-', '_')}", run_name="__main__", alter_sys=True)
     else:

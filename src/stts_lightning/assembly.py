@@ -337,6 +337,8 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
             plugins.append(SLURMEnvironment(auto_requeue=False))  # callbacks.last sees to signals.
         except RuntimeError as error:
             raise ConfigError(str(error)) from error
+    if "enable_progress_bar" in values:
+        raise ConfigError("trainer.enable_progress_bar: follows from callbacks.progress; callbacks.progress=null shows nothing")
     # Lightning would put a bar of its own in the place of one that was left out.
     values["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
     return instantiate(values, callbacks=callbacks, logger=loggers or False, plugins=plugins)
@@ -355,5 +357,7 @@ def check_devices(accelerator: str, devices: Any) -> None:
             "its processor, and so do several processes of trainer=ddp trainer.accelerator=cpu trainer.devices=2 "
             "trainer.precision=32-true"
         )
-    if accelerator in ("gpu", "cuda", "auto") and cuda and isinstance(devices, int) and devices > cuda:
-        raise ConfigError(f"trainer.devices={devices}: this machine has {cuda} GPUs; trainer.devices=auto takes them all")
+    # Under a launcher of its own each process may see but its own GPU.
+    alone = "LOCAL_RANK" not in os.environ and "SLURM_PROCID" not in os.environ
+    if alone and accelerator in ("gpu", "cuda", "auto") and cuda and isinstance(devices, int) and devices > cuda:
+        raise ConfigError(f"trainer.devices={devices}: torch sees {cuda} GPU(s) here; trainer.devices=auto takes all there are")

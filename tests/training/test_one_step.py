@@ -117,6 +117,8 @@ def test_fused_wherever_no_loss_is_scaled(tmp_path: Path) -> None:
 
 
 def test_gpu_options_are_alike_and_a_machine_without_one_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
     for name in ("gpu", "ddp"):
         cfg = compose("train", [f"trainer={name}"])
         assert (cfg.trainer.accelerator, cfg.trainer.precision, cfg.trainer.float32_matmul_precision) == (
@@ -130,5 +132,5 @@ def test_gpu_options_are_alike_and_a_machine_without_one_says_so(monkeypatch: py
         assembly.build_trainer(compose("train", ["trainer=ddp", "run_dir=x"]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(assembly.ConfigError, match="trainer.devices=4: this machine has 2 GPUs"):
+    with pytest.raises(assembly.ConfigError, match=r"trainer.devices=4: torch sees 2 GPU\(s\) here"):
         assembly.build_trainer(compose("train", ["trainer=ddp", "trainer.devices=4", "run_dir=x"]))

@@ -74,6 +74,11 @@ def test_the_loss_is_that_of_clips_however_gradients_are_accumulated(caplog: pyt
     assert float(loss) > 0.7, "of four classes, before anything is learnt"
 
 
+def test_an_epoch_without_a_validation_has_no_accuracy(caplog: pytest.LogCaptureFixture) -> None:
+    lines = trained(ProgressLines(), caplog, num_sanity_val_steps=0, check_val_every_n_epoch=2)
+    assert ["val/top1" in line for line in lines] == [False, True]
+
+
 def test_only_the_first_process_speaks(caplog: pytest.LogCaptureFixture) -> None:
     lines = ProgressLines()
     lines.disable()

@@ -66,7 +66,7 @@ class ClipSpec:
 
     Attributes:
         frames: frames of it.
-        stride: source frames from one to the next; with "slowfast" thirtieths of a second.
+        stride: source frames from one to the next; with "slowfast" the clip spans frames * stride / 30 seconds.
         views: clips of a video in evaluation.
         sampling: which; a name of `SAMPLINGS`.
     """

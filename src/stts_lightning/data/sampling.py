@@ -14,7 +14,7 @@ class Sampling(ABC):
 
     Args:
         frames: frames of a clip.
-        stride: source frames from one frame of a clip to the next.
+        stride: source frames from one frame of a clip to the next; of `SlowFast`, in frames of a video of 30 a second.
     """
 
     def __init__(self, frames: int, stride: int) -> None:

@@ -108,7 +108,7 @@ class ClassificationModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule a step."""
-        # Fused where it can be: with float16's loss scaling it would undo the scale only after gradients are clipped.
+        # A fused AdamW undoes float16's scale of the loss inside of its step, too late for clipping: then it is not fused.
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         steps = int(self.trainer.estimated_stepping_batches)
         optimizer, schedule = build_optimizer(self.model, self.optim, steps, fused=not scaled)

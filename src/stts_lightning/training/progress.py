@@ -45,6 +45,7 @@ class ProgressLines(ProgressBar):
         self.loss: Tensor | float = 0.0
         self.steps = self.clips = 0
         self.seconds = 0.0
+        self.accuracies: dict[str, Any] = {}
 
     def enable(self) -> None:
         """Log."""
@@ -70,7 +71,7 @@ class ProgressLines(ProgressBar):
         self.loss, self.steps = self.loss + outputs["loss"].detach() * trainer.accumulate_grad_batches, self.steps + 1
         self.clips += batch.clip.shape[0] * batch.clip.shape[1] * trainer.world_size
         if batch_idx + 1 < trainer.num_training_batches and self.timer.due():
-            self._log(trainer, pl_module, {})
+            self._log(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation begins."""
@@ -91,20 +92,23 @@ class ProgressLines(ProgressBar):
         """Log where it is time to."""
         self._count("test", batch_idx + 1, sum(trainer.num_test_batches))
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note what it found, for the next line alone: not every epoch ends with a validation."""
+        self.accuracies = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Log the epoch."""
-        found = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        self._log(trainer, pl_module, found)
+        self._log(trainer, pl_module)
 
     def _count(self, what: str, done: int, total: int) -> None:
         if self.shown and self.timer.due():
             log.info("%s", line(f"{what}, batches", done, total, time.monotonic() - self.evaluation_begun))
 
-    def _log(self, trainer: pl.Trainer, module: ClassificationModule, accuracies: dict[str, Any]) -> None:
+    def _log(self, trainer: pl.Trainer, module: ClassificationModule) -> None:
         total, done = int(trainer.estimated_stepping_batches), trainer.global_step
         loss = float(torch.as_tensor(self.loss)) / max(self.steps, 1)
         parts = [f"loss {loss:.4f}"]
-        parts += [f"{name} {float(value):.2%}" for name, value in accuracies.items()]
+        parts += [f"{name} {float(value):.2%}" for name, value in self.accuracies.items()]
         parts.append(f"lr {rates(trainer.optimizers[0])}")
         if module.model.slots.at_block:
             parts.append(f"sigma {float(module.model.slots.sigma):.3g}")
@@ -116,7 +120,7 @@ class ProgressLines(ProgressBar):
             log.info(
                 "epoch %d of %s, step %d of %d: %s", trainer.current_epoch + 1, trainer.max_epochs, done, total, ", ".join(parts)
             )
-        self.loss, self.steps, self.clips, self.seconds = 0.0, 0, 0, 0.0
+        self.loss, self.steps, self.clips, self.seconds, self.accuracies = 0.0, 0, 0, 0.0, {}
         self.timer.last = time.monotonic()
 
 
