@@ -4,7 +4,6 @@
 with a slot `t0` of ratio 0.6 and a slot `s4` of ratio 0.9. So any notation can be typed, swept, and named in an experiment.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -76,9 +75,5 @@ class _NotationOnSearchPath(SearchPathPlugin):
         search_path.append("stts-lightning", f"{NotationSource.scheme()}://")
 
 
-def _register(plugins: Sequence[type[ConfigSource] | type[SearchPathPlugin]]) -> None:
-    for plugin in plugins:
-        Plugins.instance().register(plugin)
-
-
-_register([NotationSource, _NotationOnSearchPath])
+Plugins.instance().register(NotationSource)
+Plugins.instance().register(_NotationOnSearchPath)
