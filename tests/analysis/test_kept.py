@@ -40,6 +40,15 @@ def test_odd_sides_stay_in_the_picture() -> None:
     assert found.mask[0].sum() == 9 and found.mask[1].sum() == 16
 
 
+def test_sides_that_are_odd_after_the_first_of_two_poolings() -> None:
+    # 10 tokens a side become 5, then 3: tokens 0 to 3, 4 to 7, 8 and 9.
+    window = Selection("s0", torch.zeros(1, 1), torch.tensor([[[1, 0, 10, 10]]]), torch.zeros(1, 1, 4), None)
+    corner = Selection("s4", torch.zeros(1, 1), torch.tensor([[[1, 2, 1, 1]]]), torch.zeros(1, 1, 4), None)
+    found = trace([window, corner], {"s0": (1, 12, 12), "s4": (1, 3, 3)}, 0)
+    assert found.boxes[0] == pytest.approx((5 / 12, 8 / 12, 9 / 12, 10 / 12))
+    assert found.mask.sum() == 4 * 2
+
+
 def test_single_tokens() -> None:
     kept = [Selection("s0", torch.tensor([[[0, 5, 15, 10]]]), None, torch.rand(1, 1, 16), None)]
     found = trace(kept, {"s0": (1, 4, 4)}, 0)
@@ -48,7 +57,9 @@ def test_single_tokens() -> None:
 
 @pytest.mark.parametrize(("name", "selection", "arguments"), [
     ("mvit_tiny", "t0_0.5_s0_0.5_s4_0.5", {"size": 64}),
+    ("mvit_tiny", "t0_0.6_s0_0.7_t4_0.7_s4_0.5", {"size": 48}),
     ("video_swin_tiny", "t0_0.6_s2_0.5", {}),
+    ("video_swin_tiny", "s0_0.4_s4_0.5", {"size": 80}),
 ])  # fmt: skip
 def test_a_model_uses_exactly_what_the_mask_shows(name: str, selection: str, arguments: dict[str, int]) -> None:
     """Pixels under dropped frames change nothing; of kept ones they do. Centre selectors do not look at pixels."""

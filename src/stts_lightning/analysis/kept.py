@@ -1,5 +1,6 @@
 """What of a clip reached the last block: the slots' records put together and traced back to frames and places of the picture."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,10 +54,15 @@ class Kept:
 
 def _merged(boxes: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64]:
     """Places of tokens after a backbone pooled or merged neighbours: `(T, H, W, 4)` -> `(T, height, width, 4)`."""
-    rows, columns = (max(round(was / now), 1) for was, now in zip(boxes.shape[1:3], (height, width), strict=True))
+    rows, columns = (_merged_side(was, now) for was, now in zip(boxes.shape[1:3], (height, width), strict=True))
     padded = np.pad(boxes, ((0, 0), (0, rows * height - boxes.shape[1]), (0, columns * width - boxes.shape[2]), (0, 0)), "edge")
     blocks = padded.reshape(len(boxes), height, rows, width, columns, 4)
     return np.concatenate([blocks[..., :2].min((2, 4)), blocks[..., 2:].max((2, 4))], -1)
+
+
+def _merged_side(before: int, after: int) -> int:
+    """How many neighbours along a side became one token: each stage of a backbone merges 2 and rounds up (10 -> 5 -> 3)."""
+    return next(2**stages for stages in range(before.bit_length() + 1) if math.ceil(before / 2**stages) == after)
 
 
 def trace(kept: Sequence[Selection], sizes: Mapping[str, GridSize], sample: int) -> Kept:
