@@ -10,9 +10,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from stts_lightning import assembly, run_folders  # noqa: F401 (the latter's resolvers)
+from stts_lightning import assembly, console, run_config, run_folders  # noqa: F401 (the latter's resolvers)
 from stts_lightning.configuration import conf_dir
+from stts_lightning.errors import UserError
 from stts_lightning.selection.spec import PAPER_SELECTIONS, SelectionSpec
 
 CONF = Path(conf_dir())
@@ -43,15 +45,15 @@ def build(overrides: list[str], dataset: str) -> str:
     """Compose, and build what needs neither data nor weights; returns what was refused."""
     cfg = compose("train", [*overrides, *GIVEN[dataset], "run_dir=x"])
     try:
-        with assembly.refusals():
-            assembly.plain(cfg.optim)
+        with console.as_user_errors():
+            run_config.to_container(cfg.optim)
             assembly.build_optim(cfg)
             assembly.build_loader(cfg)
             size = assembly.build_model_shape(cfg)
             assembly.build_data(cfg, size)
             with torch.device("meta"):
                 assembly.build_module(cfg, assembly.build_untrained(cfg, 10))
-    except assembly.USER_ERRORS as error:
+    except (UserError, MisconfigurationException) as error:
         line = str(error)
         assert line and "\n" not in line.strip(), line
         return line
@@ -110,7 +112,7 @@ def test_some_combinations_of_all_groups() -> None:
 def test_selection_takes_any_notation(text: str) -> None:
     for door in ("train", "evaluate", "predict", "flops", "export") if text == "t0_0.75" else ("train",):
         cfg = compose(door, [f"selection={text}", "selection.sigma=0.3"])
-        assert SelectionSpec.of(assembly.plain(cfg.selection)) == SelectionSpec(SelectionSpec.of(text).slots, sigma=0.3)
+        assert SelectionSpec.of(run_config.to_container(cfg.selection)) == SelectionSpec(SelectionSpec.of(text).slots, sigma=0.3)
     if text != "t2_0.4_s6_0.5":
         return
     slot = SelectionSpec.of(text).slots[0].name

@@ -9,22 +9,25 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "stts_lightning"
 
 # What each room may import from the package, besides itself.
 ALLOWED: dict[str, set[str]] = {
-    "layers": set(),
-    "selection": {"layers"},
+    "errors": set(),
+    "selection": {"errors"},
     "progress": set(),
-    "data": {"progress"},
-    "backbones": {"layers", "selection"},
-    "classifier": {"backbones", "selection"},
-    "analysis": {"classifier", "backbones", "selection", "layers", "data"},
+    "data": {"errors", "progress"},
+    "backbones": {"errors", "selection"},
+    "kernels": {"backbones", "selection"},
+    "classifier": {"errors", "kernels", "backbones", "selection"},
+    "analysis": {"errors", "classifier", "kernels", "backbones", "selection", "data"},
     # What a run costs and what a test found is analysis' to say; it knows nothing of training.
-    "training": {"classifier", "backbones", "selection", "layers", "data", "analysis", "progress"},
-    "arguments": set(),
+    "training": {"errors", "classifier", "kernels", "backbones", "selection", "data", "analysis", "progress"},
+    "overrides": set(),
     "configuration": {"selection"},
     "doctor": set(),
     "run_folders": set(),
+    "run_config": {"errors", "backbones"},
+    "console": {"errors", "run_config"},
     "sweeps": {"analysis", "run_folders"},
     "__main__": set(),
-    "assembly": {"classifier", "backbones", "selection", "data", "training", "analysis"},
+    "assembly": {"run_config", "classifier", "backbones", "selection", "data", "training", "analysis"},
 }
 DOORS = {"train", "evaluate", "predict", "flops", "benchmark", "report", "export", "prepare_data"}
 BANNED_NAMES = {"utils", "helpers", "common", "core", "misc", "components"}
@@ -59,7 +62,7 @@ def test_imports_go_down(file: Path) -> None:
 
 def test_lower_floors_know_no_lightning_and_no_hydra() -> None:
     for room, banned in {
-        "layers": {"lightning", "hydra", "omegaconf"},
+        "kernels": {"lightning", "hydra", "omegaconf"},
         "selection": {"lightning", "hydra", "omegaconf", "timm"},
         "backbones": {"lightning", "hydra", "omegaconf"},
         "analysis": {"lightning", "hydra", "omegaconf"},
@@ -71,6 +74,18 @@ def test_lower_floors_know_no_lightning_and_no_hydra() -> None:
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 assert not {n.split(".")[0] for n in names} & banned, f"{file} imports one of {banned}"
+
+
+def test_models_know_nothing_of_devices_hooks_and_tracing() -> None:
+    """Speed is the business of kernels: a model, a selector and a count of cost are the same everywhere."""
+    everywhere = ("is_tracing", "is_compiling", "_hooks", "data_ptr", "._version", "mkldnn", "add_(x", "is_grad_enabled")
+    for room, banned in {
+        "backbones": (*everywhere[:-1], "device.type"),
+        "selection": (*everywhere, "device.type"),
+        "analysis": ("is_tracing", "is_compiling", "_hooks", "data_ptr"),
+    }.items():
+        for file in (SOURCE / room).rglob("*.py"):
+            assert not [word for word in banned if word in file.read_text()], file
 
 
 def test_rooms_are_named_for_what_they_hold() -> None:

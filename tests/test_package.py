@@ -116,7 +116,7 @@ def test_broken_torchvision_pair_is_met_with_one_line(tmp_path: Path) -> None:
 def test_every_selection_and_recipe_composes_and_fits_the_model(recipe: str) -> None:
     from hydra import compose, initialize_config_dir
 
-    from stts_lightning import assembly
+    from stts_lightning import assembly, run_config
     from stts_lightning.selection.spec import PAPER_SELECTIONS, SelectionSpec
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -125,7 +125,7 @@ def test_every_selection_and_recipe_composes_and_fits_the_model(recipe: str) -> 
         # As `selection=` has it; that each name is an option is tested beside the other options.
         cfg.selection.slots = SelectionSpec.of(selection).plain()["slots"]
         assert assembly.build_model_shape(cfg) == (16, 224, 224)
-        spec = SelectionSpec.of(assembly.plain(cfg.selection))
+        spec = SelectionSpec.of(run_config.to_container(cfg.selection))
         assert spec.slots == SelectionSpec.of(selection).slots
         assembly.build_optim(cfg)
         assert (spec.scorer, spec.estimator) == (("official", "official") if "official" in recipe else ("paper", "monte_carlo"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stts_lightning.arguments import in_run_folder, of_a_run, of_a_sweep
+from stts_lightning.overrides import for_run, for_sweep, in_run_folder
 from stts_lightning.run_folders import folder_name
 
 FAST = [
@@ -26,16 +26,16 @@ def sweep(tmp: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_folder_follows_from_the_command() -> None:
-    one = of_a_sweep(["-m", "a=1", "b=1,2"])
+    one = for_sweep(["-m", "a=1", "b=1,2"])
     assert one[0] == "-m" and one[-2:] == ["a=1", "b=1,2"]
     assert one[1].startswith("hydra.sweep.dir=${paths.runs}/sweep_")
     assert one[2] == "hydra.job.config.override_dirname.exclude_keys=[a]"
-    assert of_a_sweep(["b=1,2", "a=1", "--multirun", "hydra.launcher.n_jobs=2", "hydra/launcher=joblib"])[1] == one[1]
-    assert of_a_sweep(["-m", "a=1", "b=1,2,3"])[1] != one[1]
-    assert of_a_sweep(["--config-dir", "d", "-m", "b=1,2"])[-1] == "b=1,2"
+    assert for_sweep(["b=1,2", "a=1", "--multirun", "hydra.launcher.n_jobs=2", "hydra/launcher=joblib"])[1] == one[1]
+    assert for_sweep(["-m", "a=1", "b=1,2,3"])[1] != one[1]
+    assert for_sweep(["--config-dir", "d", "-m", "b=1,2"])[-1] == "b=1,2"
     for arguments in (["a=1"], ["hparams_search=ratios", "hydra.mode=RUN"]):
-        assert of_a_sweep(arguments) == arguments
-    given = of_a_sweep(["-m", "a=1,2", "b=1", "hydra.sweep.dir=x"])
+        assert for_sweep(arguments) == arguments
+    given = for_sweep(["-m", "a=1,2", "b=1", "hydra.sweep.dir=x"])
     assert given == [
         "-m",
         "hydra.job.config.override_dirname.exclude_keys=[b,hydra.sweep.dir]",
@@ -43,13 +43,13 @@ def test_the_folder_follows_from_the_command() -> None:
         "b=1",
         "hydra.sweep.dir=x",
     ]
-    assert of_a_sweep(["hparams_search=ratios"])[0] == "-m"
+    assert for_sweep(["hparams_search=ratios"])[0] == "-m"
 
 
 def test_overrides_stay_together(tmp_path: Path) -> None:
     run = str(tmp_path)
     assert in_run_folder([f"resume={run}", "--config-dir", "d"])[-2:] == ["--config-dir", "d"]
-    assert of_a_run([f"run={run}", "selection.sigma=1"], "x") == [f"hydra.run.dir='{run}/x'", f"run={run}", "++selection.sigma=1"]
+    assert for_run([f"run={run}", "selection.sigma=1"], "x") == [f"hydra.run.dir='{run}/x'", f"run={run}", "++selection.sigma=1"]
 
 
 def test_names_of_folders() -> None:

@@ -30,7 +30,7 @@ COLUMNS: dict[str, Mapping[str, tuple[str, str]]] = {
         "gflops": ("GFLOPs", ".2f"),
         "share_of_peak": ("of peak", ".0%"),
         "times_the_first": ("x the first", ".2f"),
-        "over_plain": ("x plain", ".2f"),
+        "over_unpruned": ("x plain", ".2f"),
         "of_ideal": ("of ideal", ".2f"),
         "memory_mib": ("MiB", ".0f"),
         "selectors_time": ("selectors: time", ".2%"),
@@ -66,7 +66,7 @@ def chosen_device(name: str) -> "torch.device":
     """The device of a name; auto is a GPU where there is one. Raises ConfigError for one that is not there."""
     import torch
 
-    from stts_lightning.assembly import ConfigError
+    from stts_lightning.run_config import ConfigError
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,9 +88,9 @@ def names(values: Sequence[Any]) -> list[str]:
 def check(cfg: DictConfig) -> None:
     """Refuse values that cannot be measured, before anything is built. Raises ConfigError."""
     from stts_lightning.analysis.benchmarks import PRECISIONS
-    from stts_lightning.assembly import ConfigError
     from stts_lightning.classifier import COMPILE
     from stts_lightning.data.decode import DECODERS
+    from stts_lightning.run_config import ConfigError
 
     def among(key: str, values: Sequence[Any], allowed: Sequence[str]) -> None:
         if wrong := [value for value in values if str(value) not in allowed]:
@@ -134,7 +134,7 @@ def measured(cfg: DictConfig) -> Iterator[Row]:
 def loaded(cfg: DictConfig) -> Iterator[Row]:
     """Rows of decoders."""
     from stts_lightning.analysis.benchmarks import loading
-    from stts_lightning.assembly import ConfigError
+    from stts_lightning.run_config import ConfigError
 
     place = Path(cfg.videos)
     files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
@@ -168,8 +168,8 @@ def show(rows: Sequence[Row], kind: str, title: str) -> None:
         table.add_column(name, justify="right" if form else "left", no_wrap=not form)
     for row in rows:
         table.add_row(*(cell(row, key, form) for key, (_, form) in columns.items()))
-    console = Console()
-    (console if console.width >= 120 else Console(width=150)).print(table)
+    screen = Console()
+    (screen if screen.width >= 120 else Console(width=150)).print(table)
 
 
 def write(rows: Sequence[Row], facts: Mapping[str, Any], json_file: str | None, csv_file: str | None) -> None:
@@ -190,12 +190,12 @@ def main(cfg: DictConfig) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # The profiler, which tells peaks of memory, tells of itself.
     import torch
 
-    from stts_lightning import assembly
+    from stts_lightning import console
 
-    with assembly.one_line_errors():
-        assembly.quiet_libraries()
+    with console.one_line_errors():
+        console.quiet_libraries()
         check(cfg)
-        with assembly.refusals():
+        with console.as_user_errors():
             rows = list(measured(cfg))
         from stts_lightning.analysis.speed import device_name
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stts_lightning.backbones.checkpoints import CheckpointError, load_checkpoint, read_checkpoint
 from stts_lightning.backbones.registry import Backbone, create_backbone
+from stts_lightning.kernels import kernels_for
 from stts_lightning.selection.selector import Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -27,6 +28,7 @@ class VideoClassifier(nn.Module):
         backbone: any registered backbone.
         num_classes: number of classes.
         dropout: rate before the linear layer.
+        kernels: "auto", or "none" to run every module as it is written; see `stts_lightning.kernels`.
 
     Attributes:
         recipe: plain arguments of `create_model` that build it again, weights aside; empty where it was built by hand.
@@ -38,8 +40,9 @@ class VideoClassifier(nn.Module):
     recipe: Mapping[str, Any]
     weights: str
 
-    def __init__(self, backbone: Backbone, num_classes: int, dropout: float = 0.0) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int, dropout: float = 0.0, kernels: str = "auto") -> None:
         super().__init__()
+        backbone.kernels = kernels_for(backbone, kernels)
         self.recipe = {}
         self.weights = "random"
         self.backbone = backbone
@@ -88,6 +91,7 @@ def create_model(
     head: str = "keep",
     trust: bool = False,
     dropout: float = 0.0,
+    kernels: str = "auto",
     **backbone_kwargs: Any,
 ) -> VideoClassifier:
     """Build a model, with token selection and published weights if wanted.
@@ -103,6 +107,7 @@ def create_model(
         head: "keep", or "reset" to leave the file's classifier head aside.
         trust: also read a file that holds Python objects, which may run any code while they are read.
         dropout: rate before the head.
+        kernels: "auto", or "none" to run every module as it is written; see `stts_lightning.kernels`.
         **backbone_kwargs: go to the backbone's constructor; None leaves the choice to the file or the constructor.
 
     Raises:
@@ -116,7 +121,7 @@ def create_model(
     if checkpoint:
         spec = spec.with_scorer(checkpoint.scorer() or spec.scorer)
         backbone_kwargs = {**checkpoint.backbone(), **backbone_kwargs}
-    model = VideoClassifier(create_backbone(backbone, selection=spec, **backbone_kwargs), num_classes, dropout)
+    model = VideoClassifier(create_backbone(backbone, selection=spec, **backbone_kwargs), num_classes, dropout, kernels)
     # What was decided, not what was asked: a file may have settled the scorer or an epsilon.
     settled = {"selection": spec.plain(), "num_classes": num_classes, "dropout": dropout}
     model.recipe = {"backbone": backbone, **settled, **backbone_kwargs}

@@ -9,10 +9,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from stts_lightning.arguments import of_a_run
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
-from stts_lightning.run_folders import launches_by_itself
+from stts_lightning.overrides import for_run
+from stts_lightning.run_folders import let_lightning_launch
 
 log = logging.getLogger(__name__)
 
@@ -21,14 +21,14 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Run the test and leave its predictions and tables in a folder; returns what is known and what was measured."""
     import lightning.pytorch as pl
 
-    from stts_lightning import assembly
+    from stts_lightning import assembly, console
     from stts_lightning.analysis.evaluation import check_question, score
     from stts_lightning.analysis.speed import clips_per_second
     from stts_lightning.training.callbacks import FailureLog
     from stts_lightning.training.summary import facts, rows, show
     from stts_lightning.training.testing import run_test
 
-    with assembly.refusals():
+    with console.as_user_errors():
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         clip_size = assembly.build_model_shape(cfg)
         data = assembly.build_data(cfg, clip_size)
@@ -51,19 +51,19 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 def run(cfg: DictConfig, overrides: list[str]) -> float:
     """Answer one question about a test, and print and write the answer."""
-    from stts_lightning import assembly
+    from stts_lightning import console, run_config
     from stts_lightning.analysis.evaluation import FILE, Predictions, score
     from stts_lightning.analysis.results import commit, versions, write_result
 
-    assembly.quiet_libraries()
+    console.quiet_libraries()
     folder = Path(cfg.run_dir)
     if cfg.predictions:
         if not (Path(cfg.predictions) / FILE).is_file():
-            raise assembly.ConfigError(f"predictions={cfg.predictions}: there is no {FILE} in it; give the folder of a test")
-        with assembly.refusals():
+            raise run_config.ConfigError(f"predictions={cfg.predictions}: there is no {FILE} in it; give the folder of a test")
+        with console.as_user_errors():
             result = score(Predictions.load(cfg.predictions), cfg.views, cfg.missing)
     else:
-        cfg, checkpoint = assembly.trained_config(cfg, overrides, "evaluate")
+        cfg, checkpoint = run_config.trained_config(cfg, overrides, "evaluate")
         result = {**test(cfg, folder), "checkpoint": str(checkpoint), "versions": versions(), "commit": commit()}
     write_result(folder / "evaluation.json", result)
     low, high = result["top1_interval"]
@@ -76,14 +76,14 @@ def run(cfg: DictConfig, overrides: list[str]) -> float:
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="evaluate")
 def main(cfg: DictConfig) -> float:
     """Test one model; returns its top-1."""
-    launches_by_itself()
+    let_lightning_launch()
     check_installation()
-    from stts_lightning import assembly
+    from stts_lightning import console
 
-    with assembly.one_line_errors():
+    with console.one_line_errors():
         return run(cfg, list(HydraConfig.get().overrides.task))
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = of_a_run(sys.argv[1:], "evaluation")
+    sys.argv[1:] = for_run(sys.argv[1:], "evaluation")
     main()

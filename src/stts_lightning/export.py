@@ -9,9 +9,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from stts_lightning.arguments import of_a_run
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
+from stts_lightning.overrides import for_run
 
 log = logging.getLogger(__name__)
 
@@ -20,17 +20,17 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Export one model."""
     check_installation()
-    from stts_lightning import assembly
+    from stts_lightning import assembly, console, run_config
     from stts_lightning.analysis.exporting import export
 
-    with assembly.one_line_errors():
-        assembly.quiet_libraries()
-        with assembly.refusals():
-            cfg, checkpoint = assembly.trained_config(cfg, list(HydraConfig.get().overrides.task), "export")
+    with console.one_line_errors():
+        console.quiet_libraries()
+        with console.as_user_errors():
+            cfg, checkpoint = run_config.trained_config(cfg, list(HydraConfig.get().overrides.task), "export")
             model = assembly.build_trained(cfg, checkpoint)
-            names = assembly.class_names(None, checkpoint, model.head.out_features)
+            names = run_config.class_names(None, checkpoint, model.head.out_features)
         out = Path(cfg.out) if cfg.out else Path(cfg.run_dir) / "model"
-        with assembly.refusals():
+        with console.as_user_errors():
             found = export(model, list(cfg.formats), out)
     facts = {
         "input": ["batch", 3, *model.backbone.clip_size],
@@ -48,5 +48,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = of_a_run(sys.argv[1:], "export")
+    sys.argv[1:] = for_run(sys.argv[1:], "export")
     main()

@@ -23,7 +23,7 @@ def facts(cfg: DictConfig, model: "VideoClassifier", gflops: float) -> dict[str,
     views = cfg.clip.test_views * cfg.clip.test_crops
     return {
         "backbone": cfg.backbone.name,
-        "backbone_choices": model.backbone.choices(),
+        "backbone_choices": model.backbone.variant(),
         "selection": str(model.slots.selection),
         "slots": model.slots.describe(),
         "clip": list(model.backbone.clip_size),
@@ -37,10 +37,10 @@ def facts(cfg: DictConfig, model: "VideoClassifier", gflops: float) -> dict[str,
 
 def one(cfg: DictConfig) -> list[dict[str, Any]]:
     """Figures of the configuration, counted operator by operator."""
-    from stts_lightning import assembly
+    from stts_lightning import assembly, console
     from stts_lightning.analysis.flops import count
 
-    with assembly.refusals():
+    with console.as_user_errors():
         model = assembly.build_untrained(cfg, cfg.num_classes)
     cost = count(model)
     details = {
@@ -52,23 +52,23 @@ def one(cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def of_the_paper(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Figures of every selection of the paper that the backbone can honour, from sizes alone."""
+    """Figures of every selection of the paper that the backbone can honour."""
     import torch
 
-    from stts_lightning import assembly
-    from stts_lightning.analysis.closed_form import closed_form
+    from stts_lightning import assembly, console
+    from stts_lightning.analysis.flops import count_gflops
     from stts_lightning.selection.spec import PAPER_SELECTIONS, SelectionError, SelectionSpec
 
     found = []
     for name in PAPER_SELECTIONS:
         slots = SelectionSpec.of(name).plain()["slots"]
-        with assembly.refusals(), torch.device("meta"):
+        with console.as_user_errors(), torch.device("meta"):
             try:
                 model = assembly.build_untrained(cfg, cfg.num_classes, slots)
             except SelectionError as error:
                 print(f"left out {name}: {error}")
                 continue
-        found.append(facts(cfg, model, closed_form(model)))
+        found.append(facts(cfg, model, count_gflops(model)))
     return sorted(found, key=lambda row: -row["gflops"])
 
 
@@ -76,14 +76,14 @@ def affordable(cfg: DictConfig) -> list[dict[str, Any]]:
     """Figures of the selections that use up a budget."""
     import torch
 
-    from stts_lightning import assembly
-    from stts_lightning.analysis.closed_form import within_budget
+    from stts_lightning import assembly, console, run_config
+    from stts_lightning.analysis.budget import within_budget
 
     blocks = list(cfg.budget_blocks)
-    with assembly.refusals(), torch.device("meta"):
+    with console.as_user_errors(), torch.device("meta"):
         choices = within_budget(assembly.build_untrained(cfg, cfg.num_classes, {}), cfg.budget, blocks)
         if not choices:
-            raise assembly.ConfigError(f"budget={cfg.budget}: no selection before blocks {blocks} costs so little")
+            raise run_config.ConfigError(f"budget={cfg.budget}: no selection before blocks {blocks} costs so little")
         found = []
         for choice in choices:
             slots = choice.selection.plain()["slots"]
@@ -165,11 +165,11 @@ def plot(found: Sequence[Mapping[str, Any]], file: str) -> None:
 def main(cfg: DictConfig) -> float:
     """Print costs; returns the GFLOPs of the configuration, or of the dearest one, for sweepers."""
     check_installation()
-    from stts_lightning import assembly
+    from stts_lightning import console
     from stts_lightning.training.summary import show
 
-    with assembly.one_line_errors():
-        assembly.quiet_libraries()
+    with console.one_line_errors():
+        console.quiet_libraries()
         if cfg.budget is not None:
             found = affordable(cfg)
             print_many(found, f"{cfg.backbone.name} within {cfg.budget} GFLOPs a view")

@@ -10,10 +10,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from stts_lightning.arguments import of_a_run
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
-from stts_lightning.run_folders import launches_by_itself
+from stts_lightning.overrides import for_run
+from stts_lightning.run_folders import let_lightning_launch
 
 log = logging.getLogger(__name__)
 
@@ -22,22 +22,22 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
     """Label the videos; returns what `run_predict` found."""
     import lightning.pytorch as pl
 
-    from stts_lightning import assembly
+    from stts_lightning import assembly, console, run_config
     from stts_lightning.data.windows import find_videos
     from stts_lightning.training.predicting import Predictor, WindowData, run_predict
 
-    assembly.quiet_libraries()
+    console.quiet_libraries()
     folder = Path(cfg.run_dir)
-    with assembly.refusals():
-        videos = find_videos(assembly.plain(cfg)["videos"])
-        cfg, checkpoint = assembly.trained_config(cfg, overrides, "predict")
+    with console.as_user_errors():
+        videos = find_videos(run_config.to_container(cfg)["videos"])
+        cfg, checkpoint = run_config.trained_config(cfg, overrides, "predict")
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         rule = assembly.build_windows(cfg, assembly.build_model_shape(cfg))
         trainer = assembly.build_trainer(cfg)
         model = assembly.build_trained(cfg, checkpoint)
-        classes = assembly.class_names(cfg.classes, checkpoint, model.head.out_features)
+        classes = run_config.class_names(cfg.classes, checkpoint, model.head.out_features)
         if cfg.overlay and not model.slots.at_block:
-            raise assembly.ConfigError("overlay=true: this model has no selectors, it keeps all of every clip")
+            raise run_config.ConfigError("overlay=true: this model has no selectors, it keeps all of every clip")
         module = assembly.build_module(cfg, model)
         data = WindowData(videos, rule, assembly.build_loader(cfg))
     quiet = not trainer.is_global_zero
@@ -73,16 +73,16 @@ def show(found: Sequence[dict[str, Any]]) -> None:
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="predict")
 def main(cfg: DictConfig) -> None:
     """Label videos."""
-    launches_by_itself()
+    let_lightning_launch()
     check_installation()
-    from stts_lightning import assembly
+    from stts_lightning import console
 
-    with assembly.one_line_errors():
+    with console.one_line_errors():
         found = predict(cfg, list(HydraConfig.get().overrides.task))
     show(found)
     log.info("%d videos, %d not decoded; %s", len(found), sum("error" in video for video in found), cfg.run_dir)
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = of_a_run(sys.argv[1:], "predictions")
+    sys.argv[1:] = for_run(sys.argv[1:], "predictions")
     main()

@@ -89,16 +89,16 @@ def main(cfg: DictConfig) -> None:
     check_installation()
     from hydra.utils import instantiate
 
-    from stts_lightning import assembly
+    from stts_lightning import console, run_config
 
-    with assembly.one_line_errors(), assembly.refusals():
-        values: dict[str, Any] = assembly.plain(cfg)
+    with console.one_line_errors(), console.as_user_errors():
+        values: dict[str, Any] = run_config.to_container(cfg)
         if values["task"] not in TASKS:
-            raise assembly.ConfigError(f"task={values['task']}: allowed are {', '.join(TASKS)}")
+            raise run_config.ConfigError(f"task={values['task']}: allowed are {', '.join(TASKS)}")
         encoding = Encoding(values["short_side"], values["keyframe_every"], values["crf"])
         for key, least in (("short_side", 16), ("keyframe_every", 1), ("crf", 0)):
             if values[key] < least:
-                raise assembly.ConfigError(f"{key}={values[key]}: must be {least} or more")
+                raise run_config.ConfigError(f"{key}={values[key]}: must be {least} or more")
         source = instantiate(cfg.dataset)
         source.check, source.manifest = False, None  # What is missing is what is to be found out.
         source.prepare()
@@ -107,7 +107,7 @@ def main(cfg: DictConfig) -> None:
             try:
                 lists[split] = source.videos(split)
             except AnnotationError as error:
-                raise assembly.ConfigError(f"{error}; splits=[val] leaves a split out") from error
+                raise run_config.ConfigError(f"{error}; splits=[val] leaves a split out") from error
         encode = values["task"] == "encode"
         out = Path(values["out"])
         manifest = out / "manifest.csv" if encode or out.suffix != ".csv" else out

@@ -23,12 +23,12 @@ def change(value: float, published: float | None, tera: bool) -> str:
 
 def paper_table(number: int, roots: Sequence[Path]) -> tuple[str, Lines]:
     """Title and lines of a table, a dictionary by column each."""
-    from stts_lightning import assembly
+    from stts_lightning import assembly, run_config
     from stts_lightning.analysis.paper import TABLES, measured
     from stts_lightning.analysis.results import read_result
 
     if number not in TABLES:
-        raise assembly.ConfigError(f"paper_table={number}: allowed are {min(TABLES)} to {max(TABLES)}")
+        raise run_config.ConfigError(f"paper_table={number}: allowed are {min(TABLES)} to {max(TABLES)}")
     table = TABLES[number]
     results = [read_result(file) for root in roots for file in sorted(root.rglob("result.json"))]
     tera = table.unit == "TFLOPs"
@@ -78,17 +78,17 @@ def folders(runs: object) -> list[Path]:
 
 def compare(roots: Sequence[Path], out: Path) -> None:
     """Write the comparison of all runs below folders, and print its tables."""
-    from stts_lightning import assembly
+    from stts_lightning import console, run_config
     from stts_lightning.analysis.page import named, rows, write_report
     from stts_lightning.analysis.runs import find_runs, pareto, points
 
-    with assembly.refusals():
+    with console.as_user_errors():
         try:
             runs = find_runs(roots)
         except FileNotFoundError as error:
-            raise assembly.ConfigError(f"{error}; give a folder of runs, or several as runs=[A,B]") from error
+            raise run_config.ConfigError(f"{error}; give a folder of runs, or several as runs=[A,B]") from error
         if not runs:
-            raise assembly.ConfigError(f"runs={','.join(map(str, roots))}: no run below has a result with a top-1 yet")
+            raise run_config.ConfigError(f"runs={','.join(map(str, roots))}: no run below has a result with a top-1 yet")
     out.mkdir(parents=True, exist_ok=True)
     page = write_report(runs, out)
     everything = points(runs)
@@ -123,12 +123,12 @@ def print_paper_table(number: int, roots: Sequence[Path], into: str | None, csv_
 def main(cfg: DictConfig) -> None:
     """Compare runs, or print a table of the paper."""
     check_installation()
-    from stts_lightning import assembly
+    from stts_lightning import console, run_config
 
-    with assembly.one_line_errors():
-        assembly.quiet_libraries()
-        with assembly.refusals():
-            values = assembly.plain(cfg)
+    with console.one_line_errors():
+        console.quiet_libraries()
+        with console.as_user_errors():
+            values = run_config.to_container(cfg)
         roots = folders(values["runs"])
         if values["paper_table"] is None:
             compare(roots, Path(values["out"]) if values["out"] else roots[0])

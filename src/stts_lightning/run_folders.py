@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 JOB, RESULT, CONFIG, LAST = "job.json", "result.json", "config.yaml", "checkpoints/last.ckpt"
-_FIRST_SAW = "STTS_RUN_GOES_ON"
+_DECISION = "STTS_CAN_RESUME"
 
 
 def folder_name(text: str, longest: int = 120) -> str:
@@ -47,29 +47,29 @@ def overrides_of(folder: Path) -> list[str] | None:
 
 
 def claim(folder: Path, overrides: Sequence[str]) -> None:
-    """Note whose folder it is."""
+    """Note that a folder belongs to the run of these overrides. Of several processes the first one writes."""
+    if any(os.environ.get(rank, "0") != "0" for rank in ("SLURM_PROCID", "RANK", "LOCAL_RANK")):
+        return
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{JOB}.{os.getpid()}"
     part.write_text(json.dumps({"overrides": list(overrides)}, indent=1) + "\n")
     part.replace(folder / JOB)
 
 
-def goes_on(folder: Path, overrides: Sequence[str]) -> bool:
-    """Whether a folder holds an unfinished run of the same overrides, with a checkpoint; if not, it is this run's from now on.
+def can_resume(folder: Path, overrides: Sequence[str]) -> bool:
+    """Whether a folder holds an unfinished run of the same overrides, with a checkpoint.
 
-    Processes that the first one starts take its word, for it may have begun to write.
+    The first process decides, and those that it starts follow: by then it may have begun to write.
     """
-    if (said := os.environ.get(_FIRST_SAW)) is not None:
+    if (said := os.environ.get(_DECISION)) is not None:
         return said == str(folder)
     found = overrides_of(folder) == list(overrides) and not (folder / RESULT).is_file()
     found = found and all((folder / name).is_file() for name in (CONFIG, LAST))
-    if not found and int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0"))) == 0:
-        claim(folder, overrides)
-    os.environ[_FIRST_SAW] = str(folder) if found else ""
+    os.environ[_DECISION] = str(folder) if found else ""
     return found
 
 
-def launches_by_itself() -> None:
+def let_lightning_launch() -> None:
     """Let Lightning start the processes of all devices where a scheduler started one alone, instead of waiting for others."""
     if os.environ.get("SLURM_NTASKS") == "1":
         for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):

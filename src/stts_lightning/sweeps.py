@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 PARENT = "STTS_SWEEP_PROCESS"
 _GRACE = 60.0
 CONSOLE = "console.log"
-GO_ON_LATER = 75  # As in training.keeping, which needs torch.
+EXIT_REQUEUE = 75  # As in training.preemption, which needs torch.
 # Of a launcher or a former process group; a job that inherits them joins the wrong one.
 INHERITED = re.compile(
-    r"(LOCAL_RANK|NODE_RANK|GROUP_RANK|RANK|WORLD_SIZE|MASTER_\w+|TORCHELASTIC_\w+|PL_GLOBAL_SEED|STTS_RUN_GOES_ON"
+    r"(LOCAL_RANK|NODE_RANK|GROUP_RANK|RANK|WORLD_SIZE|MASTER_\w+|TORCHELASTIC_\w+|PL_GLOBAL_SEED|STTS_CAN_RESUME"
     r"|SLURM_NTASKS\w*|SLURM_PROCID|SLURM_LOCALID|SLURM_NODEID)"
 )
 
@@ -164,8 +164,8 @@ def _ends_with_this(process: "subprocess.Popen[bytes]") -> Iterator["subprocess.
         # The job may save where it is; then this sweep, too, is one that goes on.
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            if process.wait(_GRACE) == GO_ON_LATER:
-                raise SystemExit(GO_ON_LATER) from None
+            if process.wait(_GRACE) == EXIT_REQUEUE:
+                raise SystemExit(EXIT_REQUEUE) from None
         raise
     finally:
         for number, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 5)):

@@ -10,10 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from stts_lightning import sweeps
-from stts_lightning.arguments import in_run_folder, of_a_sweep
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
-from stts_lightning.run_folders import goes_on, launches_by_itself
+from stts_lightning.overrides import for_sweep, in_run_folder
+from stts_lightning.run_folders import can_resume, claim, let_lightning_launch
 
 log = logging.getLogger(__name__)
 
@@ -22,20 +22,20 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     """Train, test and write the result of one configuration."""
     import lightning.pytorch as pl
 
-    from stts_lightning import assembly
+    from stts_lightning import assembly, console, run_config
     from stts_lightning.analysis.evaluation import score
     from stts_lightning.analysis.results import commit, versions, write_result
     from stts_lightning.analysis.speed import clips_per_second
     from stts_lightning.training.callbacks import FailureLog
-    from stts_lightning.training.keeping import LastCheckpoint
     from stts_lightning.training.loggers import log_config, log_summary
+    from stts_lightning.training.preemption import LastCheckpoint
     from stts_lightning.training.summary import StartTable, facts, rows
     from stts_lightning.training.testing import run_test
 
-    assembly.quiet_libraries()
-    with assembly.refusals():
+    console.quiet_libraries()
+    with console.as_user_errors():
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
-        assembly.save_config(cfg)
+        run_config.save_config(cfg)
         # Before any data is read or made: the model's own clip size, and every refusal of an impossible selection.
         clip_size = assembly.build_model_shape(cfg)
         data = assembly.build_data(cfg, clip_size)
@@ -43,7 +43,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         trainer = assembly.build_trainer(cfg)
         data.prepare_data()
         data.setup()
-        assembly.save_classes(cfg, data.classes)
+        run_config.save_classes(cfg, data.classes)
         model = assembly.build_model(cfg, len(data.classes))
         module = assembly.build_module(cfg, model)
         if module.augment:
@@ -57,7 +57,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         "sigma": sigma if known["slots"] else "-",
         "run folder": cfg.run_dir,
     }
-    log_config(trainer, assembly.plain(cfg))
+    log_config(trainer, run_config.to_container(cfg))
     trainer.callbacks.append(StartTable(lines))  # type: ignore[attr-defined]
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     kept = next((c.metrics for c in trainer.callbacks if isinstance(c, LastCheckpoint)), {})  # type: ignore[attr-defined]
@@ -91,22 +91,24 @@ def main(cfg: DictConfig) -> Any:
     if sweeps.is_job_of_sweep():
         return sweeps.run_job(list(cfg.objectives) if cfg.objectives else None)
     sweeps.follow_parent()
-    launches_by_itself()
+    let_lightning_launch()
     check_installation()
     # Imported late: --help and a misspelt key are answered without waiting for torch.
-    from stts_lightning import assembly
+    from stts_lightning import console, run_config
 
     checkpoint = None
-    with assembly.one_line_errors():
+    with console.one_line_errors():
         overrides, folder = list(HydraConfig.get().overrides.task), Path(cfg.run_dir)
         if cfg.resume:
-            cfg, checkpoint = assembly.resumed_config(cfg.resume, overrides)
-        elif goes_on(folder, overrides):
+            cfg, checkpoint = run_config.resumed_config(cfg.resume, overrides)
+        elif can_resume(folder, overrides):
             log.info("%s holds this run, unfinished: it goes on", folder)
-            cfg, checkpoint = assembly.resumed_config(folder, [])
+            cfg, checkpoint = run_config.resumed_config(folder, [])
+        else:
+            claim(folder, overrides)
         return run(cfg, checkpoint)
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = of_a_sweep(in_run_folder(sys.argv[1:]))
+    sys.argv[1:] = for_sweep(in_run_folder(sys.argv[1:]))
     main()

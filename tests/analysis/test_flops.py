@@ -1,13 +1,17 @@
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fvcore.nn import FlopCountAnalysis
 
 from stts_lightning import create_model
-from stts_lightning.analysis.closed_form import UnwrittenCost, closed_form, within_budget
-from stts_lightning.analysis.flops import count
+from stts_lightning.analysis.budget import cost, within_budget
+from stts_lightning.analysis.flops import count, count_gflops
+from stts_lightning.classifier import VideoClassifier
 from stts_lightning.selection.spec import SelectionError, SelectionSpec
 
 CASES: list[tuple[str, Any, dict[str, Any]]] = [
@@ -21,48 +25,75 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
 ]
 
 
+def fvcore_gflops(model: VideoClassifier) -> float:
+    """The second opinion: fvcore, which traces the model, and counts no attention unless told how."""
+
+    def attention(inputs: Sequence[Any], _: Sequence[Any]) -> int:
+        q, k, v = (value.type().sizes() for value in inputs[:3])
+        return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+    analysis = FlopCountAnalysis(model.eval(), torch.zeros(1, 3, *model.backbone.clip_size))
+    analysis.set_op_handle("aten::scaled_dot_product_attention", attention)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    return analysis.total() / 1e9
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("backbone", "selection", "arguments"), CASES)
-def test_the_count_agrees_with_the_closed_form(backbone: str, selection: Any, arguments: dict[str, Any]) -> None:
+def test_count_agrees_with_fvcore_and_the_written_out_cost(backbone: str, selection: Any, arguments: dict[str, Any]) -> None:
     model = create_model(backbone, selection, 7, **arguments)
-    cost = count(model)
-    assert cost.gflops == pytest.approx(closed_form(model), rel=1e-12)
-    assert sum(cost.parts.values()) == pytest.approx(cost.gflops, rel=1e-12)
-    assert "other" not in cost.parts
-    assert {"aten::gelu", "aten::add"} <= set(cost.uncounted)
-    assert not {"aten::linear", "aten::matmul", "aten::conv3d", "aten::scaled_dot_product_attention"} & set(cost.uncounted)
+    found = count(model)
+    if model.slots.selection.selector != "random":  # fvcore cannot trace operators of one's own, which draw the noise.
+        assert found.gflops == pytest.approx(fvcore_gflops(model), rel=1e-12)
+    assert found.gflops == pytest.approx(cost(model, model.slots.selection), rel=1e-12)
+    assert sum(found.parts.values()) == pytest.approx(found.gflops, rel=1e-12)
+    assert "other" not in found.parts
+    assert {"aten::gelu", "aten::add"} <= set(found.uncounted)
+    assert not {"aten::addmm", "aten::bmm", "aten::convolution", "aten::native_layer_norm"} & set(found.uncounted)
 
 
-def closed(backbone: str, selection: Any, **arguments: Any) -> float:
+def test_counting_reads_no_weight_and_leaves_the_model_as_it_was() -> None:
+    model = create_model("mvit_tiny", "t0_0.5", 7).train()
+    before = {name: (value.data_ptr(), value.device) for name, value in model.named_parameters()}
+    gflops = count_gflops(model)
+    assert model.training
+    assert {name: (value.data_ptr(), value.device) for name, value in model.named_parameters()} == before
     with torch.device("meta"):
-        return closed_form(create_model(backbone, selection, **arguments))
+        assert count_gflops(create_model("mvit_tiny", "t0_0.5", 7)) == gflops
+
+
+def on_meta(backbone: str, selection: Any, **arguments: Any) -> float:
+    with torch.device("meta"):
+        return count_gflops(create_model(backbone, selection, **arguments))
 
 
 @pytest.mark.reference
 def test_official_figures(shared: Path) -> None:
-    """What fvcore counts of the official models, by the closed form and with the official scorer."""
+    """What fvcore counts of the official models, with the official scorer."""
     rows = json.loads((shared / "golden/mvit/flops_official.json").read_text())
     for name, keep, side in (("t0_0.6_s4_0.9", 5, 13), ("t0_0.4_s4_0.6", 3, 11), ("t0_0.9_s4_0.9", 7, 13)):
         slots = {"t0": {"keep": keep}, "s4": {"side": side}}
-        found, official = closed("mvit_b16", {"slots": slots, "scorer": "official"}), rows[name]
+        found, official = on_meta("mvit_b16", {"slots": slots, "scorer": "official"}), rows[name]
         official = official["fvcore"] / 1e9
         assert found == pytest.approx(official, rel=2e-3), name
     swin = json.loads((shared / "golden/video_swin/meta.json").read_text())["configs"]
-    assert closed("video_swin_b", None) == pytest.approx(swin["unpruned"]["gflops"], rel=1e-4)
+    assert on_meta("video_swin_b", None) == pytest.approx(swin["unpruned"]["gflops"], rel=1e-4)
     # 6 frames need no padding, so that there is nothing that we spare.
     keep6 = {"slots": {"t0": {"keep": 6}}, "scorer": "official"}
-    assert closed("video_swin_b", keep6) == pytest.approx(swin["t0_0.375"]["gflops"], rel=1e-4)
+    assert on_meta("video_swin_b", keep6) == pytest.approx(swin["t0_0.375"]["gflops"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("backbone", "arguments"), [("mvit_tiny", {"size": (64, 96)}), ("video_swin_tiny", {"size": 56})])
-def test_the_closed_form_tells_of_selections_that_are_not_built(backbone: str, arguments: dict[str, Any]) -> None:
-    plain = create_model(backbone, None, 7, **arguments)
+def test_cost_of_selections_that_are_not_built(backbone: str, arguments: dict[str, Any]) -> None:
+    unpruned = create_model(backbone, None, 7, **arguments)
     for selection in ("t0_0.6_s3_0.5", "t1_0.5_s1_0.5_t4_0.5", "s2_0.9"):
         spec = SelectionSpec.of(selection)
-        assert closed_form(plain, spec) == pytest.approx(count(create_model(backbone, spec, 7, **arguments)).gflops, rel=1e-12)
-    with pytest.raises(SelectionError, match="slots.t9: no block 9; this backbone has 0 to 5"):
-        closed_form(plain, SelectionSpec.of("t9_0.5"))
-    with pytest.raises(UnwrittenCost, match="selector attention"):
-        closed_form(plain, SelectionSpec.of({"slots": {"t1": 0.5}, "selector": "attention"}))
+        assert cost(unpruned, spec) == pytest.approx(count_gflops(create_model(backbone, spec, 7, **arguments)), rel=1e-12)
+    if backbone == "mvit_tiny":  # A selector whose cost is not written out.
+        spec = SelectionSpec.of({"slots": {"t1": 0.5}, "selector": "attention"})
+        assert cost(unpruned, spec) == count_gflops(create_model(backbone, spec, 7, **arguments))
+    with pytest.raises(SelectionError, match="budget_blocks: no block 9; this backbone has 0 to 5"):
+        within_budget(unpruned, 1e-3, [0, 9])
 
 
 @pytest.mark.parametrize("backbone", ["mvit_tiny", "video_swin_tiny"])
@@ -70,30 +101,29 @@ def test_the_closed_form_tells_of_selections_that_are_not_built(backbone: str, a
 def test_a_budget_is_used_up(backbone: str, share: float) -> None:
     """Against every selection of one temporal and one spatial slot, written out."""
     model = create_model(backbone, None, 7)
-    budget = share * closed_form(model)
+    budget = share * count_gflops(model)
     choices = within_budget(model, budget, [0, 3])
-    found = {(s.slots[0].name if s.slots else "", str(s)) for s, _, _ in choices}
+    found = {str(choice.selection) for choice in choices}
     assert len(found) == len(choices)
     side_at = {0: 16, 3: model.backbone.block_sizes[3][1]}
 
-    def cost(keep: int, side: int, t: int, s: int) -> float:
+    def cost_of(keep: int, side: int, t: int, s: int) -> float:
         slots = {f"t{t}": {"keep": keep}} if keep < 8 else {}
         slots |= {f"s{s}": {"side": side}} if side < side_at[s] else {}
-        return closed_form(model, SelectionSpec.of({"slots": slots}))
+        return cost(model, SelectionSpec.of({"slots": slots}))
 
-    for selection, kept, gflops in choices:
+    for selection, gflops in choices:
         assert gflops <= budget
-        assert gflops == pytest.approx(closed_form(model, selection))
-        assert set(kept) == {slot.name for slot in selection.slots}
+        assert gflops == pytest.approx(cost(model, selection))
     expected = set()
     for t in (0, 3):
         for s in (0, 3):
-            fits = {(k, h) for k in range(1, 9) for h in range(1, side_at[s] + 1) if cost(k, h, t, s) <= budget}
+            fits = {(k, h) for k in range(1, 9) for h in range(1, side_at[s] + 1) if cost_of(k, h, t, s) <= budget}
             for k, h in fits:
                 if not any(a >= k and b >= h and (a, b) != (k, h) for a, b in fits):
                     expected.add((t if k < 8 else None, k, s if h < side_at[s] else None, h if h < side_at[s] else None))
     shown = set()
-    for selection, _, _ in choices:
+    for selection, _ in choices:
         at = {slot.axis: slot for slot in selection.slots}
         t, s = at.get("t"), at.get("s")
         shown.add((t.block if t else None, t.keep if t else 8, s.block if s else None, s.side if s else None))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stts_lightning import create_model
-from stts_lightning.layers.depthwise import depthwise
+from stts_lightning.kernels.cpu.depthwise import depthwise
 
 SLOTS = {"t0": "time0", "s4": "space0", "s0": "space0"}
 

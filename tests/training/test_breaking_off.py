@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from stts_lightning.analysis.results import read_metrics
-from stts_lightning.training.keeping import GO_ON_LATER, KeepingError, LastCheckpoint, WholeCheckpointIO
+from stts_lightning.training.preemption import EXIT_REQUEUE, LastCheckpoint, SaveError, WholeCheckpointIO
 
 RUN = [
     "experiment=demo", "pretrained=null", "dataset.train=4", "dataset.val=2", "loader.batch_size=8", "loader.num_workers=1",
@@ -123,7 +123,7 @@ def test_asked_to_end_it_saves_and_says_that_it_goes_on(place: Path, number: sig
     time.sleep(1)
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == GO_ON_LATER == 75, output
+    assert process.returncode == EXIT_REQUEUE == 75, output
     assert f"asked to end by {number.name}" in output and "the same command goes on" in output
     finish(start(place, name, "callbacks.last.every_n_steps=null"))
     check_is_whole(place, name)
@@ -168,13 +168,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
-        with pytest.raises(KeepingError, match=r"last.ckpt: cannot be written \(File too large\); the one before it is whole"):
+        with pytest.raises(SaveError, match=r"last.ckpt: cannot be written \(File too large\); the one before it is whole"):
             io.save_checkpoint({"weights": torch.zeros(1_000_000)}, file)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert file.read_bytes() == before and sorted(f.name for f in tmp_path.iterdir()) == ["last.ckpt"]
     (tmp_path / "no_folder").write_text("")
-    with pytest.raises(KeepingError, match="cannot be written"):
+    with pytest.raises(SaveError, match="cannot be written"):
         io.save_checkpoint({}, tmp_path / "no_folder" / "last.ckpt")
 
 

@@ -13,9 +13,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
-from stts_lightning import assembly
+from stts_lightning import assembly, console
 from stts_lightning.configuration import conf_dir
 from stts_lightning.data.dataset import Batch
+from stts_lightning.run_config import ConfigError
 
 RECIPES = sorted(file.stem for file in (Path(conf_dir()) / "recipe").glob("*.yaml"))
 TRAINERS = sorted(file.stem for file in (Path(conf_dir()) / "trainer").glob("*.yaml"))
@@ -63,7 +64,7 @@ def batches(copies: int) -> DataLoader[Batch]:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", None])  # None: what the trainer option itself says.
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_each_combination_takes_real_steps(tmp_path: Path, trainer: str, precision: str | None) -> None:
-    assembly.quiet_libraries()
+    console.quiet_libraries()
     for recipe in RECIPES:
         for clipping in CLIPPING:
             cfg = composed(recipe, trainer).copy()
@@ -76,7 +77,7 @@ def test_each_combination_takes_real_steps(tmp_path: Path, trainer: str, precisi
                 cfg.trainer.precision = "32-true" if precision == "16-mixed" else precision
             if recipe != "none":
                 cfg.trainer.max_steps = STEPS
-            with assembly.refusals():
+            with console.as_user_errors():
                 built = assembly.build_trainer(cfg)
                 if precision == "16-mixed":
                     built.strategy.precision_plugin = float16()
@@ -129,9 +130,9 @@ def test_gpu_options_are_alike_and_a_machine_without_one_says_so(monkeypatch: py
         )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(assembly.ConfigError, match="trainer.accelerator=gpu: torch .* finds no GPU on this machine; trainer=cpu"):
+    with pytest.raises(ConfigError, match="trainer.accelerator=gpu: torch .* finds no GPU on this machine; trainer=cpu"):
         assembly.build_trainer(compose("train", ["trainer=ddp", "run_dir=x"]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(assembly.ConfigError, match=r"trainer.devices=4: torch sees 2 GPU\(s\) here"):
+    with pytest.raises(ConfigError, match=r"trainer.devices=4: torch sees 2 GPU\(s\) here"):
         assembly.build_trainer(compose("train", ["trainer=ddp", "trainer.devices=4", "run_dir=x"]))

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.analysis import peers
-from stts_lightning.analysis.closed_form import UnwrittenCost, closed_form
 from stts_lightning.analysis.flops import count_gflops
 from stts_lightning.analysis.speed import Timing, Work, in_turns, matmul, peak_memory
 from stts_lightning.classifier import VideoClassifier, create_model
 from stts_lightning.data.decode import open_video
 from stts_lightning.data.sampling import Spread
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
-from stts_lightning.layers.products import constant_weights
 from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.selector import Selector
 from stts_lightning.selection.topk import ESTIMATORS, Estimator, Exact
@@ -46,7 +44,7 @@ class Entrant:
         clip: frames, height, width.
         gflops: of one clip in evaluation.
         family: models of one family differ in selection alone.
-        plain: whether it keeps all tokens.
+        unpruned: whether it keeps all tokens.
         difference: largest difference of logits from its counterpart of ours, for a peer.
     """
 
@@ -55,7 +53,7 @@ class Entrant:
     clip: tuple[int, int, int]
     gflops: float
     family: str
-    plain: bool
+    unpruned: bool
     difference: float | None = None
 
 
@@ -63,8 +61,8 @@ def entrant(text: str, device: torch.device) -> Entrant:
     """Build what a text names.
 
     Args:
-        text: `backbone`, `backbone:selection`, and `:key=value` for each argument of the backbone; after `textbook:`, as
-            `peers.textbook` writes it. Or `torchvision:name`, of which no part may be chosen.
+        text: `backbone`, `backbone:selection`, and `:key=value` for each argument of the backbone; after `plain:`, without
+            kernels. Or `torchvision:name`, of which no part may be chosen.
         device: where it is put.
 
     Raises:
@@ -76,26 +74,15 @@ def entrant(text: str, device: torch.device) -> Entrant:
         theirs, ours = peers.torchvision_model(name)
         size = ours.backbone.clip_size
         difference = peers.difference(theirs, ours, torch.randn(1, 3, *size))
-        return Entrant(text, theirs.to(device), size, _gflops(ours), text, True, difference)
-    written = text.startswith("textbook:")
-    backbone, *parts = text.removeprefix("textbook:").split(":")
+        return Entrant(text, theirs.to(device), size, count_gflops(ours), text, True, difference)
+    kernels = "none" if text.startswith("plain:") else "auto"
+    backbone, *parts = text.removeprefix("plain:").split(":")
     arguments = {key: _value(value) for key, _, value in (part.partition("=") for part in parts if "=" in part)}
     selections = [part for part in parts if "=" not in part] or ["none"]
-    model = create_model(backbone, selections[0], **arguments).eval()
-    family = ":".join([*(["textbook"] if written else []), backbone, *(part for part in parts if "=" in part)])
-    difference = None
-    if written:
-        model, ours = peers.textbook(model), model
-        difference = peers.difference(model, ours, torch.randn(1, 3, *model.backbone.clip_size))
-    plain = not model.slots.at_block
-    return Entrant(text, model.to(device), model.backbone.clip_size, _gflops(model), family, plain, difference)
-
-
-def _gflops(model: VideoClassifier) -> float:
-    try:
-        return closed_form(model)
-    except UnwrittenCost:
-        return count_gflops(model)
+    model = create_model(backbone, selections[0], kernels=kernels, **arguments).eval()
+    family = ":".join([kernels, backbone, *(part for part in parts if "=" in part)])
+    gflops = count_gflops(model)
+    return Entrant(text, model.to(device), model.backbone.clip_size, gflops, family, not model.slots.at_block)
 
 
 def _value(text: str) -> Any:
@@ -158,11 +145,11 @@ def _rows(
     peak: float,
     **facts: Any,
 ) -> Iterator[Row]:
-    """A row for each entrant, compared with the first one and with the plain model of its family."""
+    """A row for each entrant, compared with the first one and with the unpruned model of its family."""
     for one in entrants:
         timing = timings[one.name]
-        plain = next((p for p in entrants if p.family == one.family and p.plain), None)
-        speedup = timings[plain.name].median / timing.median if plain else None
+        unpruned = next((p for p in entrants if p.family == one.family and p.unpruned), None)
+        speedup = timings[unpruned.name].median / timing.median if unpruned else None
         held = memory[one.name]
         yield {
             "model": one.name,
@@ -176,8 +163,8 @@ def _rows(
             "gflops": one.gflops,
             "share_of_peak": passes * 2e9 * one.gflops * batch / timing.median / peak,
             "times_the_first": timings[entrants[0].name].median / timing.median,
-            "over_plain": speedup,
-            "of_ideal": speedup * one.gflops / plain.gflops if plain and speedup else None,
+            "over_unpruned": speedup,
+            "of_ideal": speedup * one.gflops / unpruned.gflops if unpruned and speedup else None,
             "memory_mib": None if held is None else held / 2**20,
             "difference": one.difference,
         }
@@ -190,9 +177,8 @@ def forward(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
         for one in entrants:
             works[one.name] = _forward(compiled(one.model.eval(), how), one.clip, batch, number, plan.device)
         products, operations = matmul(plan.device, PRECISIONS[number] or torch.float32)
-        with constant_weights():
-            memory = {name: peak_memory(work, plan.device) for name, work in works.items()}
-            timings = in_turns({**works, **products}, plan.device, plan.seconds, plan.rounds)
+        memory = {name: peak_memory(work, plan.device) for name, work in works.items()}
+        timings = in_turns({**works, **products}, plan.device, plan.seconds, plan.rounds)
         peak = _peak(timings, operations)
         facts = {"precision": number, "compile": how, "peak_tflops": peak / 1e12}
         yield from _rows(entrants, timings, memory, batch, 1, peak, **facts)
@@ -221,7 +207,7 @@ def training(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
         held: dict[str, int] = {}
         for one in entrants:
             works[one.name] = _step(one.model.train(), compiled(one.model, how), one.clip, batch, number, plan.device)
-            if isinstance(one.model, VideoClassifier) and not one.plain:
+            if isinstance(one.model, VideoClassifier) and not one.unpruned:
                 works[f"selectors of {one.name}"], held[one.name] = _selectors(one.model, batch, plan.device)
         memory = {name: peak_memory(work, plan.device) for name, work in works.items()}
         products, operations = matmul(plan.device, PRECISIONS[number] or torch.float32)

@@ -141,7 +141,7 @@ def speeds(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     several = {key: len({row[key] for row in rows}) > 1 for key in ("batch", "precision", "compile")}
     for row in rows:
         words = {"batch": f"batch {row['batch']}", "precision": row["precision"], "compile": f"compiled: {row['compile']}"}
-        group = row["model"].partition(":")[0] if not row["model"].startswith(("textbook:", "torchvision:")) else row["model"]
+        group = row["model"].partition(":")[0] if not row["model"].startswith(("plain:", "torchvision:")) else row["model"]
         groups.setdefault(", ".join([group, *(words[key] for key, many in several.items() if many)]), []).append(row)
     for number, (name, members) in enumerate(groups.items()):
         colour = COLOURS[number % len(COLOURS)]

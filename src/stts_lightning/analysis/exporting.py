@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from stts_lightning.classifier import VideoClassifier
+from stts_lightning.errors import UserError
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
-class ExportError(RuntimeError):
+class ExportError(UserError):
     """What does not go: names the format and why."""
 
 

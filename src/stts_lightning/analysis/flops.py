@@ -1,15 +1,17 @@
-"""GFLOPs as the field counts them: fvcore, one multiply-add is 1, fused attention included, nothing left out silently."""
+"""GFLOPs as the field counts them: one multiply-add is 1, attention products and norms included, nothing left out silently."""
 
-import logging
+import itertools
 import math
 import re
-import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fvcore.nn import FlopCountAnalysis
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from stts_lightning.classifier import VideoClassifier
 
@@ -27,14 +29,16 @@ _PART_OF = (
     (r".*norm\d?", "norms"),
 )
 
+_VIEWS = {"view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "slice", "select", "unbind", "split"}
+_VIEWS |= {"split_with_sizes", "squeeze", "unsqueeze", "unfold", "alias", "detach", "chunk", "_reshape_alias"}
+
 
 @dataclass(frozen=True)
 class Cost:
     """What one clip costs in evaluation.
 
     Attributes:
-        gflops: all that is counted: convolutions, linear layers, attention products, and LayerNorms at 5 an element. Also
-            what published code works out to mask it, where a module spares it and says so (`hidden_macs`).
+        gflops: convolutions, linear layers, attention products, and 5 for each element of a LayerNorm, as fvcore counts them.
         parts: the same by part of the model, every part once.
         uncounted: operators that are not counted, and how often each runs: additions, softmax, GELU, max-pooling ...
     """
@@ -49,35 +53,68 @@ def part_of(module: str) -> str:
     return next((part for pattern, part in _PART_OF if re.fullmatch(pattern, module)), "other")
 
 
-def _attention(inputs: Sequence[Any], _: Sequence[Any]) -> int:
-    """Two products of scaled-dot-product attention, which fvcore itself counts as 0."""
-    q, k, v = (value.type().sizes() for value in inputs[:3])
-    return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+NORM = 5
+"""What counts for an element of a LayerNorm with weights, as in fvcore."""
+
+
+def _layer_norm(shape: Sequence[int], *_: object, **__: object) -> int:
+    # All counts are halved in the end, as torch counts two for a multiply-add.
+    return 2 * NORM * math.prod(shape)
+
+
+COUNTED = {torch.ops.aten.native_layer_norm: _layer_norm}
+"""Operators that are counted besides those that torch's counter knows."""
+
+
+class _Uncounted(TorchDispatchMode):
+    """Counts the calls of operators that do arithmetic and have no count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        packet = func._overloadpacket
+        if packet not in flop_registry and packet not in COUNTED and packet.__name__ not in _VIEWS:
+            self.calls[f"aten::{packet.__name__}"] += 1
+        return func(*args, **kwargs or {})
+
+
+def _parent(name: str, names: Mapping[str, object]) -> str:
+    """The innermost of the modules that hold a module."""
+    while (name := name.rpartition(".")[0]) and name not in names:
+        pass
+    return name
 
 
 def count(model: VideoClassifier) -> Cost:
-    """Cost of one clip (one view) in evaluation, with hard selection and scorers, traced through the model itself."""
+    """Cost of one clip (one view) in evaluation, with hard selection and scorers.
+
+    The model runs on torch's meta device, which knows shapes alone: no weight is read and nothing is computed.
+    """
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    shapes: dict[str, Tensor] = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    clip = torch.empty(1, 3, *model.backbone.clip_size, device="meta")
     training = model.training
     model.eval()
-    clip = torch.zeros(1, 3, *model.backbone.clip_size, device=model.mean.device)
-    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Tracing warns of Python numbers; every shape here is fixed.
-            analysis = FlopCountAnalysis(model, clip).set_op_handle("aten::scaled_dot_product_attention", _attention)
-            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-            by_module = analysis.by_module()
-            uncounted = dict(analysis.unsupported_ops().most_common())
+        with torch.no_grad(), _Uncounted() as uncounted, FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+            torch.func.functional_call(model, shapes, clip)
     finally:
         model.train(training)
-    parts: dict[str, float] = {part: 0.0 for part in PARTS}
-    for name in by_module:
-        below = sum(by_module[child] for child in by_module if child and child.rpartition(".")[0] == name and child != name)
-        own = by_module[name] - below + getattr(model.get_submodule(name), "hidden_macs", 0)
+    found = counter.get_flop_counts()
+    # By module, the operations of the modules in it included; the whole model is counted under the name "Global".
+    costs = {name.partition(".")[2]: sum(counts.values()) for name, counts in found.items() if name != "Global"}
+    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
+    for name, cost in costs.items():
+        # What the module does itself: less what the modules right below it do (lists and dictionaries of modules never run).
+        below = (other for other in costs if other and _parent(other, costs) == name)
+        own = cost - sum(costs[other] for other in below)
         if own:
-            part = part_of(name)
-            parts[part] = parts.get(part, 0.0) + own / 1e9
-    return Cost(sum(parts.values()), {part: value for part, value in parts.items() if value}, uncounted)
+            parts[part_of(name)] = parts.get(part_of(name), 0) + own
+    # torch counts two for a multiply-add.
+    gflops = {part: operations / 2e9 for part, operations in parts.items() if operations}
+    return Cost(sum(parts.values()) / 2e9, gflops, dict(uncounted.calls.most_common()))
 
 
 def count_gflops(model: VideoClassifier) -> float:

@@ -32,7 +32,7 @@ def model_card(model: VideoClassifier, source: Checkpoint, converted: str | Path
         "licence": licence or f"that of the publisher; the code that writes such files is under {source.layout.licence}",
         "model": f"{model.recipe['backbone']}, {size}, {model.head.out_features} classes",
         "selection": slots or "none",
-        "choices": ", ".join(f"{k}={v}" for k, v in model.backbone.choices().items()) or "-",
+        "choices": ", ".join(f"{k}={v}" for k, v in model.backbone.variant().items()) or "-",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "GFLOPs a view": f"{count_gflops(model):.2f}",
         "normalisation": f"mean {model.backbone.mean}, standard deviation {model.backbone.std}",

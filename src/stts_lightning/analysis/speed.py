@@ -14,8 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from stts_lightning.classifier import VideoClassifier
-from stts_lightning.layers.products import constant_weights
-from stts_lightning.layers.rowwise import linear
+from stts_lightning.kernels.cpu.linear import available, mkldnn_linear
 
 Work = Callable[[], object]
 
@@ -99,13 +98,8 @@ def matmul(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Work], f
     side = 8192 if device.type == "cuda" else 4096 if dtype == torch.float32 else 6144
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     works: dict[str, Work] = {"matmul": lambda: a @ b}
-    if device.type == "cpu":
-
-        @torch.inference_mode()
-        def fused() -> object:
-            return linear(a, b, None)
-
-        works["linear"] = fused
+    if device.type == "cpu" and dtype == torch.float32 and available():
+        works["linear"] = lambda: mkldnn_linear(a, b, None)
     return works, 2.0 * side**3
 
 
@@ -131,7 +125,6 @@ def peak_memory(work: Work, device: torch.device) -> int | None:
     return max(itertools.accumulate((size for _, size in events), initial=0))
 
 
-@constant_weights()
 @torch.inference_mode()
 def clips_per_second(
     model: VideoClassifier, device: torch.device | str, batch: int | None = None, seconds: float = 2.0

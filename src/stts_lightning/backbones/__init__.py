@@ -3,13 +3,11 @@
 from stts_lightning.backbones import mvit, video_swin
 from stts_lightning.backbones.checkpoints import CheckpointError
 from stts_lightning.backbones.registry import Backbone, BackboneError, create_backbone, list_backbones, register_backbone
-from stts_lightning.layers.products import constant_weights
 
 __all__ = [
     "Backbone",
     "BackboneError",
     "CheckpointError",
-    "constant_weights",
     "create_backbone",
     "list_backbones",
     "mvit",

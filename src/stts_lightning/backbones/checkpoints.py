@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stts_lightning.backbones.layouts import LAYOUTS, OWN, PARTS, Layout
 from stts_lightning.backbones.registry import Backbone
+from stts_lightning.errors import UserError
 from stts_lightning.selection.spec import SelectionSpec
 
 State = dict[str, Tensor]
@@ -25,7 +26,7 @@ RECIPE = "recipe"
 _NO_SLOTS = SelectionSpec()
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be read, or does not fit the model: says what is missing, unexpected or mismatched."""
 
 
@@ -258,7 +259,7 @@ def _fit(backbone: Backbone, key: str, value: Tensor, target: Tensor, made_for: 
         return value.reshape(target.shape), False
     if not key.startswith("backbone."):
         return value, False
-    return backbone.fitted(key.removeprefix("backbone."), value, made_for), True
+    return backbone.adapt_weight(key.removeprefix("backbone."), value, made_for), True
 
 
 def _may_stay_as_initialised(key: str, slots_in_file: set[str], head: str) -> bool:

@@ -9,29 +9,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from timm.layers.drop import DropPath
+from timm.layers.mlp import Mlp
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
-from stts_lightning.layers.attention import attend
-from stts_lightning.layers.depthwise import depthwise
-from stts_lightning.layers.linear import Linear
-from stts_lightning.layers.products import lean
-from stts_lightning.layers.rowwise import (
-    Look,
-    Perceptron,
-    ahead,
-    hooked,
-    joined,
-    perceive,
-    piecewise,
-    project,
-    untouched,
-)
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -46,109 +31,81 @@ def pooled(size: GridSize, stride: Triple) -> GridSize:
 
 
 class Pool(nn.Module):
-    """Depthwise 3x3x3 convolution of each head's grid, the class token passing by, then LayerNorm over the head."""
+    """Pooling of attention heads: a strided depthwise 3x3x3 convolution of the grid, then LayerNorm (MViT, Sec. 3.1).
+
+    The class token skips the convolution. All heads share one kernel.
+    """
 
     def __init__(self, head_dim: int, stride: Triple, eps: float) -> None:
         super().__init__()
-        self.stride = stride
         self.conv = nn.Conv3d(head_dim, head_dim, 3, stride, padding=1, groups=head_dim, bias=False)
         self.norm = nn.LayerNorm(head_dim, eps=eps)
 
-    def forward(self, x: Tensor, size: GridSize, heads: int, stride: Triple | None = None) -> Tensor:
-        """Args: x `(B, 1 + N, C)`, the class token first; size of its grid; another stride. Returns: `(B, D, 1 + N', C/D)`."""
-        stride = stride or self.stride
-        # Heads share a kernel, so that all channels are one convolution, of the tokens as they lie.
-        cls, grid = x.split((1, x.shape[1] - 1), dim=1)
-        grid = grid.unflatten(1, size).permute(0, 4, 1, 2, 3)
-        weight = torch.cat((self.conv.weight,) * heads)
-        grid = depthwise(grid, weight, stride)
-        x = torch.cat((cls, grid.flatten(2).transpose(1, 2)), dim=1)
-        return self.norm(x.unflatten(-1, (heads, -1))).transpose(1, 2)
-
-
-def read(n: int, stride: int) -> list[int]:
-    """Which of n tokens in a row a pooling with kernel 3 reads: of each 8, at a stride of 8, the last and the first two."""
-    return sorted({at + tap for at in range(0, n, stride) for tap in (-1, 0, 1) if 0 <= at + tap < n})
+    def forward(self, x: Tensor, size: GridSize) -> Tensor:
+        """Args: x `(B, D, 1 + N, C / D)`, the class token first; size of its grid. Returns: `(B, D, 1 + N', C / D)`."""
+        cls, tokens = x[:, :, :1], x[:, :, 1:]
+        grid = tokens.flatten(0, 1).transpose(1, 2).unflatten(2, size)  # (B D, C / D, T, H, W)
+        tokens = self.conv(grid).flatten(2).transpose(1, 2).unflatten(0, x.shape[:2])
+        return self.norm(torch.cat((cls, tokens), dim=2))
 
 
 class PooledAttention(nn.Module):
     """Multi-head pooling attention: queries, keys and values are pooled before they meet (MViT, Sec. 3.1).
 
-    Keys and values are worked out of those tokens alone that their pooling reads.
-
     Args:
         dim: channels.
-        heads: of attention.
+        heads: attention heads.
         size: T, H and W of the grid.
-        q_stride: by which queries are pooled; they are left as they are if it is 1 throughout.
-        kv_stride: by which keys and values are pooled.
-        pool_eps: of the norms after pooling.
+        q_stride: stride of the queries' pooling; at a stride of 1 throughout they are not pooled.
+        kv_stride: stride of the keys' and values' pooling.
+        pool_eps: epsilon of the norms after pooling.
     """
-
-    places: Tensor
 
     def __init__(self, dim: int, heads: int, size: GridSize, q_stride: Triple, kv_stride: Triple, pool_eps: float) -> None:
         super().__init__()
-        self.heads, self.size = heads, size
-        self.q_stride, self.kv_stride = q_stride, kv_stride
+        self.heads, self.size, self.q_stride, self.kv_stride = heads, size, q_stride, kv_stride
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
-        head_dim = dim // heads
-        self.pool_q = Pool(head_dim, q_stride, pool_eps) if math.prod(q_stride) > 1 else None
-        self.pool_k = Pool(head_dim, kv_stride, pool_eps)
-        self.pool_v = Pool(head_dim, kv_stride, pool_eps)
-        rows = [read(n, stride) for n, stride in zip(size, kv_stride, strict=True)]
-        grid = np.arange(1, 1 + math.prod(size)).reshape(size)[np.ix_(*rows)]
-        self.read_size: GridSize = (len(rows[0]), len(rows[1]), len(rows[2]))
-        self.reads_all = grid.size == math.prod(size)
-        self.register_buffer("places", torch.from_numpy(np.append(0, grid)), persistent=False)
+        self.proj = nn.Linear(dim, dim)
+        self.pool_q = Pool(dim // heads, q_stride, pool_eps) if math.prod(q_stride) > 1 else None
+        self.pool_k = Pool(dim // heads, kv_stride, pool_eps)
+        self.pool_v = Pool(dim // heads, kv_stride, pool_eps)
 
-    def forward(self, x: Tensor, norm: nn.Module, tell: bool = False, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
         Args:
             x: `(B, 1 + N, C)`, the class token first.
-            norm: of tokens, before all else; see `ahead`.
-            tell: also return the class token's attention.
-            cls_only: work out what becomes of the class token alone; not where queries are pooled.
+            need_weights: also return the class token's attention.
 
         Returns:
-            `(B, 1 + N', C)`, its grid pooled by `q_stride`; `(B, 1, C)` if `cls_only`. And, if `tell`, the class token's
-            attention to each token of that grid, `(B, T', H', W')`: the mean over heads, of the pooled keys where the
-            token lies (their mean, if queries are pooled more than keys).
+            `(B, 1 + N', C)`, the grid pooled by `q_stride`; and `class_attention` or None.
         """
-        if lean(x) and len(x) > 1:  # A clip's tokens lie close together; those of several clips would be copied.
-            found, told = zip(*(self(clip, norm, tell, cls_only) for clip in x.split(1)), strict=True)
-            return torch.cat(found), torch.cat(told) if tell else None
-        q, k, v, read_size, stride = self._projected(x, norm, cls_only)
-        k, v = self.pool_k(k, read_size, self.heads, stride), self.pool_v(v, read_size, self.heads, stride)
-        q = self.pool_q(q, self.size, self.heads) if self.pool_q else q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out = attend(q, k, v)
-        attention = None
-        if tell:
-            paid = (q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean(1)[:, 0, 1:]
-            paid = paid.unflatten(1, pooled(self.size, self.kv_stride)).detach()
-            attention = F.interpolate(paid.unsqueeze(1), pooled(self.size, self.q_stride), mode="area").squeeze(1)
-        return piecewise(self.proj, out, out.shape[-1]), attention
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, D, 1 + N, C / D)
+        if self.pool_q is not None:
+            q = self.pool_q(q, self.size)
+        k, v = self.pool_k(k, self.size), self.pool_v(v, self.size)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2)), self.class_attention(q, k) if need_weights else None
 
-    def _projected(self, x: Tensor, norm: nn.Module, cls_only: bool) -> tuple[Tensor, Tensor, Tensor, GridSize, Triple]:
-        """Queries, and keys and values of what their pooling reads; the grid of these, and the stride there."""
-        width = x.shape[-1]
-        # Counted as published: a cost is that of all tokens.
-        whole = self.reads_all or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        looks: list[Look] = [(self.places[:1] if cls_only else None, (width,)), (None if whole else self.places, (width, width))]
-        if whole and not cls_only:
-            looks = [(None, (width, width, width))]
-        q, k, v = project(norm, self.qkv, x, looks)
-        if whole:
-            return q, k, v, self.size, self.kv_stride
-        # A kernel of 3 that moves on by more is, in the rows that it reads, one that moves on by 3.
-        t, h, w = (min(stride, 3) for stride in self.kv_stride)
-        return q, k, v, self.read_size, (t, h, w)
+    def class_attention(self, q: Tensor, k: Tensor) -> Tensor:
+        """How much the class token attends to each token of the grid that comes out, averaged over heads.
+
+        Keys are coarser than the grid: a token gets the weight of the key it lies in, or the mean of several.
+
+        Args:
+            q: pooled queries, `(B, D, 1 + N', C / D)`.
+            k: pooled keys, `(B, D, 1 + M, C / D)`.
+
+        Returns:
+            `(B, T', H', W')`, detached.
+        """
+        weights = (q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean(1)[:, 0, 1:]
+        weights = weights.unflatten(1, pooled(self.size, self.kv_stride)).detach()
+        return F.interpolate(weights.unsqueeze(1), pooled(self.size, self.q_stride), mode="area").squeeze(1)
 
 
 class Block(nn.Module):
-    """Pooled attention and perceptron, each with a residual path; the perceptron may change the channels.
+    """Pooling attention and MLP, each with a residual path; the MLP may change the number of channels.
 
     Attributes:
         out_size: T, H and W of the grid that comes out.
@@ -170,39 +127,27 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = PooledAttention(dim, heads, size, q_stride, kv_stride, pool_eps)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Perceptron(dim, 4 * dim, out_dim)
-        self.proj = Linear(dim, out_dim) if out_dim != dim else nn.Identity()
+        self.mlp = Mlp(dim, 4 * dim, out_dim)
+        self.proj = nn.Linear(dim, out_dim) if out_dim != dim else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def _shortcut(self, x: Tensor) -> Tensor:
-        stride = self.attn.q_stride
+    def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Args: x `(B, 1 + N, C)`, the class token first. Returns: `(B, 1 + N', C')`; see `PooledAttention.forward`."""
+        attended, weights = self.attn(self.norm1(x), need_weights)
+        x = self.pool_skip(x) + self.drop_path(attended)
+        normed = self.norm2(x)
+        # Where the width changes, the residual path starts from the normed tokens, as in the published models.
+        skip = x if isinstance(self.proj, nn.Identity) else self.proj(normed)
+        return skip + self.drop_path(self.mlp(normed)), weights
+
+    def pool_skip(self, x: Tensor) -> Tensor:
+        """Max-pooling of the residual path where queries are pooled: `(B, 1 + N, C)` -> `(B, 1 + N', C)`."""
+        stride, (t, h, w) = self.attn.q_stride, self.attn.size
         if math.prod(stride) == 1:
             return x
-        kernel = [s + 1 if s > 1 else 1 for s in stride]
-        cls, grid = x.split((1, x.shape[1] - 1), dim=1)
-        grid = grid.unflatten(1, self.attn.size).permute(0, 4, 1, 2, 3)
-        grid = F.max_pool3d(grid, kernel, list(stride), [k // 2 for k in kernel])
-        return torch.cat((cls, grid.flatten(2).transpose(1, 2)), dim=1)
-
-    def forward(self, x: Tensor, tell: bool = False, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Args: x `(B, 1 + N, C)`, the class token first. Returns: `(B, 1 + N', C')`, or `(B, 1, C')` if `cls_only`.
-
-        And the attention of the class token, `(B, T', H', W')`, if `tell`.
-        """
-        attended, attention = self.attn(*ahead(self.norm1, x), tell, cls_only)
-        beside = x[:, :1] if cls_only else self._shortcut(x)
-        own = type(self.attn) is PooledAttention and not hooked(self.attn) and untouched(self.attn.proj, self.drop_path)
-        x = joined(beside, self.drop_path(attended), own)
-        past = None if isinstance(self.proj, nn.Identity) else self.proj
-        return perceive(self.norm2, self.mlp, x, self.drop_path, past), attention
-
-    def ends(self) -> bool:
-        """Whether, as the last block, it may work out its class token alone: nobody would see the others."""
-        if self.attn.pool_q is not None or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            return False  # Counted as published.
-        layers = (self.norm1, self.norm2, self.drop_path, self.attn.proj, self.mlp)
-        plain = untouched(*layers) and untouched(*self.mlp) and isinstance(self.proj, nn.Identity | Linear)
-        return plain and not any(map(hooked, self.modules()))
+        cls, frames = x[:, :1], x[:, 1:].unflatten(1, (t, h, w)).flatten(0, 1).permute(0, 3, 1, 2)  # (B T, C, H, W)
+        frames = F.max_pool2d(frames, [s + 1 for s in stride[1:]], stride[1:], [(s + 1) // 2 for s in stride[1:]])
+        return torch.cat((cls, frames.flatten(2).transpose(1, 2).unflatten(0, (-1, t)).flatten(1, 2)), dim=1)
 
 
 class MViT(Backbone):
@@ -259,7 +204,7 @@ class MViT(Backbone):
         self.block_sizes: list[GridSize] = []
         """Size of the grid that reaches each block."""
         for i in range(depth):
-            grid = self.slots.attach(i, grid, dim, "" if i else "no self-attention is computed before block 0")
+            grid = self.slots.build_selectors(i, grid, dim, "" if i else "no self-attention is computed before block 0")
             self.block_sizes.append(grid)
             q_stride = (1, 2, 2) if i in stages else (1, 1, 1)
             if i in stages:
@@ -269,7 +214,7 @@ class MViT(Backbone):
             block = Block(dim, out_dim, heads, grid, q_stride, (1, kv_stride, kv_stride), rate, pool_norm_eps)
             self.blocks.append(block)
             grid, dim = block.out_size, out_dim
-        self.slots.check_all_attached(depth)
+        self.slots.check_all_built(depth)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.out_dim = dim
         self._init_weights(init_gain)
@@ -288,8 +233,8 @@ class MViT(Backbone):
         """See `Backbone.no_weight_decay`."""
         return {"cls_token", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class"}
 
-    def fitted(self, name: str, weight: Tensor, made_for: Mapping[str, Any]) -> Tensor:
-        """See `Backbone.fitted`: positions `(1, N, C)` of another frame size (bicubic) or number of frames (linear)."""
+    def adapt_weight(self, name: str, weight: Tensor, made_for: Mapping[str, Any]) -> Tensor:
+        """See `Backbone.adapt_weight`: positions `(1, N, C)` of another frame size (bicubic) or number of frames (linear)."""
         frames, *size = self.clip_size
         if name.startswith("pos_embed_") and weight.dim() == 2:  # torchvision's
             weight = weight.unsqueeze(0)
@@ -305,17 +250,12 @@ class MViT(Backbone):
         return weight
 
     def embed(self, clip: Tensor, kept: list[Selection] | None) -> Tensor:
-        """Clip `(B, 3, T, H, W)` -> what reaches block 0, `(B, 1 + N, C)`: positions added, then the slots there."""
-        space, time = self.pos_embed_spatial, self.pos_embed_temporal
-        if clip.device.type == "cpu":  # The convolution takes half the time, and its grid comes as it is wanted.
-            clip = clip.contiguous(memory_format=torch.channels_last_3d)
-        grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1).to(space.dtype)
-        _, t, h, w, _ = grid.shape
-        own = lean(grid) and type(self.patch_embed) is nn.Conv3d and not hooked(self.patch_embed)
-        grid = grid.contiguous() if own else grid.clone(memory_format=torch.contiguous_format)
-        grid = grid.add_(space.unflatten(1, (1, h, w))).add_(time.unflatten(1, (t, 1, 1)))
+        """Clip `(B, 3, T, H, W)` -> input of block 0, `(B, 1 + N, C)`: patches and positions, then the slots there."""
+        grid = self.run(self.patch_embed, clip).permute(0, 2, 3, 4, 1)
+        t, h, w = grid.shape[1:4]
+        grid = grid + self.pos_embed_spatial.unflatten(1, (1, h, w)) + self.pos_embed_temporal.unflatten(1, (t, 1, 1))
         grid = self.slots(0, grid, kept)
-        cls = (self.cls_token + self.pos_embed_class).expand(clip.shape[0], -1, -1)
+        cls = (self.cls_token + self.pos_embed_class).expand(len(clip), -1, -1)
         return torch.cat((cls, grid.flatten(1, 3)), dim=1)
 
     def select(self, block: int, x: Tensor, size: GridSize, kept: list[Selection] | None, attention: Tensor | None) -> Tensor:
@@ -344,8 +284,7 @@ class MViT(Backbone):
             assert isinstance(block, Block)
             if i and i in self.slots.at_block:
                 x = self.select(i, x, size, kept, attention)
-            cls_only = i + 1 == len(self.blocks) and block.ends()
-            x, attention = self.through(block, x, self.slots.wants_attention(i + 1), cls_only)
+            x, attention = self.run(block, x, self.slots.wants_attention(i + 1))
             size = block.out_size
         return self.norm(x[:, 0])
 

@@ -2,18 +2,27 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stts_lightning.errors import UserError
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 
 
-class BackboneError(ValueError):
+class BackboneError(UserError):
     """A backbone that cannot be built as asked: names the value found and what is allowed."""
+
+
+class Kernels(Protocol):
+    """Faster code for modules of a backbone."""
+
+    def find(self, module: nn.Module, x: Tensor) -> Callable[..., Any]:
+        """What to call in place of a module for an input like x: a kernel that gives the same result, or the module."""
+        ...
 
 
 class Backbone(nn.Module, ABC):
@@ -26,7 +35,8 @@ class Backbone(nn.Module, ABC):
         block_sizes: size of the grid that reaches each block.
         out_dim: channels of the features.
         slots: the selectors.
-        checkpointing: whether blocks keep their input alone in training, and run again in the backward pass.
+        checkpointing: whether blocks keep only their input in training, and run again in the backward pass.
+        kernels: faster code for some modules; None runs every module as it is written.
     """
 
     mean: tuple[float, float, float]
@@ -36,22 +46,24 @@ class Backbone(nn.Module, ABC):
     out_dim: int
     slots: SlotBank
     checkpointing: bool = False
+    kernels: Kernels | None = None
 
-    def through(self, block: nn.Module, *inputs: Any) -> Any:
-        """What a block makes of its inputs, by way of activation checkpointing if that is on."""
+    def run(self, module: nn.Module, x: Tensor, *inputs: Any) -> Any:
+        """Output of a stem, block or merging layer: the one place where a kernel or activation checkpointing comes in."""
+        forward = self.kernels.find(module, x) if self.kernels else module
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+            return checkpoint(forward, x, *inputs, use_reentrant=False)
+        return forward(x, *inputs)
 
     @abstractmethod
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are embeddings."""
 
-    def choices(self) -> dict[str, str]:
+    def variant(self) -> dict[str, str]:
         """Choices that change what the weights mean, for tables and results; most backbones have none."""
         return {}
 
-    def fitted(self, name: str, weight: Tensor, made_for: Mapping[str, Any]) -> Tensor:
+    def adapt_weight(self, name: str, weight: Tensor, made_for: Mapping[str, Any]) -> Tensor:
         """A weight from a file of another geometry (another window, another clip, 2-D), as this backbone needs it.
 
         Args:

@@ -1,27 +1,23 @@
 """Video Swin (Liu et al., CVPR 2022) with places for token selection.
 
-Letters: B clips, T frames, H W grid of N tokens, C channels, D heads, S slots. A grid is `(B, T, H, W, C)`. The file reads
+Letters: B clips, T frames, H W grid of N tokens, C channels, D heads; W windows of N tokens where
+attention is concerned. A grid is `(B, T, H, W, C)`. The file reads
 from the windows and the stem to the named sizes at its end.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from timm.layers.drop import DropPath
+from timm.layers.mlp import Mlp
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
-from stts_lightning.layers.attention import attend
-from stts_lightning.layers.linear import Linear, linear
-from stts_lightning.layers.products import PIECE, constant_weights, lean, once, working_dtype
-from stts_lightning.layers.rowwise import Look, Perceptron, ahead, hooked, joined, perceive, project, untouched
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -45,142 +41,74 @@ def windows(size: GridSize, limit: Triple, shifted: bool, policy: str) -> tuple[
     return (window[0], window[1], window[2]), (shift[0], shift[1], shift[2])
 
 
-class Span(NamedTuple):
-    """A box along one axis: where it starts in the grid, its length, and where it starts in its window."""
-
-    start: int
-    length: int
-    inside: int
-
-
-def spans(n: int, window: int, shift: int, padded: bool) -> list[Span]:
-    """How windows cut one axis.
-
-    Published code rolls the grid by the shift, cuts it into windows, and masks the pairs that the roll has brought together.
-    What is left are smaller windows at both ends: cut as such they need neither roll nor mask, and no product is worked
-    out to be hidden.
-
-    Args:
-        n: tokens of the axis.
-        window: size of a window.
-        shift: where the second window starts; 0 if they are not shifted.
-        padded: whether the last windows reach over the end, into padding that attention sees.
-    """
-    full = math.ceil(n / window) * window
-    found = [Span(start, min(window, full - start), 0) for start in range(shift, full, window)]
-    if shift:
-        found.append(Span(0, shift, window - shift))  # Rolled, the first tokens end the last window.
-    if not padded:  # Then only offsets count, the same in any corner of a window.
-        found = [Span(start, min(length, n - start), 0) for start, length, _ in found]
-    return [span for span in found if span.start < n]
-
-
-class Group(NamedTuple):
-    """Boxes of one shape, which attend together.
-
-    Attributes:
-        boxes: how many.
-        tokens: of each.
-        inside: the part of a window that they are, along each axis: the part of its bias that they need.
-    """
-
-    boxes: int
-    tokens: int
-    inside: tuple[slice, slice, slice]
-
-
 class WindowPlan(nn.Module):
-    """How a grid of one size falls into boxes; shared by the blocks that cut it alike. Moves with the model.
+    """How a grid of one size is cut into windows; shared by the blocks that cut it alike.
+
+    Shifted windows are cut from a grid that is rolled by the shift, so that tokens from opposite ends of the grid meet in one
+    window. Those must not attend to each other, nor to padding.
 
     Attributes:
         size: frames, height and width of the grid.
-        window: of a whole window.
-        shift: by how much windows are shifted.
-        groups: boxes by their shape.
-        pieces: numbers of slots and of boxes of each group, a few boxes at a time.
-        padded: whether some slots hold padding.
-        hidden: pairs of tokens that published code works out and then masks.
-        slots: `(S,)`, the token in each place of the groups, one group after the other; N, for padding.
-        slot: `(N,)`, where each token lies among them.
-        first, length: `(S,)`, where the group of a slot starts, and its slots.
-        bias_index: row of the bias table for each pair of a whole window's tokens, flat.
+        padded_size: the same, rounded up to whole windows.
+        window: size of a window.
+        shift: where the second window starts; 0 without a shift.
+        sees_padding: whether tokens attend to padding, as in the released code.
+        regions: `(W, N)`, a number for each token of each window: tokens attend to those of the same number; None if all do.
+        bias_index: `(N * N,)`, row of the bias table for each pair of a window's tokens.
     """
 
-    slots: Tensor
-    slot: Tensor
-    first: Tensor
-    length: Tensor
+    regions: Tensor | None
     bias_index: Tensor
 
     def __init__(self, size: GridSize, limit: Triple, shifted: bool, policy: str) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.sees_padding = size, policy == "official"
         self.window, self.shift = windows(size, limit, shifted, policy)
-        tokens = math.prod(size)
-        number = np.full([math.ceil(n / m) * m for n, m in zip(size, self.window, strict=True)], tokens)
-        number[: size[0], : size[1], : size[2]] = np.arange(tokens).reshape(size)
-        boxes: dict[tuple[tuple[int, int], ...], list[NDArray[np.int64]]] = {}
-        for box in product(
-            *(spans(n, w, s, policy == "official") for n, w, s in zip(size, self.window, self.shift, strict=True))
-        ):
-            cut = number[tuple(slice(span.start, span.start + span.length) for span in box)]
-            boxes.setdefault(tuple((span.inside, span.length) for span in box), []).append(cut.reshape(-1))
-        self.groups: list[Group] = []
-        for key, members in boxes.items():
-            t, h, w = (slice(start, start + length) for start, length in key)
-            self.groups.append(Group(len(members), len(members[0]), (t, h, w)))
-        slots = np.concatenate([cut for members in boxes.values() for cut in members])
-        lengths = np.array([group.boxes * group.tokens for group in self.groups])
-        self.padded = len(slots) > tokens
-        self.hidden = number.size * math.prod(self.window) - sum(group.boxes * group.tokens**2 for group in self.groups)
-        self.pieces = self._pieces()
-        for name, values in {
-            "slots": slots,
-            "slot": np.argsort(slots)[:tokens],
-            "first": np.repeat(np.cumsum(lengths) - lengths, lengths),
-            "length": np.repeat(lengths, lengths),
-            "bias_index": bias_index(self.window, limit, policy),
-        }.items():
-            self.register_buffer(name, torch.from_numpy(values), persistent=False)
+        t, h, w = (math.ceil(n / m) * m for n, m in zip(size, self.window, strict=True))
+        self.padded_size: GridSize = (t, h, w)
+        with torch.device("cpu"):  # Also for a model on the meta device: whether there are regions depends on their values.
+            regions, index = self._regions(), bias_index(self.window, limit, policy)
+        target = torch.get_default_device()
+        self.register_buffer("regions", None if regions is None else regions.to(target), persistent=False)
+        self.register_buffer("bias_index", index.to(target), persistent=False)
 
-    def _pieces(self) -> list[tuple[int, list[tuple[int, int]]]]:
-        """Slots, and (group, boxes) that they are, of each piece."""
-        pieces: list[tuple[int, list[tuple[int, int]]]] = []
-        for number, group in enumerate(self.groups):
-            left = group.boxes
-            while left:
-                rows, parts = pieces.pop() if pieces and pieces[-1][0] + group.tokens <= PIECE else (0, [])
-                taken = min(left, max((PIECE - rows) // group.tokens, 1))
-                pieces.append((rows + taken * group.tokens, [*parts, (number, taken)]))
-                left -= taken
-        return pieces
+    def _regions(self) -> Tensor | None:
+        region = torch.zeros(self.padded_size, dtype=torch.int16)
+        for axis, (n, padded, shift) in enumerate(zip(self.size, self.padded_size, self.shift, strict=True)):
+            at = torch.arange(padded).view([-1 if axis == i else 1 for i in range(3)])
+            rolled, padding = at < shift, (at >= n) & (not self.sees_padding)
+            region = 4 * region + 2 * padding + 1 * rolled
+        regions = partition(self.roll(region[None, ..., None]), self.window).squeeze(-1)
+        return regions if (regions != regions[:, :1]).any() else None
 
-    def arranged(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Places of several clips, boxes of one shape together over all clips.
-
-        Returns:
-            `(B * S,)`, the token in each place, of tokens numbered through the batch; B * N, for padding. And
-            `(B * N,)`, the place of each token.
-        """
-        if batch == 1:
-            return self.slots, self.slot
-        slots, tokens = len(self.slots), len(self.slot)
-        clip = torch.arange(batch, device=self.slots.device).unsqueeze(1)
-        at = torch.arange(slots, device=self.slots.device) + (batch - 1) * self.first + clip * self.length  # (B, S)
-        token = torch.where(self.slots < tokens, self.slots + clip * tokens, batch * tokens)
-        held = torch.empty_like(token).flatten().scatter_(0, at.flatten(), token.flatten())
-        return held, at[:, self.slot].flatten()
+    def roll(self, grid: Tensor, back: bool = False) -> Tensor:
+        """Roll a padded grid `(B, T, H, W, C)` by the shift, so that the first shifted window starts at its corner; or back."""
+        return grid.roll([s if back else -s for s in self.shift], (1, 2, 3)) if any(self.shift) else grid
 
 
-def bias_index(window: Triple, table: Triple, policy: str) -> NDArray[np.int64]:
+def partition(grid: Tensor, window: Triple) -> Tensor:
+    """Cut a grid `(B, T, H, W, C)`, whose sides are multiples of the window's, into windows `(B * W, N, C)`."""
+    for axis, side in zip((1, 3, 5), window, strict=True):
+        grid = grid.unflatten(axis, (-1, side))
+    return grid.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4, 6).flatten(0, 3)
+
+
+def join(rows: Tensor, window: Triple, size: GridSize) -> Tensor:
+    """Put windows `(B * W, N, C)` together again to the grid `(B, T, H, W, C)` of this size."""
+    counts = [n // m for n, m in zip(size, window, strict=True)]
+    rows = rows.unflatten(0, (-1, *counts)).unflatten(4, window)
+    return rows.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+
+
+def bias_index(window: Triple, table: Triple, policy: str) -> Tensor:
     """Row of the bias table for each pair of a window's tokens, `(N * N,)`.
 
     A table made for windows of size `table` has a row for every offset up to +-(table - 1). `official` cuts the index of
     the full window to N x N, which is wrong where a window is smaller than the table's in height or width.
     """
     shown = table if policy == "official" else window
-    at = np.stack(np.meshgrid(*(np.arange(n) for n in shown), indexing="ij")).reshape(3, -1)
-    offset = at[:, :, None] - at[:, None] + np.array(table)[:, None, None] - 1
+    at = torch.stack(torch.meshgrid(*map(torch.arange, shown), indexing="ij")).flatten(1)
+    offset = at[:, :, None] - at[:, None] + torch.tensor(table)[:, None, None] - 1
     index = (offset[0] * (2 * table[1] - 1) + offset[1]) * (2 * table[2] - 1) + offset[2]
     tokens = math.prod(window)
     return index[:tokens, :tokens].flatten()
@@ -200,85 +128,53 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads, self.plan = heads, plan
         self.relative_position_bias_table = nn.Parameter(torch.zeros(math.prod(2 * n - 1 for n in limit), heads))
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
-    @property
-    def hidden_macs(self) -> int:
-        """Multiply-adds of pairs that published code masks after working them out; counted, as is the custom, not done."""
-        return 2 * self.plan.hidden * self.proj.in_features
+    def forward(self, grid: Tensor) -> Tensor:
+        """Args: grid `(B, T, H, W, C)`. Returns: the same size."""
+        plan, (t, h, w) = self.plan, self.plan.size
+        qkv = partition(plan.roll(self._pad(self.qkv(grid))), plan.window)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B W, D, N, C / D)
+        out = F.scaled_dot_product_attention(q, k, v, self.bias(len(grid)).to(q.dtype))
+        out = join(out.transpose(1, 2).flatten(2), plan.window, plan.padded_size)
+        return self.proj(plan.roll(out, back=True)[:, :t, :h, :w])
 
-    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """Args: x `(B, N, C)`, the tokens of the grid in their order; what norms them first. Returns: the same size."""
-        plan = self.plan
-        dtype, table = working_dtype(x), self.relative_position_bias_table
-        biases = once(table, plan, dtype, make=lambda: self._biases(dtype)) if lean(x) else self._biases(dtype)
-        if lean(x) and not plan.padded:
-            out = torch.empty_like(x)
-            pieces = list(zip(plan.slots.split([rows for rows, _ in plan.pieces]), plan.pieces, strict=True))
-            with constant_weights():
-                for (clip, found), (places, (_, parts)) in product(zip(x, out, strict=True), pieces):
-                    qkv = self.qkv(norm(clip.index_select(0, places)))
-                    found.index_copy_(0, places, self.proj(self._attend(qkv, biases, parts)).to(out.dtype))
-            return out
-        held, back = plan.arranged(len(x))
-        look: Look = (None if plan.padded else held, (3 * x.shape[-1],))
-        qkv = project(norm, self.qkv, x.reshape(1, -1, x.shape[-1]), [look])[0].squeeze(0)
-        if plan.padded:  # A padded token is q, k, v = bias, as if zeros had gone through the layer.
-            qkv = torch.cat((qkv, self.qkv.bias.unsqueeze(0).to(qkv.dtype))).index_select(0, held)
-        parts = [(number, group.boxes * len(x)) for number, group in enumerate(plan.groups)]
-        rows = self._attend(qkv, biases, parts).index_select(0, back)
-        return self.proj(rows).view_as(x)
+    def bias(self, batch: int) -> Tensor:
+        """What is added to the attention's logits: `(1, D, N, N)`, or `(B * W, D, N, N)` where some pairs are masked."""
+        regions, n = self.plan.regions, math.prod(self.plan.window)
+        bias = self.relative_position_bias_table[self.plan.bias_index].view(1, n, n, -1).permute(0, 3, 1, 2)
+        if regions is None:
+            return bias
+        apart = regions[:, None, :, None] != regions[:, None, None]  # (W, 1, N, N)
+        return bias.masked_fill(apart, -math.inf).repeat(batch, 1, 1, 1)
 
-    def _biases(self, dtype: torch.dtype) -> list[Tensor]:
-        """Bias of each group of boxes, `(D, n, n)`: a part of the whole window's."""
-        # A row a head, gathered: four times as fast as rows of the table and then turned.
-        table, index = self.relative_position_bias_table.to(dtype).T.contiguous(), self.plan.bias_index
-        whole = table.gather(1, index.expand(self.heads, -1)).unflatten(1, (*self.plan.window, *self.plan.window))
-        return [
-            whole[:, t, h, w, t, h, w].reshape(self.heads, group.tokens, group.tokens)
-            for group in self.plan.groups
-            for t, h, w in (group.inside,)
-        ]
-
-    def _attend(self, qkv: Tensor, biases: Sequence[Tensor], parts: Sequence[tuple[int, int]]) -> Tensor:
-        """Attention within boxes: rows of queries, keys and values `(R, 3 C)`, (group, boxes) they are -> `(R, C)`."""
-        groups = self.plan.groups
-        found = []
-        for rows, (number, boxes) in zip(qkv.split([n * groups[g].tokens for g, n in parts]), parts, strict=True):
-            q, k, v = rows.view(boxes, groups[number].tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-            found.append(attend(q, k, v, biases[number]).flatten(0, 1))
-        return torch.cat(found) if len(found) > 1 else found[0]
+    def _pad(self, qkv: Tensor) -> Tensor:
+        """Pad to whole windows. A padded token's q, k and v are the layer's bias, as if it were zeros that went through."""
+        size, padded = self.plan.size, self.plan.padded_size
+        if size == padded:
+            return qkv
+        for axis, (n, full) in enumerate(zip(size, padded, strict=True), start=1):
+            ends = [*qkv.shape[:axis], full - n, *qkv.shape[axis + 1 :]]
+            qkv = torch.cat((qkv, self.qkv.bias.to(qkv.dtype).expand(ends)), dim=axis)
+        return qkv
 
 
 class Block(nn.Module):
-    """Window attention and perceptron, each with a residual path."""
+    """Window attention and MLP, each with a residual path."""
 
     def __init__(self, dim: int, heads: int, limit: Triple, plan: WindowPlan, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, heads, limit, plan)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Perceptron(dim, 4 * dim, dim)
+        self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, grid: Tensor) -> Tensor:
         """Args: grid `(B, T, H, W, C)`. Returns: the same size."""
-        x = grid.flatten(1, 3)
-        own = type(self.attn) is WindowAttention and not hooked(self.attn) and untouched(self.attn.proj, self.drop_path)
-        x = joined(x, self.drop_path(self.attn(*ahead(self.norm1, x))), own)
-        return perceive(self.norm2, self.mlp, x, self.drop_path).view_as(grid)
-
-
-class PatchEmbedding(nn.Conv3d):
-    """A convolution whose patches do not overlap, which makes it one linear layer of the pixels of each."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Args: clip `(B, 3, T, H, W)`. Returns: `(B, T', H', W', C)`."""
-        (t, h, w), (batch, colours, *size) = self.kernel_size, input.shape
-        x = input.view(batch, colours, size[0] // t, t, size[1] // h, h, size[2] // w, w)
-        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
-        return linear(x, self.weight.flatten(1), self.bias)
+        grid = grid + self.drop_path(self.attn(self.norm1(grid)))
+        return grid + self.drop_path(self.mlp(self.norm2(grid)))
 
 
 class PatchMerging(nn.Module):
@@ -287,7 +183,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, grid: Tensor) -> Tensor:
         """Args: grid `(B, T, H, W, C)`. Returns: `(B, T, ceil(H/2), ceil(W/2), 2 C)`."""
@@ -380,7 +276,7 @@ class VideoSwin(Backbone):
         limit: Triple = (window[0], window[1], window[2])
         self.window = limit
         self.clip_size = (frames, height, width)
-        self.patch_embed = PatchEmbedding(3, dim, self.patch, self.patch)
+        self.patch_embed = nn.Conv3d(3, dim, self.patch, self.patch)
         self.patch_norm = nn.LayerNorm(dim)
         t, h, w = (math.ceil(n / p) for n, p in zip(self.clip_size, self.patch, strict=True))
         grid: GridSize = (t, h, w)
@@ -394,7 +290,7 @@ class VideoSwin(Backbone):
             blocks = []
             for i in range(depth):
                 number = len(self.block_sizes)
-                grid = self.slots.attach(number, grid, dim, "this backbone has no class token")
+                grid = self.slots.build_selectors(number, grid, dim, "this backbone has no class token")
                 self.block_sizes.append(grid)
                 rate = drop_path * number / max(total - 1, 1)
                 key = grid, windows(grid, limit, i % 2 == 1, window_policy)
@@ -405,7 +301,7 @@ class VideoSwin(Backbone):
             self.stages.append(Stage(blocks, None if last else PatchMerging(dim)))
             if not last:
                 grid, dim = (grid[0], math.ceil(grid[1] / 2), math.ceil(grid[2] / 2)), 2 * dim
-        self.slots.check_all_attached(total)
+        self.slots.check_all_built(total)
         self.norm = nn.LayerNorm(dim)
         self.out_dim = dim
         for module in () if self.norm.weight.is_meta else self.modules():
@@ -420,12 +316,12 @@ class VideoSwin(Backbone):
         """See `Backbone.no_weight_decay`."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
-    def choices(self) -> dict[str, str]:
-        """See `Backbone.choices`."""
+    def variant(self) -> dict[str, str]:
+        """See `Backbone.variant`."""
         return {"window_policy": self.window_policy}
 
-    def fitted(self, name: str, weight: Tensor, made_for: Mapping[str, Any]) -> Tensor:
-        """See `Backbone.fitted`.
+    def adapt_weight(self, name: str, weight: Tensor, made_for: Mapping[str, Any]) -> Tensor:
+        """See `Backbone.adapt_weight`.
 
         A 2-D patch embedding is spread evenly over the frames of a patch. A bias table is stretched to this model's
         offsets, bicubic in space and linear in time; a 2-D table is one of a single frame, the same at each offset in time.
@@ -441,9 +337,8 @@ class VideoSwin(Backbone):
     def embed(self, clip: Tensor) -> Tensor:
         """Clip `(B, 3, T, H, W)` -> grid `(B, T/2, H/4, W/4, C)`; sides that are no multiple are padded by zeros."""
         t, h, w = (-n % p for n, p in zip(clip.shape[2:], self.patch, strict=True))
-        if t or h or w:  # Padding by nothing would be a copy.
-            clip = F.pad(clip, (0, w, 0, h, 0, t))
-        return self.patch_norm(self.patch_embed(clip))
+        grid = self.run(self.patch_embed, F.pad(clip, (0, w, 0, h, 0, t)))
+        return self.patch_norm(grid.permute(0, 2, 3, 4, 1))
 
     def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
         """Features of a clip.
@@ -465,10 +360,10 @@ class VideoSwin(Backbone):
         for stage in self.stages:
             assert isinstance(stage, Stage)
             for block in stage.blocks:
-                grid = self.through(block, self.slots(number, grid, kept))
+                grid = self.run(block, self.slots(number, grid, kept))
                 number += 1
             if stage.merge is not None:
-                grid = stage.merge(grid)
+                grid = self.run(stage.merge, grid)
         return self.norm(grid).mean((1, 2, 3))
 
 
@@ -494,4 +389,4 @@ def video_swin_t(**kwargs: Any) -> VideoSwin:
 def video_swin_tiny(**kwargs: Any) -> VideoSwin:
     """A small VideoSwin for quick work: 16x64x64, 6 blocks."""
     sizes = {"frames": 16, "size": 64, "dim": 32, "depths": (2, 2, 2), "heads": (1, 2, 4), "window": (4, 4, 4)}
-    return VideoSwin(**{**sizes, "init_gain": 0.7, **kwargs})
+    return VideoSwin(**{**sizes, "init_gain": 1.0, **kwargs})

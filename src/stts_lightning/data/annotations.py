@@ -13,12 +13,14 @@ from typing import overload
 
 import numpy as np
 
+from stts_lightning.errors import UserError
+
 log = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".3gp", ".ts", ".wmv", ".flv"})
 
 
-class AnnotationError(ValueError):
+class AnnotationError(UserError):
     """A list or folder that cannot be used: names it, the line if there is one, what was found and what is allowed."""
 
 

@@ -20,7 +20,7 @@ from stts_lightning.data.annotations import AnnotationError, VideoList, check_fi
 from stts_lightning.data.dataset import Batch, ClipDataset, ClipSpec, Reading, Transform, collate, list_hash
 from stts_lightning.data.demo import DemoSpec, make_demo
 from stts_lightning.data.manifest import manifest_hash, read_manifest, with_manifest
-from stts_lightning.data.order import EpochOrder, LoaderError, TrainLoader
+from stts_lightning.data.resumable_sampler import EpochOrder, LoaderError, TrainLoader
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
 
 
@@ -153,7 +153,7 @@ def _end_workers() -> None:
             process.kill()
 
 
-class EachOnce(DistributedSampler[int]):
+class UnpaddedDistributedSampler(DistributedSampler[int]):
     """Every item exactly once over all processes: item i goes to process i mod their number; nothing is repeated."""
 
     def __init__(self, dataset: ClipDataset) -> None:
@@ -298,7 +298,7 @@ class VideoDataModule(pl.LightningDataModule):
         self._check_shared("val")
         key = "batch_size" if options.eval_batch_size is None else "eval_batch_size"
         size = self.per_device(options.eval_batch_size or options.batch_size, key)
-        return DataLoader(dataset, batch_size=size, sampler=EachOnce(dataset), **self._workers())
+        return DataLoader(dataset, batch_size=size, sampler=UnpaddedDistributedSampler(dataset), **self._workers())
 
     def train_dataloader(self) -> TrainLoader:
         """Random clips of the training videos."""

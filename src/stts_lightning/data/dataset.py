@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, default_collate
 from stts_lightning.data.annotations import VideoList
 from stts_lightning.data.decode import DECODERS, DecodeError
 from stts_lightning.data.isolation import open_isolated
-from stts_lightning.data.order import Pick
+from stts_lightning.data.resumable_sampler import Pick
 from stts_lightning.data.sampling import SAMPLINGS
 
 Transform = Callable[[Tensor], Tensor]

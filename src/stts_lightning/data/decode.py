@@ -14,10 +14,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from stts_lightning.errors import UserError
+
 Frames = NDArray[np.uint8]
 
 
-class DecodeError(RuntimeError):
+class DecodeError(UserError):
     """A video that cannot be decoded: names the file and says what was found."""
 
 

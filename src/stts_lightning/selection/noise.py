@@ -12,7 +12,7 @@ class Noise:
     """Random numbers whose rows follow from the seeds of a batch's clips alone: not from its size, nor from the process.
 
     Attributes:
-        seeds: of each clip, int64 on the CPU; None draws from torch's default generator.
+        seeds: of each clip, int64; None draws from torch's default generator.
         salt: tells apart what draws from the same seeds.
     """
 
@@ -39,11 +39,7 @@ class Noise:
     def repeatable(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Numbers in [0, 1), laid out as in `normal`, the same on every device."""
         assert self.seeds is not None
-        # The tracer that counts operations does not take operators of one's own.
-        traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        cpu, seeds = torch.device("cpu"), self._mixed(1_000_003)
-        drawn = _filled(seeds, shape, cpu, Tensor.uniform_) if traced else _seeded_uniform(seeds, list(shape), cpu)
-        return drawn.to(device)
+        return _seeded_uniform(self._mixed(1_000_003), list(shape), torch.device("cpu")).to(device)
 
     def _mixed(self, factor: int) -> Tensor:
         """Seeds told apart by the salt. manual_seed mixes neighbouring ones well enough for Philox and MT."""

@@ -36,7 +36,7 @@ class Selection(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Place:
+class SlotContext:
     """Where a selector stands: all it may know of the backbone.
 
     Attributes:
@@ -60,16 +60,16 @@ class Selector(nn.Module, ABC):
     needs_attention = False
     """Whether `forward` is to be given the class token's attention of the block before."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, context: SlotContext) -> None:
         super().__init__()
-        if self.needs_attention and place.no_attention:
+        if self.needs_attention and context.no_attention:
             raise SelectionError(
-                f"selection.slots.{place.slot.name}: selection by the class token's attention is impossible here: "
-                f"{place.no_attention}"
+                f"selection.slots.{context.slot.name}: selection by the class token's attention is impossible here: "
+                f"{context.no_attention}"
             )
-        self.slot = place.slot.name
-        self.in_size = place.size
-        self.dim = place.dim
+        self.slot = context.slot.name
+        self.in_size = context.size
+        self.dim = context.dim
 
     @property
     @abstractmethod

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from stts_lightning.selection.baselines import find_selector
 from stts_lightning.selection.noise import Noise
-from stts_lightning.selection.selector import GridSize, Place, Selection, Selector
-from stts_lightning.selection.siblings import find_selector
+from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext
 from stts_lightning.selection.spec import SelectionError, SelectionSpec
 
 
 class SlotBank(nn.Module):
     """All selectors of a model, by the block before which they act. Temporal comes before spatial at one place.
 
-    A backbone calls `attach` for each block while it builds itself and `forward` while it runs.
+    A backbone calls `build_selectors` for each block while it builds itself and `forward` while it runs.
     """
 
     sigma: Tensor
@@ -30,7 +30,7 @@ class SlotBank(nn.Module):
         self.register_buffer("sigma", torch.tensor(float(selection.sigma)), persistent=False)
         self._seeds: Tensor | None = None
 
-    def attach(self, block: int, size: GridSize, dim: int, no_attention: str = Place.no_attention) -> GridSize:
+    def build_selectors(self, block: int, size: GridSize, dim: int, no_attention: str = SlotContext.no_attention) -> GridSize:
         """Build the selectors that stand before a block.
 
         Args:
@@ -47,13 +47,13 @@ class SlotBank(nn.Module):
         """
         here = sorted((slot for slot in self.selection.slots if slot.block == block), key=lambda slot: "ts".index(slot.axis))
         for slot in here:
-            selector = find_selector(slot, self.selection)(Place(slot, size, dim, self.selection, no_attention))
+            selector = find_selector(slot, self.selection)(SlotContext(slot, size, dim, self.selection, no_attention))
             self.selectors[slot.name] = selector
             self.at_block.setdefault(block, []).append(slot.name)
             size = selector.out_size
         return size
 
-    def check_all_attached(self, blocks: int) -> None:
+    def check_all_built(self, blocks: int) -> None:
         """Raise SelectionError if a slot names a block that the backbone does not have."""
         for slot in self.selection.slots:
             if slot.name not in self.selectors:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stts_lightning.selection.noise import Noise
-from stts_lightning.selection.selector import GridSize, Place, Selection, Selector, build_estimator, build_scorer
+from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext, build_estimator, build_scorer
 
 
 def anchor_starts(length: int, window: int) -> list[int]:
@@ -55,10 +55,10 @@ class _WeightedWindows(torch.autograd.Function):
 class WindowSelector(Selector):
     """What all anchor-based selectors share: the anchors of a frame, and keeping one."""
 
-    def __init__(self, place: Place) -> None:
-        super().__init__(place)
-        frames, height, width = place.size
-        self.window = place.slot.window(height, width)
+    def __init__(self, context: SlotContext) -> None:
+        super().__init__(context)
+        frames, height, width = context.size
+        self.window = context.slot.window(height, width)
         self._out_size = (frames, *self.window)
         self.strides = (anchor_stride(height, self.window[0]), anchor_stride(width, self.window[1]))
         self.corners = tuple(
@@ -105,10 +105,10 @@ class SpatialSelector(WindowSelector):
     Because a window of a grid is a grid, everything downstream simply works on the smaller one.
     """
 
-    def __init__(self, place: Place) -> None:
-        super().__init__(place)
-        self.scorer = build_scorer(place.selection)(place.dim)
-        self.estimator = build_estimator(place.selection)
+    def __init__(self, context: SlotContext) -> None:
+        super().__init__(context)
+        self.scorer = build_scorer(context.selection)(context.dim)
+        self.estimator = build_estimator(context.selection)
 
     def anchor_scores(self, grid: Tensor) -> Tensor:
         """Mean score of each anchor: `(B, T, H, W, C)` -> `(B * T, G)`."""

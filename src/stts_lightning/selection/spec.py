@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from typing import Any, Self
 
+from stts_lightning.errors import UserError
+
 _SLOT_NAME = re.compile(r"([ts])(\d+)")
 _NOTATION = re.compile(r"([ts]\d+)_(\d+(?:\.\d+)?)(?:_(?=[ts])|$)")
 
@@ -18,7 +20,7 @@ PAPER_SELECTIONS = (
 """The plain model and every selection of the paper's Tables 1 to 8."""
 
 
-class SelectionError(ValueError):
+class SelectionError(UserError):
     """A selection that cannot be honoured: names the key, the value found and what is allowed."""
 
 

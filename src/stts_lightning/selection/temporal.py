@@ -1,24 +1,20 @@
 """Temporal selection (paper Sec. 3.3, Eq. 9): keep the K most informative of the M frames, in their order."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from stts_lightning.selection.noise import Noise
-from stts_lightning.selection.scorer import Scorer
-from stts_lightning.selection.selector import GridSize, Place, Selection, Selector, build_estimator, build_scorer
+from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext, build_estimator, build_scorer
 from stts_lightning.selection.topk import hard_topk
 
 
 class FrameSelector(Selector):
     """What all temporal selectors share: how many frames they keep, and keeping them."""
 
-    def __init__(self, place: Place) -> None:
-        super().__init__(place)
-        frames, height, width = place.size
-        self.keep = place.slot.frames(frames)
+    def __init__(self, context: SlotContext) -> None:
+        super().__init__(context)
+        frames, height, width = context.size
+        self.keep = context.slot.frames(frames)
         self._out_size = (self.keep, height, width)
 
     @property
@@ -41,28 +37,6 @@ class FrameSelector(Selector):
         return f"{self.keep} of {self.in_size[0]} frames"
 
 
-class _Described(torch.autograd.Function):
-    """A grid, and the descriptor of each of its frames.
-
-    What comes back to both is summed up in the place of the first: before block 0 grids are the largest that there are,
-    and a second gradient of that size would cost more than all else a selector does.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, grid: Tensor, scorer: type[Scorer]) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(grid)
-        ctx.scorer = scorer
-        return grid.view_as(grid), scorer.describe_frames(grid)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grid,) = ctx.saved_tensors
-        above, to_described = grads
-        ctx.scorer.add_frames_gradient(above, grid, to_described)
-        return above, None
-
-
 class TemporalSelector(FrameSelector):
     """Scores each frame by its pooled tokens and keeps the best K.
 
@@ -70,11 +44,11 @@ class TemporalSelector(FrameSelector):
     frames of one hard Top-K.
     """
 
-    def __init__(self, place: Place) -> None:
-        super().__init__(place)
-        scorer = build_scorer(place.selection)
-        self.scorer = scorer(scorer.frame_width * place.dim)
-        self.estimator = build_estimator(place.selection)
+    def __init__(self, context: SlotContext) -> None:
+        super().__init__(context)
+        scorer = build_scorer(context.selection)
+        self.scorer = scorer(scorer.frame_width * context.dim)
+        self.estimator = build_estimator(context.selection)
 
     def scores(self, described: Tensor) -> Tensor:
         """Normalised score of each frame, from descriptors: `(B, T, E)` -> `(B, T)`."""
@@ -82,12 +56,7 @@ class TemporalSelector(FrameSelector):
 
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
-        # What `mix` sends back is a gradient of its own only as it stands here.
-        if self.training and type(self).mix is FrameSelector.mix and not torch.compiler.is_compiling():
-            grid, described = _Described.apply(grid, type(self.scorer))  # type: ignore[misc]
-        else:
-            described = self.scorer.describe_frames(grid)
-        scores = self.scores(described)
+        scores = self.scores(self.scorer.describe_frames(grid))
         if self.training:
             return self.mix(grid, scores, self.estimator(scores, self.keep, sigma, noise))
         return self.take(grid, scores, hard_topk(scores, self.keep))

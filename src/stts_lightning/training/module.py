@@ -13,12 +13,13 @@ from torchmetrics.classification import MulticlassAccuracy
 from stts_lightning.classifier import VideoClassifier
 from stts_lightning.data.dataset import Batch
 from stts_lightning.data.windows import WindowBatch
+from stts_lightning.errors import UserError
 from stts_lightning.selection.selector import Selection
 from stts_lightning.training.augment import BatchAugment
 from stts_lightning.training.optim import OptimSpec, build_optimizer, freeze
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """A training that cannot go on: says why."""
 
 

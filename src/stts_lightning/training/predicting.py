@@ -19,7 +19,6 @@ from stts_lightning.analysis.overlay import contact_sheet, film
 from stts_lightning.data.datamodule import LoaderOptions
 from stts_lightning.data.decode import write_mp4
 from stts_lightning.data.windows import Window, WindowBatch, WindowDataset, WindowRule, collate_windows
-from stts_lightning.layers.products import constant_weights
 from stts_lightning.progress import counting
 from stts_lightning.selection.selector import Selection
 from stts_lightning.training.module import ClassificationModule
@@ -163,8 +162,7 @@ def run_predict(
     """
     predictor.folder.mkdir(parents=True, exist_ok=True)
     trainer.callbacks.append(predictor)  # type: ignore[attr-defined]
-    with constant_weights():
-        trainer.predict(module, data, return_predictions=False)
+    trainer.predict(module, data, return_predictions=False)
     if not trainer.is_global_zero:
         return None
     found: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from stts_lightning.analysis.flops import count_gflops
 from stts_lightning.data.datamodule import VideoDataModule
+from stts_lightning.kernels import in_use
 from stts_lightning.training.module import ClassificationModule
 
 
@@ -19,7 +20,7 @@ def facts(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModu
     gflops = count_gflops(model)
     return {
         "backbone": model.recipe["backbone"],
-        "backbone_choices": model.backbone.choices(),
+        "backbone_choices": model.backbone.variant(),
         "weights": model.weights,
         "selection": str(spec),
         "slots": model.slots.describe(),
@@ -35,6 +36,7 @@ def facts(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModu
         "dataset": data.summary(),
         "batch_size": data.loader.batch_size,
         "clips_of_a_training_video": data.copies,
+        "kernels": in_use(model.backbone, trainer.strategy.root_device, str(trainer.precision)),
         "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
         "precision": trainer.precision,
         "seed": data.seed,
@@ -52,7 +54,7 @@ def rows(known: Mapping[str, Any]) -> dict[str, str]:
     return {
         "model": f"{known['backbone']} {known['selection']}, {size}{choices}",
         "weights": known["weights"],
-        "slots": f"{slots} ({known['scorer']} scorer, {known['estimator']})" if slots else "none: the plain model",
+        "slots": f"{slots} ({known['scorer']} scorer, {known['estimator']})" if slots else "none: all tokens are kept",
         "parameters": f"{known['parameters']:,}",
         "GFLOPs": f"{known['gflops_per_view']:.2f} a view, {known['views']} views a test video",
         "data": f"{dataset['name']}: {' + '.join(videos)} videos, {dataset['classes']} classes",

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stts_lightning.selection.noise import Noise
-from stts_lightning.selection.selector import GridSize, Place, Selection, Selector, build_estimator, build_scorer
+from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext, build_estimator, build_scorer
 from stts_lightning.selection.spatial import SpatialSelector, WindowSelector
 from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec, selector_class
 from stts_lightning.selection.temporal import FrameSelector, TemporalSelector
@@ -23,8 +23,8 @@ def _uniform_noise(selector: Selector, shape: tuple[int, int], grid: Tensor, noi
         return noise.uniform(shape, grid.device)
     tokens = grid.flatten(1)
     # Some rounded values tell clips apart, whatever batch they stand in and to the last bits of whatever device.
-    some = (tokens[:, :: max(tokens.shape[1] // 256, 1)].float() * 8).round().long().cpu()
-    seeds = (some * torch.arange(1, some.shape[1] + 1).square()).sum(1)
+    some = (tokens[:, :: max(tokens.shape[1] // 256, 1)].float() * 8).round().long()
+    seeds = (some * torch.arange(1, some.shape[1] + 1, device=some.device).square()).sum(1)
     salt = sum(ord(letter) * 257**i for i, letter in enumerate(selector.slot))
     return Noise(seeds, salt).repeatable(shape, grid.device)
 
@@ -53,11 +53,11 @@ class RandomFrames(HardFrames):
 class UniformFrames(HardFrames):
     """The middles of K equal parts of the clip."""
 
-    def __init__(self, place: Place) -> None:
-        super().__init__(place)
-        parts = place.size[0] / self.keep
+    def __init__(self, context: SlotContext) -> None:
+        super().__init__(context)
+        parts = context.size[0] / self.keep
         chosen = torch.tensor([int(i * parts + parts / 2) for i in range(self.keep)])
-        self.register_buffer("chosen", one_hot(chosen, place.size[0], torch.float32).sum(0), persistent=False)
+        self.register_buffer("chosen", one_hot(chosen, context.size[0], torch.float32).sum(0), persistent=False)
         self.chosen: Tensor
 
     def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
@@ -205,10 +205,10 @@ class TokenSelector(Selector):
     apart: the paper's reason for anchors.
     """
 
-    def __init__(self, place: Place) -> None:
-        super().__init__(place)
-        frames, height, width = place.size
-        self._out_size = (frames, *place.slot.window(height, width))
+    def __init__(self, context: SlotContext) -> None:
+        super().__init__(context)
+        frames, height, width = context.size
+        self._out_size = (frames, *context.slot.window(height, width))
 
     @property
     def out_size(self) -> GridSize:
@@ -247,10 +247,10 @@ class TokenSelector(Selector):
 class Tokens(TokenSelector):
     """The tokens with the highest learned scores (Table 6, STTS without anchors)."""
 
-    def __init__(self, place: Place) -> None:
-        super().__init__(place)
-        self.scorer = build_scorer(place.selection)(place.dim)
-        self.estimator = build_estimator(place.selection)
+    def __init__(self, context: SlotContext) -> None:
+        super().__init__(context)
+        self.scorer = build_scorer(context.selection)(context.dim)
+        self.estimator = build_estimator(context.selection)
 
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""

@@ -31,7 +31,7 @@ def in_run_folder(arguments: list[str]) -> list[str]:
     return _with(arguments, f"hydra.run.dir='{run}'", "hydra.output_subdir=null")
 
 
-def of_a_run(arguments: list[str], subfolder: str) -> list[str]:
+def for_run(arguments: list[str], subfolder: str) -> list[str]:
     """Arguments of a command that uses a run or a checkpoint.
 
     A value of the model or its data may belong to an option that only the run or the file knows of: it is added by force
@@ -45,7 +45,7 @@ def of_a_run(arguments: list[str], subfolder: str) -> list[str]:
     return _with(arguments, f"hydra.run.dir='{run}/{subfolder}'")
 
 
-def of_a_sweep(arguments: list[str]) -> list[str]:
+def for_sweep(arguments: list[str]) -> list[str]:
     """Arguments of a sweep with a folder that follows from them: the same command again goes on where it broke off.
 
     How jobs are launched has no part in the name. A job's folder is called by what is swept alone. A search of

@@ -11,8 +11,10 @@ import numpy as np
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
+from stts_lightning.errors import UserError
 
-class LoaderError(ValueError):
+
+class LoaderError(UserError):
     """Loader options that cannot be honoured: names the key, the value and what is allowed."""
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from stts_lightning import create_model
+from stts_lightning.selection.baselines import SELECTORS, GumbelFrames, find_selector
 from stts_lightning.selection.noise import Noise
-from stts_lightning.selection.selector import Place
-from stts_lightning.selection.siblings import SELECTORS, GumbelFrames, find_selector
+from stts_lightning.selection.selector import SlotContext
 from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec
 
 SIZE = (6, 8, 10)
@@ -19,7 +19,7 @@ def build(axis: str, name: str, **slot: object) -> torch.nn.Module:
     spec = SlotSpec(f"{axis}1", selector=name, **({"ratio": 0.5} | slot))  # type: ignore[arg-type]
     selection = SelectionSpec((spec,))
     torch.manual_seed(0)
-    return find_selector(spec, selection)(Place(spec, SIZE, 16, selection, ""))
+    return find_selector(spec, selection)(SlotContext(spec, SIZE, 16, selection, ""))
 
 
 def grid_of(batch: int = 2) -> torch.Tensor:

@@ -17,16 +17,18 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from stts_lightning.errors import UserError
+
 log = logging.getLogger(__name__)
 
-GO_ON_LATER = os.EX_TEMPFAIL if hasattr(os, "EX_TEMPFAIL") else 75
+EXIT_REQUEUE = os.EX_TEMPFAIL if hasattr(os, "EX_TEMPFAIL") else 75
 """Exit status of a run that was asked to end and can go on: what schedulers requeue on."""
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Signals by which schedulers announce that they will end a job."""
 
 
-class KeepingError(RuntimeError):
+class SaveError(UserError):
     """A checkpoint that cannot be written or read: names it."""
 
 
@@ -34,7 +36,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and moves it there when it is on the disk: the one before is there until then."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write. Raises KeepingError where the disk is full or the folder is not to be written in."""
+        """Write. Raises SaveError where the disk is full or the folder is not to be written in."""
         path = Path(path)
         part = path.with_name(f".{path.name}.part")
         # By way of memory: torch's writer ends the process where a disk is full.
@@ -51,10 +53,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
             with contextlib.suppress(OSError):
                 part.unlink()
             kept = "; the one before it is whole" if path.is_file() else ""
-            raise KeepingError(f"checkpoint {path}: cannot be written ({error.strerror or error}){kept}") from error
+            raise SaveError(f"checkpoint {path}: cannot be written ({error.strerror or error}){kept}") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read. Raises KeepingError for a file that is not whole."""
+        """Read. Raises SaveError for a file that is not whole."""
         try:
             return super().load_checkpoint(path, map_location, weights_only)
         except Exception as error:  # torch raises many kinds; all mean that this file is no use.
@@ -62,7 +64,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             beside = f"; beside it there is {', '.join(others)} (start anew from it with pretrained=)" if others else ""
             reason = str(error).splitlines()[0].split(". ")[0][:200]
             size = Path(path).stat().st_size
-            raise KeepingError(f"checkpoint {path}: cannot be read, {size} bytes ({reason}){beside}") from error
+            raise SaveError(f"checkpoint {path}: cannot be read, {size} bytes ({reason}){beside}") from error
 
 
 class LastCheckpoint(Checkpoint):
@@ -172,4 +174,4 @@ class LastCheckpoint(Checkpoint):
             former(int(self.asked or 0), None)
         # Lightning takes the end of a process that it started, with any status but 0, for a failure, and kills the others.
         started = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
-        raise SystemExit(GO_ON_LATER if trainer.is_global_zero or not started else 0)
+        raise SystemExit(EXIT_REQUEUE if trainer.is_global_zero or not started else 0)

@@ -1,0 +1,93 @@
+"""Faster code for whole blocks of the backbones, by device. The plain models know nothing of it.
+
+`Kernels.find` is the one decision: a block runs by its kernel, or as it is written. A kernel gives what the plain block gives;
+it stands in a table only if it saves a tenth of a whole step somewhere and costs nothing elsewhere (docs/performance.md).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers.drop import DropPath
+from timm.layers.mlp import Mlp
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from stts_lightning.backbones import mvit, video_swin
+from stts_lightning.backbones.registry import Backbone, BackboneError
+from stts_lightning.kernels.cpu import mvit as cpu_mvit
+from stts_lightning.kernels.cpu import video_swin as cpu_video_swin
+from stts_lightning.kernels.cpu.attention import mkl_lags
+from stts_lightning.kernels.cpu.linear import available
+
+CHOICES = ("auto", "none")
+"""`auto`: the kernels of the device, where there are any; `none`: every module as it is written."""
+
+Kernel = Callable[..., Any]
+
+CPU: dict[type[nn.Module], Kernel] = {mvit.Block: cpu_mvit.block, video_swin.Block: cpu_video_swin.block}
+
+_PLAIN = {
+    *(mvit.Block, mvit.PooledAttention, mvit.Pool, video_swin.Block, video_swin.WindowAttention, video_swin.WindowPlan),
+    *(nn.Linear, nn.LayerNorm, nn.Conv3d, nn.GELU, nn.Dropout, nn.Identity, Mlp, DropPath),
+}
+
+
+class Kernels:
+    """The kernels of one backbone.
+
+    Args:
+        backbone: whose modules are run.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._last = backbone.blocks[-1] if isinstance(backbone, mvit.MViT) else None
+
+    def find(self, module: nn.Module, x: Tensor) -> Kernel:
+        """What to call in place of a module for an input like x: its kernel, or the module itself."""
+        if torch.compiler.is_compiling():
+            return module
+        kernel = CPU.get(type(module))
+        if kernel is None or not _runs_on_cpu(x) or not unmodified(module):
+            return module
+        # Of what the last block of MViT gives, only the class token is used.
+        return partial(kernel, module, class_only=True) if module is self._last else partial(kernel, module)
+
+
+def _runs_on_cpu(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and available()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    )
+
+
+def unmodified(module: nn.Module) -> bool:
+    """Whether a module and all in it are as their files say: no adapter in a layer's place, no hook, no other `forward`."""
+    return not _has_any_global_hook() and all(type(part) in _PLAIN and not _has_hooks(part) for part in module.modules())
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def kernels_for(backbone: Backbone, choice: str) -> Kernels | None:
+    """The kernels of a backbone, or None for none.
+
+    Raises:
+        BackboneError: for another choice than `CHOICES`.
+    """
+    if choice not in CHOICES:
+        raise BackboneError(f"kernels={choice}: allowed are {', '.join(CHOICES)}")
+    return Kernels(backbone) if choice == "auto" else None
+
+
+def in_use(backbone: Backbone, device: torch.device | str, precision: str = "32-true") -> str:
+    """Which kernels a backbone runs with on a device, in words, for results: "cpu, AVX2, attention of torch", or "none"."""
+    if backbone.kernels is None or torch.device(device).type != "cpu" or not available() or not precision.startswith("32"):
+        return "none"
+    return f"cpu, {torch.backends.cpu.get_cpu_capability()}, attention of {'oneDNN' if mkl_lags() else 'torch'}"
