@@ -24,7 +24,7 @@ test: .venv/.ready ## the normal tests
 
 test-avx2: .venv/.ready ## of those, what is arithmetic, as on a processor without AVX-512
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" \
-		tests/layers tests/selection tests/backbones tests/data/test_sampling.py tests/training/test_one_step.py
+		tests/kernels tests/selection tests/backbones tests/data/test_sampling.py tests/training/test_one_step.py
 
 test-slow: .venv/.ready ## the heavy ones alone: kills, damaged files, clusters, long runs (docs/reliability.md)
 	$(BIN)/python -m pytest -s -m "slow and not gpu"

@@ -72,14 +72,14 @@ def read(process: DecoderProcess, path: Path, decoder: str, frames: int) -> str:
         return "hangs" if "hangs" in str(error) else "dies"
 
 
-def fuzz(folder: Path, work: Path, count: int, seed: int, patience: float, decoder: str) -> dict[str, Any]:
+def fuzz(folder: Path, work: Path, count: int, seed: int, decode_timeout: float, decoder: str) -> dict[str, Any]:
     """Read that many mutants; returns the counts."""
     work.mkdir(parents=True, exist_ok=True)
     sources = sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
     remuxed = work / "remuxed.ts"
     whole = next(file for file in sources if file.suffix == ".mp4")
     remux(whole, remuxed)
-    process, outcomes, slowest = DecoderProcess(patience), Counter[str](), 0.0
+    process, outcomes, slowest = DecoderProcess(decode_timeout), Counter[str](), 0.0
     for name, kind, content in mutants([*sources, remuxed], count, seed):
         path = work / name
         path.write_bytes(content)
@@ -106,10 +106,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("fuzz"), help="where mutants are written, and kept if they are bad")
     parser.add_argument("--mutants", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--patience", type=float, default=10.0)
+    parser.add_argument("--decode-timeout", type=float, default=10.0)
     parser.add_argument("--decoder", default="decord")
     a = parser.parse_args()
-    print(json.dumps(fuzz(a.folder, a.work, a.mutants, a.seed, a.patience, a.decoder), indent=1))
+    print(json.dumps(fuzz(a.folder, a.work, a.mutants, a.seed, a.decode_timeout, a.decoder), indent=1))
 
 
 if __name__ == "__main__":

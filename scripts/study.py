@@ -2,7 +2,7 @@
 
     python scripts/study.py runs/study --ut DIR
 
-Each seed trains one plain model a data set; every variant starts from it and is tuned for the same number of steps. A run is a
+Each seed trains one unpruned model a data set; every variant starts from it and is tuned for the same number of steps. A run is a
 `stts_lightning.train` in a process and a folder of its own; what is finished is not run again, what fails is named and the rest
 goes on. At the end the tables in docs/study.md are written anew.
 """
@@ -58,7 +58,7 @@ class DataSet:
 
     Attributes:
         data: overrides of every run.
-        plain: overrides of the plain models.
+        plain: overrides of the unpruned models.
         tuned: overrides of what starts from them.
     """
 
@@ -167,10 +167,10 @@ def tables(root: Path, names: list[str], seeds: range) -> str:
     for name in names:
         lines += ["", f"### {name}", "", "| keeps | chosen by | GFLOPs a view | top-1, mean ± deviation | each seed |"]
         lines.append("|---|---|---|---|---|")
-        groups = {("all tokens", "the plain model, before tuning"): [root / name / f"plain_seed{seed}" for seed in seeds]}
+        groups = {("all tokens", "the unpruned model, before tuning"): [root / name / f"plain_seed{seed}" for seed in seeds]}
         for kept, variants in VARIANTS.items():
             for how in variants:
-                label = ("all tokens", "the plain model, tuned as the others") if kept == "none" else (kept, how)
+                label = ("all tokens", "the unpruned model, tuned as the others") if kept == "none" else (kept, how)
                 groups[label] = [folder(root, name, kept, how, seed) for seed in seeds]
         for labels, folders in groups.items():
             results = [read_result(f) for f in folders if (f / "result.json").is_file()]
@@ -196,7 +196,7 @@ def main() -> None:
         plain = [job for name, data in chosen.items() for job in plain_jobs(root, name, data, seeds)]
         tuned = [job for name, data in chosen.items() for job in tuned_jobs(root, name, data, seeds)]
         with Progress() as progress, ThreadPoolExecutor(options.parallel) as pool:
-            for title, jobs in (("plain models", plain), ("variants", tuned)):
+            for title, jobs in (("unpruned models", plain), ("variants", tuned)):
                 task = progress.add_task(title, total=len(jobs))
                 for _ in pool.map(lambda job: job.run(options.threads), jobs):
                     progress.advance(task)

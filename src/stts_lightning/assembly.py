@@ -38,7 +38,12 @@ def build_windows(cfg: DictConfig, clip_size: tuple[int, int, int]) -> WindowRul
         pictures = EvalTransform([zoom * side for side in size], shown)
     spec = ClipSpec(frames, clip["stride"], 1, clip["sampling"])
     return WindowRule(
-        spec, EvalTransform(size, short, clip["test_crops"]), cfg.every, pictures, clip["decoder"], clip.get("patience", 60.0)
+        spec,
+        EvalTransform(size, short, clip["test_crops"]),
+        cfg.every,
+        pictures,
+        clip["decoder"],
+        clip.get("decode_timeout", 60.0),
     )
 
 

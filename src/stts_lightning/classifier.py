@@ -101,7 +101,7 @@ def create_model(
 
     Args:
         backbone: a registered name, as "mvit_b16".
-        selection: "t0_0.6_s4_0.9", None or "none" for the plain model, or a mapping (see `SelectionSpec.of`).
+        selection: "t0_0.6_s4_0.9", None or "none" for the unpruned model, or a mapping (see `SelectionSpec.of`).
         num_classes: number of classes.
         pretrained: a checkpoint in any known layout, or None.
         head: "keep", or "reset" to leave the file's classifier head aside.

@@ -105,7 +105,7 @@ def lines(found: Mapping[str, Any]) -> dict[str, str]:
     choices = "".join(f", {name}={value}" for name, value in found["backbone_choices"].items())
     return {
         "model": f"{found['backbone']} {found['selection']}, {'x'.join(map(str, found['clip']))}{choices}",
-        "slots": slots or "none: the plain model",
+        "slots": slots or "none: all tokens are kept",
         "parameters": f"{found['parameters']:,}, {found['selector_parameters']:,} of them in selectors",
         "GFLOPs a view": f"{found['gflops']:.2f}",
         "GFLOPs a test": f"{found['gflops_of_test']:.1f} ({found['views']} views)",

@@ -39,7 +39,7 @@ def resumed_config(run: str | Path, overrides: list[str]) -> tuple[DictConfig, P
     for needed in (file, checkpoint):
         if not needed.is_file():
             raise ConfigError(f"resume={run}: there is no {needed}; give the folder of a run that wrote a checkpoint")
-    cfg = OmegaConf.load(file)
+    cfg = _load(file)
     OmegaConf.set_struct(cfg, True)
     values = OmegaConf.from_dotlist([o for o in overrides if not o.startswith("resume=")])
     try:
@@ -91,15 +91,22 @@ def _stored(file: Path, trust: bool) -> DictConfig | None:
     """What a checkpoint's run folder, or else the checkpoint itself, says of its model; None where neither does."""
     beside = file.parent.parent / CONFIG
     if file.parent.name == "checkpoints" and beside.is_file():
-        cfg = OmegaConf.load(beside)
-        assert isinstance(cfg, DictConfig)
-        return cfg
+        return _load(beside)
     recipe = dict(read_checkpoint(file, trust).model or {})
     if not recipe:
         return None
     selection = recipe.pop("selection")
     recipe.pop("num_classes")
     return OmegaConf.create({"backbone": {"name": recipe.pop("backbone"), **recipe}, "selection": selection})
+
+
+def _load(file: Path) -> DictConfig:
+    """A stored configuration, with keys that have been renamed since under today's names."""
+    cfg = OmegaConf.load(file)
+    assert isinstance(cfg, DictConfig)
+    if "patience" in cfg.get("clip", {}):
+        cfg.clip.decode_timeout = cfg.clip.pop("patience")
+    return cfg
 
 
 def _first_process() -> bool:

@@ -69,10 +69,10 @@ def test_a_training_goes_on_without_the_file(video: Path) -> None:
     other = video.with_name("other.mp4")
     other.write_bytes(video.read_bytes())
     videos = VideoList((Video(video, 0), Video(other, 1)), ("a", "b"))
-    dataset = ClipDataset(videos, ClipSpec(8, 1), TrainTransform(32), train=True, reading=Reading(patience=30))
+    dataset = ClipDataset(videos, ClipSpec(8, 1), TrainTransform(32), train=True, reading=Reading(decode_timeout=30))
     dataset[0]
     process = decoder_process(30)
-    process.patience = 1  # It has started.
+    process.decode_timeout = 1  # It has started.
     os.kill(process._process.pid, signal.SIGSTOP)  # type: ignore[union-attr]
     torch.manual_seed(0)
     item = dataset[0]

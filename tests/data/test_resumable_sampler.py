@@ -3,7 +3,7 @@ from itertools import chain
 import pytest
 import torch
 
-from stts_lightning.data import order
+from stts_lightning.data import resumable_sampler
 from stts_lightning.data.annotations import Video, VideoList
 from stts_lightning.data.dataset import ClipDataset, ClipSpec, collate
 from stts_lightning.data.decode import write_mp4
@@ -13,9 +13,9 @@ from stts_lightning.data.transforms import TrainTransform
 
 
 def batches(of: EpochOrder, monkeypatch: pytest.MonkeyPatch, rank: int, processes: int) -> list[list[Pick]]:
-    monkeypatch.setattr(order.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(order.dist, "get_rank", lambda: rank)
-    monkeypatch.setattr(order.dist, "get_world_size", lambda: processes)
+    monkeypatch.setattr(resumable_sampler.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(resumable_sampler.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(resumable_sampler.dist, "get_world_size", lambda: processes)
     return list(of)
 
 

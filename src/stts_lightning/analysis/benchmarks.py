@@ -253,9 +253,9 @@ def _selectors(model: VideoClassifier, batch: int, device: torch.device) -> tupl
     works: list[Work] = []
     own = [0]
 
-    def passes(selector: Selector, grid: Tensor, above: Tensor) -> None:
+    def passes(selector: Selector, grid: Tensor, grad_output: Tensor) -> None:
         kept, _ = selector(grid, model.slots.sigma, Noise.of(range(batch)))
-        kept.backward(above)
+        kept.backward(grad_output)
         grid.grad = None
         for parameter in selector.parameters():
             parameter.grad = None
@@ -264,9 +264,9 @@ def _selectors(model: VideoClassifier, batch: int, device: torch.device) -> tupl
         selector = model.slots.get_submodule(f"selectors.{name}")
         assert isinstance(selector, Selector)
         grid = torch.randn(batch, *selector.in_size, selector.dim, device=device, requires_grad=True)
-        above = torch.randn(batch, *selector.out_size, selector.dim, device=device)
-        works.append(functools.partial(passes, selector, grid, above))
-        own.append((peak_memory(works[-1], device) or 0) - grid.nbytes - above.nbytes)
+        grad_output = torch.randn(batch, *selector.out_size, selector.dim, device=device)
+        works.append(functools.partial(passes, selector, grid, grad_output))
+        own.append((peak_memory(works[-1], device) or 0) - grid.nbytes - grad_output.nbytes)
 
     def work() -> None:
         for one in works:
@@ -293,7 +293,7 @@ def operator(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
 def _estimators(name: str, rows: int, candidates: int, keep: int, samples: int, plan: Plan) -> Iterator[Row]:
     torch.manual_seed(0)
     scores = torch.rand(rows, candidates, device=plan.device, requires_grad=True)
-    above = torch.randn(rows, keep, candidates, device=plan.device)
+    grad_output = torch.randn(rows, keep, candidates, device=plan.device)
     sigma = torch.tensor(0.1, device=plan.device)
     made: dict[str, Estimator] = {kind: make(samples) for kind, make in ESTIMATORS.items()}
     if candidates > Exact.limit:
@@ -302,7 +302,7 @@ def _estimators(name: str, rows: int, candidates: int, keep: int, samples: int, 
         made["one-hot"] = peers.OneHot(samples)
 
     def work(estimate: Estimator) -> Work:
-        return lambda: estimate(scores, keep, sigma, Noise.of([7])).backward(above)
+        return lambda: estimate(scores, keep, sigma, Noise.of([7])).backward(grad_output)
 
     works = {kind: work(estimate) for kind, estimate in made.items()}
     memory = {kind: peak_memory(run, plan.device) for kind, run in works.items()}

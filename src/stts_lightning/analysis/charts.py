@@ -129,7 +129,7 @@ def costs(values: Mapping[str, float], title: str) -> Figure:
 def speeds(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Clips a second against GFLOPs of a clip, a colour for each model's family and settings.
 
-    The line through a family's plain model is where throughput would lie if tokens that are dropped were time that is saved.
+    The line through a family's unpruned model is where throughput would lie if tokens that are dropped were time that is saved.
 
     Args:
         rows: as `analysis.benchmarks` gives them for models.

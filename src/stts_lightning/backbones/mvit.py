@@ -90,14 +90,8 @@ class PooledAttention(nn.Module):
     def class_attention(self, q: Tensor, k: Tensor) -> Tensor:
         """How much the class token attends to each token of the grid that comes out, averaged over heads.
 
-        Keys are coarser than the grid: a token gets the weight of the key it lies in, or the mean of several.
-
-        Args:
-            q: pooled queries, `(B, D, 1 + N', C / D)`.
-            k: pooled keys, `(B, D, 1 + M, C / D)`.
-
-        Returns:
-            `(B, T', H', W')`, detached.
+        From pooled queries `(B, D, 1 + N', C / D)` and keys `(B, D, 1 + M, C / D)` to `(B, T', H', W')`, detached. Keys are
+        coarser than the grid: a token gets the weight of the key it lies in, or the mean of several.
         """
         weights = (q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean(1)[:, 0, 1:]
         weights = weights.unflatten(1, pooled(self.size, self.kv_stride)).detach()
@@ -251,11 +245,11 @@ class MViT(Backbone):
 
     def embed(self, clip: Tensor, kept: list[Selection] | None) -> Tensor:
         """Clip `(B, 3, T, H, W)` -> input of block 0, `(B, 1 + N, C)`: patches and positions, then the slots there."""
-        grid = self.run(self.patch_embed, clip).permute(0, 2, 3, 4, 1)
+        grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1)
         t, h, w = grid.shape[1:4]
         grid = grid + self.pos_embed_spatial.unflatten(1, (1, h, w)) + self.pos_embed_temporal.unflatten(1, (t, 1, 1))
         grid = self.slots(0, grid, kept)
-        cls = (self.cls_token + self.pos_embed_class).expand(len(clip), -1, -1)
+        cls = (self.cls_token + self.pos_embed_class).expand(clip.shape[0], -1, -1)
         return torch.cat((cls, grid.flatten(1, 3)), dim=1)
 
     def select(self, block: int, x: Tensor, size: GridSize, kept: list[Selection] | None, attention: Tensor | None) -> Tensor:

@@ -49,7 +49,7 @@ class Backbone(nn.Module, ABC):
     kernels: Kernels | None = None
 
     def run(self, module: nn.Module, x: Tensor, *inputs: Any) -> Any:
-        """Output of a stem, block or merging layer: the one place where a kernel or activation checkpointing comes in."""
+        """Output of a block: the one place where a kernel or activation checkpointing comes in."""
         forward = self.kernels.find(module, x) if self.kernels else module
         if self.checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(forward, x, *inputs, use_reentrant=False)

@@ -1,8 +1,7 @@
 """Video Swin (Liu et al., CVPR 2022) with places for token selection.
 
-Letters: B clips, T frames, H W grid of N tokens, C channels, D heads; W windows of N tokens where
-attention is concerned. A grid is `(B, T, H, W, C)`. The file reads
-from the windows and the stem to the named sizes at its end.
+Letters: B clips, T frames, H W grid, C channels, D heads. A grid is `(B, T, H, W, C)`, and its W windows of N tokens are
+`(B * W, N, C)`. The file reads from the windows and the stem to the named sizes at its end.
 """
 
 import math
@@ -136,7 +135,7 @@ class WindowAttention(nn.Module):
         plan, (t, h, w) = self.plan, self.plan.size
         qkv = partition(plan.roll(self._pad(self.qkv(grid))), plan.window)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B W, D, N, C / D)
-        out = F.scaled_dot_product_attention(q, k, v, self.bias(len(grid)).to(q.dtype))
+        out = F.scaled_dot_product_attention(q, k, v, self.bias(grid.shape[0]).to(q.dtype))
         out = join(out.transpose(1, 2).flatten(2), plan.window, plan.padded_size)
         return self.proj(plan.roll(out, back=True)[:, :t, :h, :w])
 
@@ -337,7 +336,7 @@ class VideoSwin(Backbone):
     def embed(self, clip: Tensor) -> Tensor:
         """Clip `(B, 3, T, H, W)` -> grid `(B, T/2, H/4, W/4, C)`; sides that are no multiple are padded by zeros."""
         t, h, w = (-n % p for n, p in zip(clip.shape[2:], self.patch, strict=True))
-        grid = self.run(self.patch_embed, F.pad(clip, (0, w, 0, h, 0, t)))
+        grid = self.patch_embed(F.pad(clip, (0, w, 0, h, 0, t)))
         return self.patch_norm(grid.permute(0, 2, 3, 4, 1))
 
     def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
@@ -363,7 +362,7 @@ class VideoSwin(Backbone):
                 grid = self.run(block, self.slots(number, grid, kept))
                 number += 1
             if stage.merge is not None:
-                grid = self.run(stage.merge, grid)
+                grid = stage.merge(grid)
         return self.norm(grid).mean((1, 2, 3))
 
 

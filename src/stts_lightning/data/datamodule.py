@@ -190,7 +190,7 @@ class VideoDataModule(pl.LightningDataModule):
         test_short_side: the same for the test; None is `short_side`.
         decoder: see `Reading`.
         on_error: see `Reading`.
-        patience: see `Reading`.
+        decode_timeout: see `Reading`.
         seed: the order of the training videos, and all that is random about their clips, follow from it.
     """
 
@@ -208,7 +208,7 @@ class VideoDataModule(pl.LightningDataModule):
         sampling: str = "spread",
         decoder: str = "decord",
         on_error: str = "raise",
-        patience: float | None = 60.0,
+        decode_timeout: float | None = 60.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class VideoDataModule(pl.LightningDataModule):
         """Views of each test video: every crop of every clip."""
         self._clip = ClipSpec(frames, stride, 1, sampling)
         self._test_clip = replace(self._clip, views=test_views)
-        self._reading = Reading(decoder, on_error, patience)
+        self._reading = Reading(decoder, on_error, decode_timeout)
         self._train_transform = TrainTransform(size, **(train_transform or {}))
         self.copies = self._train_transform.copies
         """Clips of each video of a training batch."""

@@ -90,21 +90,21 @@ class Reading:
 
     Attributes:
         decoder: "decord" or "pyav".
-        patience: seconds after which a decoder that says nothing is given up, and its file with it; None decodes in the worker
-            itself, which a broken file can then take with it.
+        decode_timeout: seconds after which a decoder that says nothing is given up, and its file with it; None decodes in the
+            worker itself, which a broken file can then take with it.
         on_error: what an undecodable file is in evaluation: "raise" an error, or "skip" it, marked invalid and counted.
     """
 
     decoder: str = "decord"
     on_error: str = "raise"
-    patience: float | None = None
+    decode_timeout: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("decoder", tuple(DECODERS)), ("on_error", ("raise", "skip"))):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"clip.{name}={value!r}: allowed are {', '.join(allowed)}")
-        if self.patience is not None and self.patience <= 0:
-            raise ValueError(f"clip.patience={self.patience}: must be above 0 seconds, or null")
+        if self.decode_timeout is not None and self.decode_timeout <= 0:
+            raise ValueError(f"clip.decode_timeout={self.decode_timeout}: must be above 0 seconds, or null")
 
 
 class ClipDataset(Dataset[Batch]):
@@ -164,7 +164,7 @@ class ClipDataset(Dataset[Batch]):
 
     def _decode(self, index: int) -> Tensor:
         video = self.videos.videos[index]
-        with open_isolated(video.path, video.decoder or self.reading.decoder, self.reading.patience) as reader:
+        with open_isolated(video.path, video.decoder or self.reading.decoder, self.reading.decode_timeout) as reader:
             total = video.frames or len(reader)
             if self.train:
                 rng = np.random.default_rng(int(torch.randint(2**62, ())))

@@ -54,11 +54,11 @@ class DecoderProcess:
     """A process that decodes, started when it is first needed and again when it is lost.
 
     Args:
-        patience: seconds of silence after which it is taken to hang.
+        decode_timeout: seconds of silence after which it is taken to hang.
     """
 
-    def __init__(self, patience: float) -> None:
-        self.patience = patience
+    def __init__(self, decode_timeout: float) -> None:
+        self.decode_timeout = decode_timeout
         self.lost: dict[Path, str] = {}
         """Files that took a process with them, and how; they are not tried again."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -123,8 +123,8 @@ class DecoderProcess:
 
     def _wait(self) -> None:
         # The first answer waits for an interpreter to start, on a machine that may be busy with starting many.
-        if not self._connection.poll(self.patience + 60 * self._starting):
-            self._lose(f"hangs for more than {self.patience:g} s")
+        if not self._connection.poll(self.decode_timeout + 60 * self._starting):
+            self._lose(f"hangs for more than {self.decode_timeout:g} s")
 
     def _lose(self, how: str = "") -> NoReturn:
         process = self._process
@@ -153,18 +153,22 @@ class DecoderProcess:
 _OF_THIS_PROCESS: dict[tuple[int, float], DecoderProcess] = {}
 
 
-def decoder_process(patience: float) -> DecoderProcess:
+def decoder_process(decode_timeout: float) -> DecoderProcess:
     """The one of this process, which a fork does not share."""
-    key = (os.getpid(), patience)
+    key = (os.getpid(), decode_timeout)
     if key not in _OF_THIS_PROCESS:
-        _OF_THIS_PROCESS[key] = DecoderProcess(patience)
+        _OF_THIS_PROCESS[key] = DecoderProcess(decode_timeout)
     return _OF_THIS_PROCESS[key]
 
 
 @contextmanager
-def open_isolated(path: str | Path, decoder: str, patience: float | None) -> Iterator[Reader]:
-    """As `open_video`, in a process that may be lost; with no patience, in this one."""
-    with open_video(path, decoder) if patience is None else decoder_process(patience).open(Path(path), decoder) as reader:
+def open_isolated(path: str | Path, decoder: str, decode_timeout: float | None) -> Iterator[Reader]:
+    """As `open_video`, in a process that may be lost; without a decode_timeout, in this one."""
+    with (
+        open_video(path, decoder)
+        if decode_timeout is None
+        else decoder_process(decode_timeout).open(Path(path), decoder) as reader
+    ):
         yield reader
 
 

@@ -81,7 +81,7 @@ class WindowRule:
         transform: from `(T, 3, H, W)` uint8 to `(crops, T, 3, H, W)`.
         pictures: the same at a size to look at, or None.
         decoder: see `open_video`.
-        patience: see `Reading`.
+        decode_timeout: see `Reading`.
     """
 
     clip: ClipSpec
@@ -89,7 +89,7 @@ class WindowRule:
     every: float | None = None
     pictures: Callable[[Tensor], Tensor] | None = None
     decoder: str = "decord"
-    patience: float | None = None
+    decode_timeout: float | None = None
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every <= 0:
@@ -119,7 +119,7 @@ class WindowDataset(IterableDataset[Window]):
         rule, done = self.rule, 0
         sampling = SAMPLINGS[rule.clip.sampling](rule.clip.frames, rule.clip.stride)
         try:
-            with open_isolated(self.videos[video], rule.decoder, rule.patience) as reader:
+            with open_isolated(self.videos[video], rule.decoder, rule.decode_timeout) as reader:
                 rate = reader.rate
                 every = max(round(rule.every * rate), 1) if rule.every and rate else None
                 views = sampling.over_time(len(reader), every, rate)

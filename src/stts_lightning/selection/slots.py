@@ -1,4 +1,4 @@
-"""The seam: `grid = self.slots(i, grid)` in a backbone's loop, before block i. An empty bank is the plain model."""
+"""The seam: `grid = self.slots(i, grid)` in a backbone's loop, before block i. An empty bank is the unpruned model."""
 
 import math
 from collections.abc import Sequence
@@ -96,7 +96,7 @@ class SlotBank(nn.Module):
 
     @property
     def share(self) -> float:
-        """Share of tokens that passes all slots: the product of what each keeps. 1 for the plain model."""
+        """Share of tokens that passes all slots: the product of what each keeps. 1 for the unpruned model."""
         selectors = [self._selector(name) for name in self.selectors]
         return math.prod(math.prod(selector.out_size) / math.prod(selector.in_size) for selector in selectors)
 

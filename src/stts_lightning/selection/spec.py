@@ -17,7 +17,7 @@ PAPER_SELECTIONS = (
     "t0_0.4_s4_0.6", "t0_0.5_s4_0.7", "t0_0.6_s4_0.9", "t0_0.8_s4_0.9", "t0_0.9_s4_0.9", "t0_0.8_s0_0.7",
     "t4_0.6_s4_0.7_t8_0.4_s8_0.7", "t0_0.9_s0_0.9_t4_0.7_s4_0.7", "t0_0.9_s0_0.9_t4_0.9_s4_0.9_t8_0.7_s8_0.8",
 )  # fmt: skip
-"""The plain model and every selection of the paper's Tables 1 to 8."""
+"""The unpruned model and every selection of the paper's Tables 1 to 8."""
 
 
 class SelectionError(UserError):
@@ -106,7 +106,7 @@ class SelectionSpec:
     """All slots of a model, and the operator they share.
 
     Attributes:
-        slots: the slots; an empty tuple is the plain model.
+        slots: the slots; an empty tuple is the unpruned model.
         sigma: standard deviation of the noise of Eq. 7, on scores that lie in [0, 1].
         scorer: `paper` (Eq. 2-3) or `official` (the released code's, which published checkpoints hold).
         estimator: `monte_carlo` (Eq. 7-8), `exact` (the expectation that it estimates) or `official` (Eq. 7 with only the

@@ -177,14 +177,14 @@ class _ExactTopK(torch.autograd.Function):
         scores, scale, nodes, weights = ctx.saved_tensors
         rows, candidates = scores.shape
         k, chunk = ctx.k, ctx.chunk
-        above = grads[0].permute(2, 1, 0)  # (N, K, B)
+        grad_output = grads[0].permute(2, 1, 0)  # (N, K, B)
         grad = torch.zeros_like(scores)
         for first in range(0, candidates, chunk):
             last = min(first + chunk, candidates)
             chances = _Chances.of(scores, first, last, scale, nodes)
             selected = chances.selected
             before, after = _counts(selected, k), _counts(selected.flip(0), k).flip(0, 1)
-            share = above.unsqueeze(-1) * weights.repeat(last - first)  # (N, K, B, M Q)
+            share = grad_output.unsqueeze(-1) * weights.repeat(last - first)  # (N, K, B, M Q)
             share = share.flatten(2)
             slopes = torch.empty_like(selected)
             adjoint = torch.zeros_like(before[0])

@@ -76,10 +76,11 @@ class _Attend(torch.autograd.Function):
         batch, heads, tokens, channels = q.shape
         out = q.new_empty(batch, tokens, heads, channels)
         # As the weights of a product, keys and values have to be contiguous; queries need not be.
-        for plus, queries, keys, values, place in _each_head(bias, q, k.contiguous() * channels**-0.5, v, out.transpose(1, 2)):
+        tensors = (q, k.contiguous() * channels**-0.5, v, out.transpose(1, 2))
+        for bias_of_head, queries, keys, values, out_of_head in _each_head(bias, *tensors):
             values = values.T.contiguous()
-            for more, _, rows, part in _chunks(plus, None, keys, queries, place):
-                part.copy_(mkldnn_linear(mkldnn_linear(rows, keys, None, plus=more).softmax(-1), values, None))
+            for plus, _, rows, place in _chunks(bias_of_head, None, keys, queries, out_of_head):
+                place.copy_(mkldnn_linear(mkldnn_linear(rows, keys, None, plus=plus).softmax(-1), values, None))
         return out
 
     @staticmethod
@@ -90,16 +91,17 @@ class _Attend(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         tensors = (q, k.contiguous() * scale, v.contiguous(), grads[0].contiguous().transpose(1, 2), grad_q, grad_k, grad_v)
-        for number, (plus, queries, keys, values, grad_output, to_q, to_k, to_v) in enumerate(_each_head(bias, *tensors)):
-            sums = None if grad_bias is None else grad_bias[number % len(grad_bias)]
+        for number, (bias_of_head, queries, keys, values, grad, to_q, to_k, to_v) in enumerate(_each_head(bias, *tensors)):
+            to_bias = None if grad_bias is None else grad_bias[number % len(grad_bias)]
             to_k.zero_()
             to_v.zero_()
-            for more, to_bias, rows, above, place in _chunks(plus, sums, keys, queries, grad_output, to_q):
-                weights = mkldnn_linear(rows, keys, None, plus=more).softmax(-1)
-                to_v += weight_grad(weights, above)
-                to_logits = torch.ops.aten._softmax_backward_data(mkldnn_linear(above, values, None), weights, -1, weights.dtype)
-                if to_bias is not None:
-                    to_bias += to_logits
-                place.copy_(mkldnn_linear(to_logits, keys.T, None))
+            for plus, to_plus, rows, grad_rows, to_rows in _chunks(bias_of_head, to_bias, keys, queries, grad, to_q):
+                weights = mkldnn_linear(rows, keys, None, plus=plus).softmax(-1)
+                to_v += weight_grad(weights, grad_rows)
+                to_weights = mkldnn_linear(grad_rows, values, None)
+                to_logits = torch.ops.aten._softmax_backward_data(to_weights, weights, -1, weights.dtype)
+                if to_plus is not None:
+                    to_plus += to_logits
+                to_rows.copy_(mkldnn_linear(to_logits, keys.T, None))
                 to_k += weight_grad(to_logits, rows) * scale
         return grad_q, grad_k, grad_v, grad_bias

@@ -65,15 +65,15 @@ def _weight_grad(grad_output: Tensor, x: Tensor, weight: Tensor, stride: Triple)
     grad = torch.zeros_like(weight)
     along, *space = stride
     kernel, channels = weight[:, :, 0].contiguous(), x.shape[1]
-    for clip, above in zip(x.transpose(1, 2), grad_output.transpose(1, 2), strict=True):  # Frames come first.
+    for clip, grads in zip(x.transpose(1, 2), grad_output.transpose(1, 2), strict=True):  # Frames come first.
         for tap in range(3):
             first = int(tap == 0)  # The first frame of the output sees padding there.
-            last = min(len(above), (len(clip) - tap) // along + 1)
+            last = min(len(grads), (len(clip) - tap) // along + 1)
             if last <= first:
                 continue
             seen = clip[first * along + tap - 1 : (last - 1) * along + tap : along]
             _, part, _ = torch.ops.aten.convolution_backward(
-                above[first:last], seen, kernel, None, space, (1, 1), (1, 1), False, (0, 0), channels, (False, True, False)
+                grads[first:last], seen, kernel, None, space, (1, 1), (1, 1), False, (0, 0), channels, (False, True, False)
             )
             grad[:, :, tap] += part
     return grad
