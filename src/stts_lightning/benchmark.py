@@ -30,7 +30,7 @@ COLUMNS: dict[str, Mapping[str, tuple[str, str]]] = {
         "gflops": ("GFLOPs", ".2f"),
         "share_of_peak": ("of peak", ".0%"),
         "times_the_first": ("x the first", ".2f"),
-        "over_unpruned": ("x plain", ".2f"),
+        "over_unpruned": ("x unpruned", ".2f"),
         "of_ideal": ("of ideal", ".2f"),
         "memory_mib": ("MiB", ".0f"),
         "selectors_time": ("selectors: time", ".2%"),

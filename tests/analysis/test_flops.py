@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -52,14 +53,19 @@ def test_count_agrees_with_fvcore_and_the_written_out_cost(backbone: str, select
     assert not {"aten::addmm", "aten::bmm", "aten::convolution", "aten::native_layer_norm"} & set(found.uncounted)
 
 
-def test_counting_reads_no_weight_and_leaves_the_model_as_it_was() -> None:
-    model = create_model("mvit_tiny", "t0_0.5", 7).train()
-    before = {name: (value.data_ptr(), value.device) for name, value in model.named_parameters()}
+@pytest.mark.parametrize("backbone", ["mvit_tiny", "video_swin_tiny"])
+def test_counting_reads_no_weight_and_leaves_the_model_as_it_was(backbone: str) -> None:
+    model = create_model(backbone, "t0_0.5", 7).train()
+
+    def state() -> dict[str, tuple[int, torch.device]]:
+        tensors = itertools.chain(model.named_parameters(), model.named_buffers(remove_duplicate=False))
+        return {name: (tensor.data_ptr(), tensor.device) for name, tensor in tensors}
+
+    before = state()
     gflops = count_gflops(model)
-    assert model.training
-    assert {name: (value.data_ptr(), value.device) for name, value in model.named_parameters()} == before
+    assert model.training and state() == before
     with torch.device("meta"):
-        assert count_gflops(create_model("mvit_tiny", "t0_0.5", 7)) == gflops
+        assert count_gflops(create_model(backbone, "t0_0.5", 7)) == gflops
 
 
 def on_meta(backbone: str, selection: Any, **arguments: Any) -> float:

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from stts_lightning import create_model
 from stts_lightning.backbones import BackboneError, mvit, video_swin
 from stts_lightning.classifier import VideoClassifier
-from stts_lightning.kernels import CPU, Kernels, in_use, kernels_for, unmodified
+from stts_lightning.kernels import CPU, Kernels, in_use, kernels_for, prepacked_weights, unmodified
 from stts_lightning.kernels.cpu import attention, linear
 from stts_lightning.kernels.cpu.depthwise import depthwise
 
@@ -190,6 +190,20 @@ def test_a_copy_of_a_model_has_its_own_last_block() -> None:
     assert isinstance(twin.backbone.kernels, Kernels) and isinstance(model.backbone.kernels, Kernels)
     assert twin.backbone.kernels._last is twin.backbone.blocks[-1]
     assert model.backbone.kernels._last is model.backbone.blocks[-1]
+
+
+def test_prepacked_weights_notice_new_ones() -> None:
+    model = create_model("mvit_tiny", "t0_0.5", 5).eval()
+    clip = torch.randn(1, 3, *model.backbone.clip_size)
+    with prepacked_weights(), torch.no_grad():
+        before = model(clip)
+        torch.testing.assert_close(before, model(clip))
+        for parameter in model.backbone.blocks.parameters():
+            parameter.mul_(1.1)
+        after = model(clip)
+        model.backbone.kernels = None
+        torch.testing.assert_close(after, model(clip), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, after)
 
 
 def test_what_decides_is_a_fact() -> None:

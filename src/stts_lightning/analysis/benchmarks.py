@@ -24,6 +24,7 @@ from stts_lightning.classifier import VideoClassifier, create_model
 from stts_lightning.data.decode import open_video
 from stts_lightning.data.sampling import Spread
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
+from stts_lightning.kernels import prepacked_weights
 from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.selector import Selector
 from stts_lightning.selection.topk import ESTIMATORS, Estimator, Exact
@@ -177,8 +178,9 @@ def forward(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
         for one in entrants:
             works[one.name] = _forward(compiled(one.model.eval(), how), one.clip, batch, number, plan.device)
         products, operations = matmul(plan.device, PRECISIONS[number] or torch.float32)
-        memory = {name: peak_memory(work, plan.device) for name, work in works.items()}
-        timings = in_turns({**works, **products}, plan.device, plan.seconds, plan.rounds)
+        with prepacked_weights():
+            memory = {name: peak_memory(work, plan.device) for name, work in works.items()}
+            timings = in_turns({**works, **products}, plan.device, plan.seconds, plan.rounds)
         peak = _peak(timings, operations)
         facts = {"precision": number, "compile": how, "peak_tflops": peak / 1e12}
         yield from _rows(entrants, timings, memory, batch, 1, peak, **facts)

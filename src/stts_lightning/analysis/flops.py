@@ -99,7 +99,8 @@ def count(model: VideoClassifier) -> Cost:
     model.eval()
     try:
         with torch.no_grad(), _Uncounted() as uncounted, FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
-            torch.func.functional_call(model, shapes, clip)
+            # By each tensor's first name alone: a module that several blocks share would be given back the wrong one otherwise.
+            torch.func.functional_call(model, shapes, clip, tie_weights=False)
     finally:
         model.train(training)
     found = counter.get_flop_counts()

@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from stts_lightning.classifier import VideoClassifier
-from stts_lightning.kernels.cpu.linear import available, mkldnn_linear
+from stts_lightning.kernels.cpu.linear import available, mkldnn_linear, prepacked_weights
 
 Work = Callable[[], object]
 
@@ -125,6 +125,7 @@ def peak_memory(work: Work, device: torch.device) -> int | None:
     return max(itertools.accumulate((size for _, size in events), initial=0))
 
 
+@prepacked_weights()
 @torch.inference_mode()
 def clips_per_second(
     model: VideoClassifier, device: torch.device | str, batch: int | None = None, seconds: float = 2.0

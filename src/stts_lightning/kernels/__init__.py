@@ -19,7 +19,9 @@ from stts_lightning.backbones.registry import Backbone, BackboneError
 from stts_lightning.kernels.cpu import mvit as cpu_mvit
 from stts_lightning.kernels.cpu import video_swin as cpu_video_swin
 from stts_lightning.kernels.cpu.attention import mkl_lags
-from stts_lightning.kernels.cpu.linear import available
+from stts_lightning.kernels.cpu.linear import available, prepacked_weights
+
+__all__ = ["CHOICES", "CPU", "Kernels", "in_use", "kernels_for", "prepacked_weights", "unmodified"]
 
 CHOICES = ("auto", "none")
 """`auto`: the kernels of the device, where there are any; `none`: every module as it is written."""

@@ -19,6 +19,7 @@ from stts_lightning.analysis.overlay import contact_sheet, film
 from stts_lightning.data.datamodule import LoaderOptions
 from stts_lightning.data.decode import write_mp4
 from stts_lightning.data.windows import Window, WindowBatch, WindowDataset, WindowRule, collate_windows
+from stts_lightning.kernels import prepacked_weights
 from stts_lightning.progress import counting
 from stts_lightning.selection.selector import Selection
 from stts_lightning.training.module import ClassificationModule
@@ -162,7 +163,8 @@ def run_predict(
     """
     predictor.folder.mkdir(parents=True, exist_ok=True)
     trainer.callbacks.append(predictor)  # type: ignore[attr-defined]
-    trainer.predict(module, data, return_predictions=False)
+    with prepacked_weights():
+        trainer.predict(module, data, return_predictions=False)
     if not trainer.is_global_zero:
         return None
     found: dict[str, Any] = {}

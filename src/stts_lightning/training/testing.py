@@ -9,6 +9,7 @@ import numpy as np
 from stts_lightning.analysis.evaluation import FILE, Predictions, write_tables
 from stts_lightning.data.datamodule import VideoDataModule
 from stts_lightning.data.dataset import Batch
+from stts_lightning.kernels import prepacked_weights
 from stts_lightning.training.module import ClassificationModule
 
 
@@ -46,7 +47,8 @@ def run_test(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataM
     collect.folder.mkdir(parents=True, exist_ok=True)
     trainer.callbacks.append(collect)  # type: ignore[attr-defined]
     try:
-        trainer.test(module, data, verbose=False)
+        with prepacked_weights():
+            trainer.test(module, data, verbose=False)
     finally:
         trainer.callbacks.remove(collect)  # type: ignore[attr-defined]
     if not trainer.is_global_zero:
