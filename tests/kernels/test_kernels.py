@@ -141,6 +141,10 @@ def modify(block: Any, how: str) -> None:
         block.norm1.register_forward_pre_hook(lambda *_: None)
     elif how == "a hook of gradients":
         block.mlp.register_full_backward_hook(lambda *_: None)
+    elif how == "dropout":
+        block.mlp.drop1.p = 0.1
+    elif how == "another GELU":
+        block.mlp.act = nn.GELU("tanh")
     elif how == "another forward":
         block.attn.forward = block.attn.forward
     else:
@@ -151,7 +155,7 @@ def modify(block: Any, how: str) -> None:
     "how",
     [
         "an adapter in a layer's place", "a subclass of a layer", "a hook", "a hook before", "a hook of gradients",
-        "another forward", "a parametrization",
+        "another forward", "dropout", "another GELU", "a parametrization",
     ],
 )  # fmt: skip
 def test_a_modified_block_runs_as_it_is_written(how: str) -> None:
@@ -204,6 +208,23 @@ def test_prepacked_weights_notice_new_ones() -> None:
         model.backbone.kernels = None
         torch.testing.assert_close(after, model(clip), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before, after)
+
+
+def test_prepacked_weights_of_a_model_made_in_inference_mode() -> None:
+    with torch.inference_mode(), prepacked_weights():
+        model = create_model("mvit_tiny", None, 5).eval()
+        assert model(torch.zeros(1, 3, *model.backbone.clip_size)).shape == (1, 5)
+
+
+def test_a_model_derived_from_mvit_gets_all_tokens_of_its_last_block() -> None:
+    class Mean(mvit.MViT):
+        pass
+
+    backbone = Mean(frames=8, size=32, dim=16, depth=3, stages=(1,), kv_stride=2)
+    backbone.kernels = kernels_for(backbone, "auto")
+    assert backbone.kernels is not None
+    x = torch.randn(1, 1 + 4 * 4 * 4, 32)
+    assert first(backbone.kernels.find(backbone.blocks[-1], x)(x)).shape == x.shape
 
 
 def test_what_decides_is_a_fact() -> None:

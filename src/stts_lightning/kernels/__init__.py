@@ -44,7 +44,7 @@ class Kernels:
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        self._last = backbone.blocks[-1] if isinstance(backbone, mvit.MViT) else None
+        self._last = backbone.blocks[-1] if type(backbone) is mvit.MViT else None
 
     def find(self, module: nn.Module, x: Tensor) -> Kernel:
         """What to call in place of a module for an input like x: its kernel, or the module itself."""
@@ -69,7 +69,13 @@ def _runs_on_cpu(x: Tensor) -> bool:
 
 def unmodified(module: nn.Module) -> bool:
     """Whether a module and all in it are as their files say: no adapter in a layer's place, no hook, no other `forward`."""
-    return not _has_any_global_hook() and all(type(part) in _PLAIN and not _has_hooks(part) for part in module.modules())
+    return not _has_any_global_hook() and all(
+        type(part) in _PLAIN and not _has_hooks(part) and not _has_other_settings(part) for part in module.modules()
+    )
+
+
+def _has_other_settings(module: nn.Module) -> bool:
+    return bool(getattr(module, "p", 0.0)) or getattr(module, "approximate", "none") != "none"  # Dropout; GELU.
 
 
 def _has_hooks(module: nn.Module) -> bool:

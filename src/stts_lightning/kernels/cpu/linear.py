@@ -50,7 +50,7 @@ def prepacked_weights() -> Iterator[None]:
 
 def prepack(weight: Tensor, rows: int) -> Tensor:
     """A weight in the layout that products want, if it is kept (`prepacked_weights`) or used for more than one chunk of rows."""
-    kept = _packed.get()
+    kept = None if weight.is_inference() else _packed.get()  # Such weights do not tell whether they have changed.
     if kept is None:
         return _reordered(weight) if rows > CHUNK_TOKENS else weight
     key = id(weight), weight.data_ptr(), weight._version
