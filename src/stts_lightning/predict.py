@@ -32,9 +32,9 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
         videos = find_videos(run_config.to_container(cfg)["videos"])
         cfg, checkpoint = run_config.trained_config(cfg, overrides, "predict")
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
-        rule = assembly.build_windows(cfg, assembly.build_model_shape(cfg))
-        trainer = assembly.build_trainer(cfg)
         model = assembly.build_trained(cfg, checkpoint)
+        rule = assembly.build_windows(cfg, model.backbone.clip_size)
+        trainer = assembly.build_trainer(cfg)
         classes = run_config.class_names(cfg.classes, checkpoint, model.head.out_features)
         if cfg.overlay and not model.slots.at_block:
             raise run_config.ConfigError("overlay=true: this model has no selectors, it keeps all of every clip")

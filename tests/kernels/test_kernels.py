@@ -188,6 +188,18 @@ def test_where_no_kernel_stands() -> None:
     assert in_use(model.backbone, "cpu", "bf16-mixed") == "none"
 
 
+def test_transforms_of_functions_take_the_plain_model() -> None:
+    model = create_model("mvit_tiny", None, 5, frames=8, size=32).eval()
+    clip, weights = torch.randn(1, 3, *model.backbone.clip_size), dict(model.named_parameters())
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, weights, clip).square().sum()
+
+    found = torch.func.grad(loss)(weights)
+    loss(weights).backward()
+    torch.testing.assert_close(found["head.weight"], model.head.weight.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_a_copy_of_a_model_has_its_own_last_block() -> None:
     model = create_model("mvit_tiny", None, 5).eval()
     twin = copy.deepcopy(model)

@@ -64,6 +64,7 @@ def _runs_on_cpu(x: Tensor) -> bool:
         and available()
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        and not torch._C._are_functorch_transforms_active()  # torch.func.grad, vmap: they take plain operators.
     )
 
 
