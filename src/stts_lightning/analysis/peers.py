@@ -1,4 +1,4 @@
-"""What a model is measured beside: torchvision's models with the same weights, and ours as papers' code is often written."""
+"""What is measured beside ours: torchvision's models with the same weights, and the Top-K that holds every sample's indicator."""
 
 from collections.abc import Callable
 from pathlib import Path

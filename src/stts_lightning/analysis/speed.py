@@ -14,7 +14,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from stts_lightning.classifier import VideoClassifier
-from stts_lightning.kernels.cpu.linear import available, mkldnn_linear, prepacked_weights
+from stts_lightning.kernels import prepacked_weights
+from stts_lightning.kernels.cpu.linear import available, mkldnn_linear
 
 Work = Callable[[], object]
 
