@@ -155,3 +155,18 @@ def test_all_pairs_of_options() -> None:
         tried += 1
         left -= {(i, chosen[i], j, chosen[j]) for i, j in itertools.combinations(range(len(GROUPS)), 2)}
     print(f"{tried} combinations, {len(refused)} kinds of refusal: {sorted(refused)}")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_kernels_can_be_turned_off(command: str) -> None:
+    for choice, there in (("auto", True), ("none", False)):
+        cfg = compose(command, ["backbone=mvit_tiny", "selection=t0_0.5", f"kernels={choice}"])
+        model = assembly.build_untrained(cfg, 5)
+        assert (model.backbone.kernels is not None) is there
+
+
+def test_a_compiled_model_uses_no_kernels_and_says_so() -> None:
+    cfg = compose("train", ["backbone=mvit_tiny", "selection=t0_0.5"])
+    for how in (False, True):
+        cfg.compile = how
+        assert assembly.build_module(cfg, assembly.build_untrained(cfg, 5)).compiled is how

@@ -76,6 +76,7 @@ def test_result_says_everything(finished: Path) -> None:
     assert result["dataset"]["val_videos"] == 16
     assert result["steps"] == 8
     assert result["undecodable_files"] == {}
+    assert result["kernels"].startswith("cpu, ")
     assert {"torch", "lightning", "python"} <= set(result["versions"])
     assert (finished / "config.yaml").is_file()
 

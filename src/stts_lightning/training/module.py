@@ -48,7 +48,8 @@ class ClassificationModule(pl.LightningModule):
         self.model = model
         # Beside the model, which is counted, saved and measured as it is.
         self.run: Any = model.__call__
-        if compile != "false":
+        self.compiled = compile != "false"
+        if self.compiled:
             self.run = torch.compile(model.forward, mode=None if compile == "true" else compile)
         self.optim = optim
         self.augment = augment
