@@ -49,10 +49,11 @@ def build(overrides: list[str], dataset: str) -> str:
             run_config.to_container(cfg.optim)
             assembly.build_optim(cfg)
             assembly.build_loader(cfg)
-            size = assembly.build_model_shape(cfg)
-            assembly.build_data(cfg, size)
             with torch.device("meta"):
-                assembly.build_module(cfg, assembly.build_untrained(cfg, 10))
+                model = assembly.build_body(cfg)
+            assembly.build_data(cfg, model.backbone.clip_size)
+            assembly.fit_head(model, 10)
+            assembly.build_module(cfg, model)
     except (UserError, MisconfigurationException) as error:
         line = str(error)
         assert line and "\n" not in line.strip(), line

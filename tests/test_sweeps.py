@@ -46,13 +46,13 @@ def test_the_folder_follows_from_the_command() -> None:
     assert for_sweep(["hparams_search=ratios"])[0] == "-m"
 
 
-def test_overrides_stay_together(tmp_path: Path) -> None:
+def test_overrides_of_a_run_are_rewritten(tmp_path: Path) -> None:
     run = str(tmp_path)
     assert in_run_folder([f"resume={run}", "--config-dir", "d"])[-2:] == ["--config-dir", "d"]
     assert for_run([f"run={run}", "selection.sigma=1"], "x") == [f"hydra.run.dir='{run}/x'", f"run={run}", "++selection.sigma=1"]
 
 
-def test_names_of_folders() -> None:
+def test_job_folders_are_named_after_what_is_swept() -> None:
     assert folder_name("selection.sigma=0.1,experiment=paper/x y") == "selection.sigma=0.1,experiment=paper_x_y"
     long = folder_name("a" * 300), folder_name("a" * 301)
     assert max(map(len, long)) < 140 and long[0] != long[1]

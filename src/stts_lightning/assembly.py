@@ -1,7 +1,6 @@
 """From a composed configuration to built objects. Front doors call it; nothing below ever sees a DictConfig."""
 
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -13,7 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig
 
 from stts_lightning.analysis.flops import count_gflops
-from stts_lightning.backbones.checkpoints import read_checkpoint
+from stts_lightning.backbones.checkpoints import CheckpointError
 from stts_lightning.classifier import COMPILE, VideoClassifier, create_model
 from stts_lightning.data.datamodule import LoaderOptions, VideoDataModule
 from stts_lightning.data.dataset import ClipSpec
@@ -47,12 +46,6 @@ def build_windows(cfg: DictConfig, clip_size: tuple[int, int, int]) -> WindowRul
     )
 
 
-def build_model_shape(cfg: DictConfig) -> tuple[int, int, int]:
-    """Clip size of the configured model, from a weightless copy. Raises SelectionError for an impossible selection."""
-    with torch.device("meta"):
-        return build_untrained(cfg, 1).backbone.clip_size
-
-
 def build_untrained(cfg: DictConfig, num_classes: int, slots: dict[str, Any] | None = None) -> VideoClassifier:
     """The classifier without weights from a file, with other slots if some are given."""
     values: dict[str, Any] = to_container(cfg.backbone)
@@ -77,16 +70,31 @@ def experiment_cost(name: str) -> ExperimentCost:
     return ExperimentCost(gflops, cfg.clip.test_views * cfg.clip.test_crops, cfg.backbone.name)
 
 
-def build_model(cfg: DictConfig, num_classes: int) -> VideoClassifier:
-    """The classifier with its weights."""
+def build_model(cfg: DictConfig, num_classes: int | None = None) -> VideoClassifier:
+    """The classifier with its weights, for `num_classes`; by default for the classes of its checkpoint."""
     values: dict[str, Any] = to_container(cfg.backbone)
     name, selection, kernels = values.pop("name"), to_container(cfg.selection), cfg.get("kernels", "auto")
     return create_model(name, selection, num_classes, cfg.pretrained, cfg.head, cfg.trust, kernels=kernels, **values)
 
 
-def build_trained(cfg: DictConfig, checkpoint: Path) -> VideoClassifier:
-    """The classifier that a checkpoint holds, with as many classes as it has; those of `num_classes` where it has no head."""
-    return build_model(cfg, read_checkpoint(checkpoint, cfg.trust).num_classes or cfg.num_classes)
+def build_body(cfg: DictConfig) -> VideoClassifier:
+    """The classifier before its data set is read: with its checkpoint's head if that is kept, else without one yet."""
+    return build_model(cfg, None if cfg.pretrained and cfg.head != "reset" else 0)
+
+
+def fit_head(model: VideoClassifier, num_classes: int) -> None:
+    """Give a model from `build_body` the head for its data set.
+
+    Raises:
+        CheckpointError: if it has the head of its checkpoint, and that is for another number of classes.
+    """
+    if not model.num_classes:
+        model.reset_classifier(num_classes)
+    elif model.num_classes != num_classes:
+        raise CheckpointError(
+            f"checkpoint {model.weights}: its head has {model.num_classes} classes, the data set has {num_classes}; "
+            "head=reset gives the model a new, untrained head"
+        )
 
 
 def build_data(cfg: DictConfig, clip_size: tuple[int, int, int]) -> VideoDataModule:
@@ -117,7 +125,7 @@ def build_module(cfg: DictConfig, model: VideoClassifier) -> ClassificationModul
     if how not in COMPILE:
         raise ConfigError(f"compile={how}: allowed are {', '.join(COMPILE)}")
     model.backbone.checkpointing = bool(cfg.get("activation_checkpointing", False))
-    classes = model.head.out_features
+    classes = model.num_classes
     values = to_container(cfg.augment) if "augment" in cfg else {}
     augment = BatchAugment(classes, **values) if any(values.values()) else None
     return ClassificationModule(model, build_optim(cfg), classes, cfg.label_smoothing, augment, how)

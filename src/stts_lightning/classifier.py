@@ -21,12 +21,16 @@ COMPILE = ("false", "true", "reduce-overhead", "max-autotune", "max-autotune-no-
 """Ways to run a model: as it is, by torch.compile, and by torch.compile in one of its modes (reduce-overhead: CUDA graphs)."""
 
 
+DEFAULT_CLASSES = 400
+"""Of Kinetics-400, for a model that nothing else says the number of."""
+
+
 class VideoClassifier(nn.Module):
     """Backbone, dropout and one linear layer. Always logits.
 
     Args:
         backbone: any registered backbone.
-        num_classes: number of classes.
+        num_classes: number of classes; 0 for no head: the features before it are the output.
         dropout: rate before the linear layer.
         kernels: "auto", or "none" to run every module as it is written; see `stts_lightning.kernels`.
 
@@ -47,11 +51,23 @@ class VideoClassifier(nn.Module):
         self.weights = "random"
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(backbone.out_dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.reset_classifier(num_classes)
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1, 1), persistent=False)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 without a head."""
+        return self.head.out_features if isinstance(self.head, nn.Linear) else 0
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a new, untrained one for another number of classes; 0 removes it."""
+        self.head: nn.Module = nn.Linear(self.backbone.out_dim, num_classes) if num_classes else nn.Identity()
+        if isinstance(self.head, nn.Linear):
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+        if self.recipe:
+            self.recipe = {**self.recipe, "num_classes": num_classes}
 
     @property
     def slots(self) -> SlotBank:
@@ -61,6 +77,18 @@ class VideoClassifier(nn.Module):
     def normalize(self, clip: Tensor) -> Tensor:
         """uint8 `(B, 3, T, H, W)` -> float, by the backbone's mean and standard deviation."""
         return (clip.to(self.mean.dtype) / 255 - self.mean) / self.std
+
+    def forward_features(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
+        """Features of clips, as the head gets them.
+
+        Args:
+            clip: as in `forward`.
+            kept: a list that gets what each slot kept, one `Selection` per slot.
+
+        Returns:
+            `(B, backbone.out_dim)`: the class token of an MViT, the mean over all tokens of a VideoSwin.
+        """
+        return self.backbone(self.normalize(clip) if clip.dtype == torch.uint8 else clip, kept)
 
     @overload
     def forward(self, clip: Tensor, return_selection: Literal[False] = False) -> Tensor: ...
@@ -74,19 +102,18 @@ class VideoClassifier(nn.Module):
             return_selection: also tell what each slot kept.
 
         Returns:
-            logits `(B, num_classes)`; with `return_selection` also a `Selection` for each slot by name.
+            logits `(B, num_classes)`, or features `(B, backbone.out_dim)` without a head; with `return_selection` also a
+            `Selection` for each slot by name.
         """
-        if clip.dtype == torch.uint8:
-            clip = self.normalize(clip)
         kept: list[Selection] = []
-        logits = self.head(self.dropout(self.backbone(clip, kept)))
+        logits = self.head(self.dropout(self.forward_features(clip, kept)))
         return (logits, {selection.slot: selection for selection in kept}) if return_selection else logits
 
 
 def create_model(
     backbone: str,
     selection: SelectionSpec | str | Mapping[str, Any] | None = None,
-    num_classes: int = 400,
+    num_classes: int | None = None,
     pretrained: str | Path | None = None,
     head: str = "keep",
     trust: bool = False,
@@ -102,7 +129,7 @@ def create_model(
     Args:
         backbone: a registered name, as "mvit_b16".
         selection: "t0_0.6_s4_0.9", None or "none" for the unpruned model, or a mapping (see `SelectionSpec.of`).
-        num_classes: number of classes.
+        num_classes: number of classes; 0 for no head (features); None for those of the checkpoint's head, else 400.
         pretrained: a checkpoint in any known layout, or None.
         head: "keep", or "reset" to leave the file's classifier head aside.
         trust: also read a file that holds Python objects, which may run any code while they are read.
@@ -121,12 +148,14 @@ def create_model(
     if checkpoint:
         spec = spec.with_scorer(checkpoint.scorer() or spec.scorer)
         backbone_kwargs = {**checkpoint.backbone(), **backbone_kwargs}
+    if num_classes is None:
+        num_classes = (checkpoint.num_classes if checkpoint else None) or DEFAULT_CLASSES
     model = VideoClassifier(create_backbone(backbone, selection=spec, **backbone_kwargs), num_classes, dropout, kernels)
     # What was decided, not what was asked: a file may have settled the scorer or an epsilon.
-    settled = {"selection": spec.plain(), "num_classes": num_classes, "dropout": dropout}
+    settled = {"selection": spec.to_dict(), "num_classes": num_classes, "dropout": dropout}
     model.recipe = {"backbone": backbone, **settled, **backbone_kwargs}
     if checkpoint:
-        report = load_checkpoint(model, checkpoint, spec, head)
+        report = load_checkpoint(model, checkpoint, spec, head if num_classes else "reset")
         model.weights = f"{checkpoint.path} ({report})"
         log.info("checkpoint %s: %s", checkpoint.path, report)
     return model

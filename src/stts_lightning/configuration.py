@@ -63,7 +63,7 @@ class NotationSource(ConfigSource):
         """Slots on top of `none`. Raises ConfigCompositionException, which Hydra prints as one line, for an impossible ratio."""
         name = config_path.rpartition("/")[2].removesuffix(".yaml")
         try:
-            slots = SelectionSpec.of(name).plain()["slots"]
+            slots = SelectionSpec.of(name).to_dict()["slots"]
         except SelectionError as error:
             raise ConfigCompositionException(f"error: {error}") from error
         config = OmegaConf.create({"defaults": ["none"], "slots": slots})

@@ -30,23 +30,23 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     with console.as_user_errors():
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
-        clip_size = assembly.build_model_shape(cfg)
-        data = assembly.build_data(cfg, clip_size)
+        model = assembly.build_body(cfg)
+        data = assembly.build_data(cfg, model.backbone.clip_size)
         check_question(cfg.views, cfg.missing, data.test_views)
         trainer = assembly.build_trainer(cfg)
         data.prepare_data()
         data.setup("test")
-        model = assembly.build_model(cfg, len(data.classes))
+        assembly.fit_head(model, len(data.classes))
         module = assembly.build_module(cfg, model)
-    known = facts(trainer, module, data)
+    info = facts(trainer, module, data)
     if trainer.is_global_zero:
-        show(rows(known))
+        show(rows(info))
     predictions = run_test(trainer, module, data, folder)
     if predictions is None:  # Not the first process.
         raise SystemExit(0)
     failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]
     measured = clips_per_second(model, trainer.strategy.root_device)
-    return {**score(predictions, cfg.views, cfg.missing), **known, **measured, "undecodable_files": failures}
+    return {**score(predictions, cfg.views, cfg.missing), **info, **measured, "undecodable_files": failures}
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> float:

@@ -27,11 +27,11 @@ def main(cfg: DictConfig) -> None:
         console.quiet_libraries()
         with console.as_user_errors():
             cfg, checkpoint = run_config.trained_config(cfg, list(HydraConfig.get().overrides.task), "export")
-            model = assembly.build_trained(cfg, checkpoint)
-            names = run_config.class_names(None, checkpoint, model.head.out_features)
+            model = assembly.build_model(cfg)
+            names = run_config.class_names(None, checkpoint, model.num_classes)
         out = Path(cfg.out) if cfg.out else Path(cfg.run_dir) / "model"
         with console.as_user_errors():
-            found = export(model, list(cfg.formats), out)
+            files = export(model, list(cfg.formats), out)
     facts = {
         "input": ["batch", 3, *model.backbone.clip_size],
         "input_type": "uint8 RGB; mean and deviation are applied inside",
@@ -39,10 +39,10 @@ def main(cfg: DictConfig) -> None:
         "classes": names,
         "slots": model.slots.describe(),
         "checkpoint": str(checkpoint),
-        "files": found,
+        "files": files,
     }
     out.with_name(f"{out.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    for one in found:
+    for one in files:
         size = one["bytes"] / 2**20
         log.info("%s (%.1f MiB): logits differ by %.1e at most, batch %d", one["file"], size, one["difference"], one["batch"])
 

@@ -59,17 +59,17 @@ def of_the_paper(cfg: DictConfig) -> list[dict[str, Any]]:
     from stts_lightning.analysis.flops import count_gflops
     from stts_lightning.selection.spec import PAPER_SELECTIONS, SelectionError, SelectionSpec
 
-    found = []
+    rows = []
     for name in PAPER_SELECTIONS:
-        slots = SelectionSpec.of(name).plain()["slots"]
+        slots = SelectionSpec.of(name).to_dict()["slots"]
         with console.as_user_errors(), torch.device("meta"):
             try:
                 model = assembly.build_untrained(cfg, cfg.num_classes, slots)
             except SelectionError as error:
                 print(f"left out {name}: {error}")
                 continue
-        found.append(facts(cfg, model, count_gflops(model)))
-    return sorted(found, key=lambda row: -row["gflops"])
+        rows.append(facts(cfg, model, count_gflops(model)))
+    return sorted(rows, key=lambda row: -row["gflops"])
 
 
 def affordable(cfg: DictConfig) -> list[dict[str, Any]]:
@@ -84,38 +84,38 @@ def affordable(cfg: DictConfig) -> list[dict[str, Any]]:
         choices = within_budget(assembly.build_untrained(cfg, cfg.num_classes, {}), cfg.budget, blocks)
         if not choices:
             raise run_config.ConfigError(f"budget={cfg.budget}: no selection before blocks {blocks} costs so little")
-        found = []
+        rows = []
         for choice in choices:
-            slots = choice.selection.plain()["slots"]
+            slots = choice.selection.to_dict()["slots"]
             model = assembly.build_untrained(cfg, cfg.num_classes, slots)
             keys = (f"++selection.slots.{slot}.{key}={value}" for slot, kept in slots.items() for key, value in kept.items())
-            found.append({**facts(cfg, model, choice.gflops), "overrides": ["selection=none", *keys]})
-    return found
+            rows.append({**facts(cfg, model, choice.gflops), "overrides": ["selection=none", *keys]})
+    return rows
 
 
-def lines(found: Mapping[str, Any]) -> dict[str, str]:
+def lines(row: Mapping[str, Any]) -> dict[str, str]:
     """One configuration as a table's lines."""
-    slots = "; ".join(f"{name.upper()}: {text}" for name, text in found["slots"].items())
+    slots = "; ".join(f"{name.upper()}: {text}" for name, text in row["slots"].items())
     blocks: list[str] = []
-    for number, size in enumerate(found["tokens_of_blocks"]):
+    for number, size in enumerate(row["tokens_of_blocks"]):
         text = "x".join(map(str, size))
         if not blocks or not blocks[-1].endswith(text):
             blocks.append(f"from block {number} {text}")
-    shares = (f"{part} {value:.2f} ({value / found['gflops']:.1%})" for part, value in found["gflops_by_part"].items())
-    choices = "".join(f", {name}={value}" for name, value in found["backbone_choices"].items())
+    shares = (f"{part} {value:.2f} ({value / row['gflops']:.1%})" for part, value in row["gflops_by_part"].items())
+    choices = "".join(f", {name}={value}" for name, value in row["backbone_choices"].items())
     return {
-        "model": f"{found['backbone']} {found['selection']}, {'x'.join(map(str, found['clip']))}{choices}",
+        "model": f"{row['backbone']} {row['selection']}, {'x'.join(map(str, row['clip']))}{choices}",
         "slots": slots or "none: all tokens are kept",
-        "parameters": f"{found['parameters']:,}, {found['selector_parameters']:,} of them in selectors",
-        "GFLOPs a view": f"{found['gflops']:.2f}",
-        "GFLOPs a test": f"{found['gflops_of_test']:.1f} ({found['views']} views)",
+        "parameters": f"{row['parameters']:,}, {row['selector_parameters']:,} of them in selectors",
+        "GFLOPs a view": f"{row['gflops']:.2f}",
+        "GFLOPs a test": f"{row['gflops_of_test']:.1f} ({row['views']} views)",
         "by part": "\n".join(shares),
         "tokens": "\n".join(blocks),
-        "not counted": ", ".join(f"{n} {name.removeprefix('aten::')}" for name, n in found["uncounted_operators"].items()),
+        "not counted": ", ".join(f"{n} {name.removeprefix('aten::')}" for name, n in row["uncounted_operators"].items()),
     }
 
 
-def print_many(found: Sequence[Mapping[str, Any]], title: str) -> None:
+def print_many(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """A table with a line for each configuration."""
     from rich.console import Console
     from rich.table import Table
@@ -125,17 +125,17 @@ def print_many(found: Sequence[Mapping[str, Any]], title: str) -> None:
         table.add_column(name, overflow="fold")
     for name in ("GFLOPs a view", "a test", "parameters"):
         table.add_column(name, justify="right")
-    for row in found:
+    for row in rows:
         kept = "; ".join(f"{name.upper()}: {text}" for name, text in row["slots"].items())
         figures = (f"{row['gflops']:.2f}", f"{row['gflops_of_test']:.1f}", f"{row['parameters']:,}")
         table.add_row(row["selection"], kept or "all tokens", *figures)
     Console().print(table)
 
 
-def write(found: Sequence[Mapping[str, Any]], json_file: str | None, csv_file: str | None) -> None:
+def write(rows: Sequence[Mapping[str, Any]], json_file: str | None, csv_file: str | None) -> None:
     """Write figures: the whole as JSON, a list where there are many; a row each to a CSV file, which a sweep fills."""
     if json_file:
-        Path(json_file).write_text(json.dumps(found[0] if len(found) == 1 else found, indent=2) + "\n")
+        Path(json_file).write_text(json.dumps(rows[0] if len(rows) == 1 else rows, indent=2) + "\n")
     if csv_file:
         path = Path(csv_file)
         new = not path.is_file()
@@ -143,20 +143,20 @@ def write(found: Sequence[Mapping[str, Any]], json_file: str | None, csv_file: s
             writer = csv.DictWriter(file, COLUMNS)
             if new:
                 writer.writeheader()
-            for row in found:
+            for row in rows:
                 slots = "; ".join(f"{name}: {text}" for name, text in row["slots"].items())
                 writer.writerow({name: {**row, "slots": slots}[name] for name in COLUMNS})
 
 
-def plot(found: Sequence[Mapping[str, Any]], file: str) -> None:
+def plot(rows: Sequence[Mapping[str, Any]], file: str) -> None:
     """Draw the parts of one configuration, or all configurations; the suffix says how (png, svg, pdf)."""
     from stts_lightning.analysis import charts
 
-    if len(found) == 1:
-        row = found[0]
+    if len(rows) == 1:
+        row = rows[0]
         values, title = row["gflops_by_part"], f"{row['backbone']} {row['selection']}: {row['gflops']:.2f} GFLOPs by part"
     else:
-        values, title = {row["selection"]: row["gflops"] for row in found}, str(found[0]["backbone"])
+        values, title = {row["selection"]: row["gflops"] for row in rows}, str(rows[0]["backbone"])
     with charts.style():
         charts.costs(values, title).savefig(file, dpi=130)
 
@@ -171,19 +171,19 @@ def main(cfg: DictConfig) -> float:
     with console.one_line_errors():
         console.quiet_libraries()
         if cfg.budget is not None:
-            found = affordable(cfg)
-            print_many(found, f"{cfg.backbone.name} within {cfg.budget} GFLOPs a view")
-            print("The first is", *found[0]["overrides"])
+            rows = affordable(cfg)
+            print_many(rows, f"{cfg.backbone.name} within {cfg.budget} GFLOPs a view")
+            print("The first is", *rows[0]["overrides"])
         elif cfg.all:
-            found = of_the_paper(cfg)
-            print_many(found, f"the paper's selections, {cfg.backbone.name}")
+            rows = of_the_paper(cfg)
+            print_many(rows, f"the paper's selections, {cfg.backbone.name}")
         else:
-            found = one(cfg)
-            show(lines(found[0]))
-        write(found, cfg.json, cfg.csv)
+            rows = one(cfg)
+            show(lines(rows[0]))
+        write(rows, cfg.json, cfg.csv)
         if cfg.plot:
-            plot(found, cfg.plot)
-    return found[0]["gflops"]
+            plot(rows, cfg.plot)
+    return rows[0]["gflops"]
 
 
 if __name__ == "__main__":

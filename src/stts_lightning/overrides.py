@@ -52,17 +52,17 @@ def for_sweep(arguments: list[str]) -> list[str]:
     `hparams_search=` is a sweep without `-m`.
     """
     flags = ("-m", "--multirun")
-    own = [a for a in arguments if a not in flags]
-    swept = len(own) < len(arguments) or any(a.startswith("hparams_search=") for a in own)
+    kept = [a for a in arguments if a not in flags]
+    swept = len(kept) < len(arguments) or any(a.startswith("hparams_search=") for a in kept)
     # A job of a search says hydra.mode=RUN: it is no search of its own.
-    if not swept or any(a.startswith("hydra.mode=") for a in own):
+    if not swept or any(a.startswith("hydra.mode=") for a in kept):
         return arguments
     folder = []
-    if not any(a.startswith("hydra.sweep.dir=") for a in own):
-        lasting = sorted(a for a in own if not a.startswith(("hydra.launcher", "hydra/launcher")))
+    if not any(a.startswith("hydra.sweep.dir=") for a in kept):
+        lasting = sorted(a for a in kept if not a.startswith(("hydra.launcher", "hydra/launcher")))
         name = hashlib.sha256("\n".join(lasting).encode()).hexdigest()[:8]
         folder = [f"hydra.sweep.dir=${{paths.runs}}/sweep_{name}"]
-    return ["-m", *_with(own, *folder, *_names_of_jobs(own))]
+    return ["-m", *_with(kept, *folder, *_names_of_jobs(kept))]
 
 
 def _names_of_jobs(arguments: Sequence[str]) -> list[str]:

@@ -32,23 +32,23 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
         videos = find_videos(run_config.to_container(cfg)["videos"])
         cfg, checkpoint = run_config.trained_config(cfg, overrides, "predict")
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
-        model = assembly.build_trained(cfg, checkpoint)
+        model = assembly.build_model(cfg)
         rule = assembly.build_windows(cfg, model.backbone.clip_size)
         trainer = assembly.build_trainer(cfg)
-        classes = run_config.class_names(cfg.classes, checkpoint, model.head.out_features)
+        classes = run_config.class_names(cfg.classes, checkpoint, model.num_classes)
         if cfg.overlay and not model.slots.at_block:
             raise run_config.ConfigError("overlay=true: this model has no selectors, it keeps all of every clip")
         module = assembly.build_module(cfg, model)
         data = WindowData(videos, rule, assembly.build_loader(cfg))
     quiet = not trainer.is_global_zero
     predictor = Predictor(folder, videos, classes, cfg.top, cfg.overlay_windows if cfg.overlay else 0, quiet)
-    found = run_predict(trainer, module, data, predictor)
-    if found is None:  # Not the first process.
+    records = run_predict(trainer, module, data, predictor)
+    if records is None:  # Not the first process.
         raise SystemExit(0)
-    return found
+    return records
 
 
-def show(found: Sequence[dict[str, Any]]) -> None:
+def show(records: Sequence[dict[str, Any]]) -> None:
     """Print the likeliest classes of each video, and of its windows where there are several."""
     from rich.console import Console
     from rich.table import Table
@@ -60,7 +60,7 @@ def show(found: Sequence[dict[str, Any]]) -> None:
     def classes(top: Sequence[dict[str, Any]]) -> str:
         return ", ".join(f"{one['class']} {one['probability']:.1%}" for one in top)
 
-    for video in found:
+    for video in records:
         windows = video.get("windows", [])
         table.add_row(video["video"], "all" if len(windows) > 1 else "", classes(video["top"]) if windows else "")
         for window in windows if len(windows) > 1 else ():
@@ -78,9 +78,9 @@ def main(cfg: DictConfig) -> None:
     from stts_lightning import console
 
     with console.one_line_errors():
-        found = predict(cfg, list(HydraConfig.get().overrides.task))
-    show(found)
-    log.info("%d videos, %d not decoded; %s", len(found), sum("error" in video for video in found), cfg.run_dir)
+        records = predict(cfg, list(HydraConfig.get().overrides.task))
+    show(records)
+    log.info("%d videos, %d not decoded; %s", len(records), sum("error" in video for video in records), cfg.run_dir)
 
 
 if __name__ == "__main__":

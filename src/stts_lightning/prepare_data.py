@@ -23,12 +23,12 @@ TASKS = ("check", "encode")
 def targets(videos: VideoList, folder: Path) -> list[Path]:
     """Where each video is written: by class, under its own name, or with a number where that is taken."""
     taken: Counter[str] = Counter()
-    found = []
+    files = []
     for video in videos.videos:
         name = f"{video.label:03d}_{_safe(videos.classes[video.label])}/{video.path.stem}"
-        found.append(folder / f"{name}{f'_{taken[name]}' if taken[name] else ''}.mp4")
+        files.append(folder / f"{name}{f'_{taken[name]}' if taken[name] else ''}.mp4")
         taken[name] += 1
-    return found
+    return files
 
 
 def _safe(name: str) -> str:
@@ -53,7 +53,7 @@ def write_list(file: Path, videos: VideoList, entries: Sequence[Entry]) -> None:
     (file.parent / "classes.txt").write_text("".join(f"{name}\n" for name in videos.classes), encoding="utf-8")
 
 
-def show(found: dict[str, list[Entry]], manifest: Path) -> None:
+def show(results: dict[str, list[Entry]], manifest: Path) -> None:
     """Print how many files were listed, found and decodable, and what is odd about single ones."""
     from rich.console import Console
     from rich.table import Table
@@ -62,7 +62,7 @@ def show(found: dict[str, list[Entry]], manifest: Path) -> None:
     table = Table(title=str(manifest), title_justify="left")
     for name in ("split", "listed", "found", "decodable", "decord cannot", "with warnings"):
         table.add_column(name, justify="left" if name == "split" else "right")
-    for split, entries in found.items():
+    for split, entries in results.items():
         good = [entry for entry in entries if entry.status == "ok"]
         numbers = (
             len(entries),
@@ -73,14 +73,14 @@ def show(found: dict[str, list[Entry]], manifest: Path) -> None:
         )
         table.add_row(split, *map(str, numbers))
     console.print(table)
-    bad = [entry for entries in found.values() for entry in entries if entry.status != "ok"]
+    bad = [entry for entries in results.values() for entry in entries if entry.status != "ok"]
     for entry in bad[:20]:
         path = os.path.relpath(entry.path)
         shown = entry.path if path.startswith("..") else path
         console.print(f"{entry.status}: {shown} {entry.warning}", markup=False, highlight=False)
     if len(bad) > 20:
         console.print(f"and {len(bad) - 20} more; all of them stand in the manifest")
-    print(f"manifest {manifest_hash(entry for entries in found.values() for entry in entries)}: {manifest}")
+    print(f"manifest {manifest_hash(entry for entries in results.values() for entry in entries)}: {manifest}")
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="prepare_data")
@@ -113,22 +113,22 @@ def main(cfg: DictConfig) -> None:
         manifest = out / "manifest.csv" if encode or out.suffix != ".csv" else out
         timeout = values["timeout"] or (1800 if encode else 60)
         jobs = values["jobs"] or os.cpu_count() or 1
-        found: dict[str, list[Entry]] = {}
+        results: dict[str, list[Entry]] = {}
         for split, videos in lists.items():
             if encode:
                 goals = targets(videos, out / split)
                 tasks = [Task(video.path, goal, encoding) for video, goal in zip(videos.videos, goals, strict=True)]
             else:
                 tasks = [Task(video.path) for video in videos.videos]
-            found[split] = run(tasks, jobs, timeout)
+            results[split] = run(tasks, jobs, timeout)
             if encode:
-                write_list(out / f"{split}.csv", videos, found[split])
+                write_list(out / f"{split}.csv", videos, results[split])
         # An encoding's lists name only what decodes, and so does its manifest.
-        kept = (entry for entries in found.values() for entry in entries if entry.status == "ok" or not encode)
+        kept = (entry for entries in results.values() for entry in entries if entry.status == "ok" or not encode)
         write_manifest(manifest, kept)
-    show(found, manifest)
+    show(results, manifest)
     if encode:
-        lists_given = " ".join(f"dataset.{split}={out / split}.csv" for split in found)
+        lists_given = " ".join(f"dataset.{split}={out / split}.csv" for split in results)
         print(f"train with dataset=list {lists_given} dataset.manifest={manifest}")
 
 

@@ -89,9 +89,9 @@ def trained_config(cfg: DictConfig, overrides: list[str], door: str) -> tuple[Di
 
 def _stored(file: Path, trust: bool) -> DictConfig | None:
     """What a checkpoint's run folder, or else the checkpoint itself, says of its model; None where neither does."""
-    beside = file.parent.parent / CONFIG
-    if file.parent.name == "checkpoints" and beside.is_file():
-        return _load(beside)
+    sibling = file.parent.parent / CONFIG
+    if file.parent.name == "checkpoints" and sibling.is_file():
+        return _load(sibling)
     recipe = dict(read_checkpoint(file, trust).model or {})
     if not recipe:
         return None
@@ -134,8 +134,8 @@ def class_names(file: str | None, checkpoint: Path, count: int) -> tuple[str, ..
     Raises:
         ConfigError: if the file is missing or has another number of lines.
     """
-    beside = checkpoint.parent.parent / CLASSES
-    path = Path(file) if file else beside if checkpoint.parent.name == "checkpoints" and beside.is_file() else None
+    sibling = checkpoint.parent.parent / CLASSES
+    path = Path(file) if file else sibling if checkpoint.parent.name == "checkpoints" and sibling.is_file() else None
     if path is None:
         return tuple(map(str, range(count)))
     if not path.is_file():

@@ -63,10 +63,10 @@ def can_resume(folder: Path, overrides: Sequence[str]) -> bool:
     """
     if (said := os.environ.get(_DECISION)) is not None:
         return said == str(folder)
-    found = overrides_of(folder) == list(overrides) and not (folder / RESULT).is_file()
-    found = found and all((folder / name).is_file() for name in (CONFIG, LAST))
-    os.environ[_DECISION] = str(folder) if found else ""
-    return found
+    resumable = overrides_of(folder) == list(overrides) and not (folder / RESULT).is_file()
+    resumable = resumable and all((folder / name).is_file() for name in (CONFIG, LAST))
+    os.environ[_DECISION] = str(folder) if resumable else ""
+    return resumable
 
 
 def let_lightning_launch() -> None:

@@ -36,25 +36,25 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     with console.as_user_errors():
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         run_config.save_config(cfg)
-        # Before any data is read or made: the model's own clip size, and every refusal of an impossible selection.
-        clip_size = assembly.build_model_shape(cfg)
-        data = assembly.build_data(cfg, clip_size)
+        # Before any data is read or made: an impossible selection or a wrong checkpoint is refused at once.
+        model = assembly.build_body(cfg)
+        data = assembly.build_data(cfg, model.backbone.clip_size)
         assembly.build_optim(cfg)
         trainer = assembly.build_trainer(cfg)
         data.prepare_data()
         data.setup()
         run_config.save_classes(cfg, data.classes)
-        model = assembly.build_model(cfg, len(data.classes))
+        assembly.fit_head(model, len(data.classes))
         module = assembly.build_module(cfg, model)
         if module.augment:
             module.augment.check_batch(cfg.loader.batch_size // trainer.world_size)
-    known = facts(trainer, module, data)
+    info = facts(trainer, module, data)
     decays = bool(cfg.callbacks.sigma and cfg.callbacks.sigma.decay)
-    sigma = f"{known['sigma']}{' -> 0, linear over the steps' if decays else ', constant'}"
+    sigma = f"{info['sigma']}{' -> 0, linear over the steps' if decays else ', constant'}"
     lines = {
-        **rows(known),
+        **rows(info),
         "lr": f"{cfg.optim.lr}, recipe of {cfg.trainer.max_epochs} epochs",
-        "sigma": sigma if known["slots"] else "-",
+        "sigma": sigma if info["slots"] else "-",
         "run folder": cfg.run_dir,
     }
     log_config(trainer, run_config.to_container(cfg))
@@ -68,7 +68,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     result = {
         **tested,
         **last,
-        **known,
+        **info,
         **(clips_per_second(model, trainer.strategy.root_device) if trainer.is_global_zero else {}),
         "experiment": cfg.get("experiment_name"),  # A run of an earlier version has none.
         "sigma_last": float(model.slots.sigma),

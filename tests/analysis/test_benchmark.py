@@ -16,7 +16,7 @@ from stts_lightning.data.decode import write_mp4
 CPU = torch.device("cpu")
 
 
-def test_works_are_timed_in_turns() -> None:
+def test_timings_are_interleaved() -> None:
     calls: list[str] = []
 
     def work(name: str, seconds: float) -> None:
@@ -46,7 +46,7 @@ def door(tmp: Path, *arguments: str, check: bool = True) -> str:
     return done.stdout + done.stderr
 
 
-def test_models_training_and_operator(tmp_path: Path) -> None:
+def test_benchmark_rows_of_models_training_and_operator(tmp_path: Path) -> None:
     models = "models=[mvit_tiny,mvit_tiny:t0_0.5_s2_0.6,plain:mvit_tiny:t0_0.5_s2_0.6]"
     quick = ["seconds=0", "rounds=2", "device=cpu"]
     out = door(tmp_path, models, *quick, "batch=[2]", "json=f.json", "csv=f.csv", "plot=f.png")
@@ -69,7 +69,7 @@ def test_models_training_and_operator(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_loading(tmp_path: Path) -> None:
+def test_benchmark_loading_reports_rate_per_core(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     write_mp4(tmp_path / "videos" / "a.mp4", (np.full((80, 96, 3), 3 * i, np.uint8) for i in range(60)))
     base = ["what=loader", "seconds=0", "rounds=2", "size=64", "frames=8"]
@@ -90,6 +90,6 @@ def test_loading(tmp_path: Path) -> None:
         (["rounds=1"], "error: rounds=1: must be 2 or more"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_a_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_impossible_benchmarks_are_refused_in_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
     out = door(tmp_path, *arguments, "device=cpu", check=False)
     assert said in out and "Traceback" not in out

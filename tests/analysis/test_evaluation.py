@@ -19,7 +19,7 @@ def test_views_are_averaged_as_softmax() -> None:
     assert score(predictions(views, [1]), views=[0])["top1"] == 0.0
 
 
-def test_figures_by_hand() -> None:
+def test_metrics_match_hand_computed_values() -> None:
     logits = np.full((4, 1, 6), -20.0)
     for row, order in enumerate(([0, 1, 2, 3, 4, 5], [1, 0, 2, 3, 4, 5], [2, 1, 0, 3, 4, 5], [5, 4, 3, 2, 1, 0])):
         logits[row, 0, order] = [3, 2, 1, 0, -1, -2]
@@ -51,7 +51,7 @@ def test_missing_videos_are_skipped_or_wrong() -> None:
         score(predictions(logits, [1, 1, 1], [False] * 3))
 
 
-def test_parts_merge_to_each_video_once(tmp_path: Path) -> None:
+def test_parts_of_processes_merge_to_each_video_once(tmp_path: Path) -> None:
     logits = np.random.default_rng(0).normal(size=(11, 2, 3))
     whole = predictions(logits, [i % 3 for i in range(11)])
     parts = [Predictions(*(getattr(whole, n)[r::2] for n in ("logits", "label", "video", "valid"))) for r in range(2)]

@@ -74,7 +74,7 @@ def on_meta(backbone: str, selection: Any, **arguments: Any) -> float:
 
 
 @pytest.mark.reference
-def test_official_figures(shared: Path) -> None:
+def test_gflops_match_official_figures(shared: Path) -> None:
     """What fvcore counts of the official models, with the official scorer."""
     rows = json.loads((shared / "golden/mvit/flops_official.json").read_text())
     for name, keep, side in (("t0_0.6_s4_0.9", 5, 13), ("t0_0.4_s4_0.6", 3, 11), ("t0_0.9_s4_0.9", 7, 13)):
@@ -105,7 +105,7 @@ def test_cost_of_selections_that_are_not_built(backbone: str, arguments: dict[st
 
 @pytest.mark.parametrize("backbone", ["mvit_tiny", "video_swin_tiny"])
 @pytest.mark.parametrize("share", [0.35, 0.6, 0.9])
-def test_a_budget_is_used_up(backbone: str, share: float) -> None:
+def test_selections_within_a_budget_are_the_largest_that_fit(backbone: str, share: float) -> None:
     """Against every selection of one temporal and one spatial slot, written out."""
     model = create_model(backbone, None, 7)
     budget = share * count_gflops(model)
@@ -137,7 +137,7 @@ def test_a_budget_is_used_up(backbone: str, share: float) -> None:
     assert shown == expected
 
 
-def test_a_budget_beyond_the_plain_model_and_one_below_all() -> None:
+def test_budget_above_the_unpruned_model_and_below_every_selection() -> None:
     model = create_model("mvit_tiny", None, 7)
     (only,) = within_budget(model, 1.0, [0])
     assert not only.selection.slots

@@ -85,7 +85,7 @@ def test_a_model_uses_exactly_what_the_mask_shows(name: str, selection: str, arg
             assert torch.allclose(model(other), logits, atol=1e-6) is same
 
 
-def test_pictures(tmp_path: object) -> None:
+def test_overlay_pictures_show_what_was_kept(tmp_path: object) -> None:
     frames = np.full((8, 48, 64, 3), 200, np.uint8)
     kept = [
         Selection("t0", torch.tensor([[1, 3]]), None, torch.tensor([[0.1, 0.9, 0.2, 1.0]]), None),

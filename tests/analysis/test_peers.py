@@ -9,7 +9,7 @@ from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.topk import OfficialMonteCarlo
 
 
-def test_torchvisions_model_and_ours_hold_the_same_weights() -> None:
+def test_models_compared_with_torchvision_hold_the_same_weights() -> None:
     theirs, ours = torchvision_model("swin3d_t", frames=16)
     assert difference(theirs, ours, torch.randn(1, 3, 16, 224, 224)) < 1e-4
     with pytest.raises(BackboneError, match="torchvision:resnet: allowed are mvit_v1_b, swin3d_b"):

@@ -63,7 +63,7 @@ def test_seeds_are_one_point_and_the_front_is_right(folder: Path) -> None:
     assert [x for x, _ in curve] == [0.25, 0.5, 0.75]
 
 
-def test_a_run_of_another_start_or_list_is_another_point(tmp_path: Path) -> None:
+def test_runs_with_other_pretraining_or_lists_are_separate_points(tmp_path: Path) -> None:
     write(tmp_path / "a")
     write(tmp_path / "b", dataset={"name": "demo", "val_hash": "b"})
     write(tmp_path / "c", steps=20)
@@ -78,7 +78,7 @@ def test_a_run_of_another_start_or_list_is_another_point(tmp_path: Path) -> None
     assert find_runs([tmp_path, tmp_path / "a"]) == find_runs([tmp_path])
 
 
-def test_tables(folder: Path) -> None:
+def test_tables_in_markdown_and_latex(folder: Path) -> None:
     page = write_report(find_runs([folder]), folder, ["job_7: error: out of memory"])
     with (folder / "report" / "demo.csv").open(newline="") as file:
         table = {row["name"]: row for row in csv.DictReader(file)}

@@ -61,7 +61,7 @@ def test_recipe_rebuilds_what_was_settled(tmp_path: Path) -> None:
         assert torch.equal(official(clip), again(clip))
 
 
-def test_unreadable_files(tmp_path: Path) -> None:
+def test_unreadable_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         create_model("mvit_tiny", pretrained=tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")

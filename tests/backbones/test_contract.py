@@ -66,7 +66,7 @@ def test_empty_bank_is_the_plain_model_and_keeping_all_changes_nothing(name: str
         assert torch.equal(plain(clip), full(clip))
 
 
-def test_autocast(name: str) -> None:
+def test_logits_under_autocast_match_float32(name: str) -> None:
     model = create_model(name, "t0_0.6_s4_0.9", 7, **SMALL[name]).train()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(clip_for(model)).float().square().sum()

@@ -31,7 +31,9 @@ def official_keys(folder: Path, config: str) -> list[tuple[str, list[int]]]:
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.reference
 @pytest.mark.parametrize("config", ["unpruned", "t0_0.6_s4_0.9", "t0_0.4_s4_0.6", "s0_0.6174"])
-def test_golden(shared: Path, load_rule: Callable[[str], ModuleType], tmp_path: Path, config: str) -> None:
+def test_logits_match_the_official_model(
+    shared: Path, load_rule: Callable[[str], ModuleType], tmp_path: Path, config: str
+) -> None:
     folder, rule = shared / "golden/mvit", load_rule("mvit")
     state = {name: torch.from_numpy(rule.fill(name, shape)) for name, shape in official_keys(folder, config)}
     torch.save({"epoch": 20, "model_state": state, "cfg": ""}, tmp_path / "checkpoint.pyth")
@@ -52,7 +54,7 @@ def test_golden(shared: Path, load_rule: Callable[[str], ModuleType], tmp_path: 
 
 
 @pytest.mark.reference
-def test_golden_training_step(shared: Path, load_rule: Callable[[str], ModuleType], tmp_path: Path) -> None:
+def test_training_step_matches_the_official_model(shared: Path, load_rule: Callable[[str], ModuleType], tmp_path: Path) -> None:
     """Soft indicators, loss and gradients with the official diagonal Jacobian and the reference's noise."""
     folder, rule, config = shared / "golden/mvit", load_rule("mvit"), "t0_0.6_s4_0.9"
     state = {name: torch.from_numpy(rule.fill(name, shape)) for name, shape in official_keys(folder, config)}
@@ -89,7 +91,7 @@ def test_golden_training_step(shared: Path, load_rule: Callable[[str], ModuleTyp
 
 
 @pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (1, 8, 8), (2, 2, 1)])
-def test_the_pooling_convolution_has_the_gradients_of_the_librarys(stride: tuple[int, int, int]) -> None:
+def test_depthwise_gradients_match_conv3d(stride: tuple[int, int, int]) -> None:
     x = torch.randn(2, 4, 5, 9, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 1, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     theirs = nn.functional.conv3d(x, weight, None, stride, padding=1, groups=4)
@@ -100,7 +102,7 @@ def test_the_pooling_convolution_has_the_gradients_of_the_librarys(stride: tuple
     torch.testing.assert_close(torch.autograd.grad(ours, (x, weight), upstream), expected)
 
 
-def test_torchvision_mvit_v1_b(tmp_path: Path) -> None:
+def test_logits_match_torchvision_mvit_v1_b(tmp_path: Path) -> None:
     from torchvision.models.video import mvit_v1_b
 
     torch.manual_seed(0)

@@ -60,7 +60,9 @@ def golden_model(rule: ModuleType, folder: Path, table: float, **arguments: Any)
 
 @pytest.mark.reference
 @pytest.mark.parametrize("case", CASES)
-def test_golden_tiny(shared: Path, load_rule: Callable[[str], ModuleType], tmp_path: Path, case: str) -> None:
+def test_tiny_logits_match_the_official_model(
+    shared: Path, load_rule: Callable[[str], ModuleType], tmp_path: Path, case: str
+) -> None:
     folder, rule = shared / "golden/video_swin", load_rule("video_swin")
     info = json.loads((folder / "golden_tiny.json").read_text())["cases"][case]
     golden = np.load(folder / "golden_tiny.npz")
@@ -76,7 +78,7 @@ def test_golden_tiny(shared: Path, load_rule: Callable[[str], ModuleType], tmp_p
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.reference
 @pytest.mark.parametrize(("case", "slots"), [("unpruned", {}), ("t0_0.625", {"t0": {"keep": 10}})])
-def test_golden_full_size(
+def test_full_size_logits_match_the_official_model(
     shared: Path, load_rule: Callable[[str], ModuleType], tmp_path: Path, case: str, slots: dict[str, Any]
 ) -> None:
     rule, golden = load_rule("video_swin"), np.load(shared / f"golden/video_swin/golden_{case}.npz")
@@ -90,7 +92,7 @@ def test_golden_full_size(
 
 @pytest.mark.reference
 @pytest.mark.parametrize(("case", "keep", "sigma"), [("t0_0.625_sigma0.1", 10, 0.1), ("t0_0.375_sigma0.05", 6, 0.05)])
-def test_golden_training_step(
+def test_training_step_matches_the_official_model(
     shared: Path, load_rule: Callable[[str], ModuleType], tmp_path: Path, case: str, keep: int, sigma: float
 ) -> None:
     """Soft indicators, loss and gradients with the official diagonal Jacobian and the reference's noise."""
@@ -123,7 +125,7 @@ def test_golden_training_step(
 
 
 @pytest.mark.parametrize("name", ["swin3d_t", "swin3d_b"])
-def test_torchvision(tmp_path: Path, name: str) -> None:
+def test_logits_match_torchvision(tmp_path: Path, name: str) -> None:
     from torchvision.models import video
 
     torch.manual_seed(0)

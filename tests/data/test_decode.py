@@ -38,7 +38,7 @@ def clips(shared: Path) -> Path:
 
 @pytest.mark.reference
 @pytest.mark.parametrize("name", sorted(GOOD))
-def test_clips_from_the_wild_decode_alike(clips: Path, name: str) -> None:
+def test_both_decoders_agree_on_real_files(clips: Path, name: str) -> None:
     wanted = np.linspace(0, GOOD[name] - 1, 16).round().astype(np.int64)
     frames = {}
     for decoder in DECODERS:
@@ -98,7 +98,7 @@ def test_transport_streams_are_read_by_the_decoder_that_returns(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("decoder", sorted(DECODERS))
-def test_written_files_come_back(tmp_path: Path, decoder: str) -> None:
+def test_decoders_return_the_frames_that_were_encoded(tmp_path: Path, decoder: str) -> None:
     path = tmp_path / "a.mp4"
     write_mp4(path, (np.full((48, 64, 3), 10 * i, np.uint8) for i in range(20)))
     with open_video(path, decoder) as reader:

@@ -64,6 +64,6 @@ def test_the_disk_moves_as_its_class_says(label: int) -> None:
     assert {word for word, holds in named.items() if holds} == set(MOTIONS[label].split("_"))
 
 
-def test_unknown_motion() -> None:
+def test_unknown_motion_is_refused() -> None:
     with pytest.raises(ValueError, match="motion 'spin': allowed are right"):
         direction("spin")

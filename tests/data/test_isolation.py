@@ -29,7 +29,7 @@ def video(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("decoder", ["decord", "pyav"])
-def test_it_reads_what_is_read_without_it(video: Path, decoder: str) -> None:
+def test_isolated_decoding_returns_the_same_frames(video: Path, decoder: str) -> None:
     process = DecoderProcess(20)
     for indices in (np.array([0, 5, 5, 23]), np.array([23, 1])):
         with process.open(video, decoder) as far, open_video(video, decoder) as near:

@@ -113,7 +113,7 @@ def test_the_loader_leaves_out_what_does_not_decode_and_says_so(folder: Path) ->
 
 
 @pytest.mark.reference
-def test_the_wild_clips(shared: Path) -> None:
+def test_manifest_of_real_files(shared: Path) -> None:
     files = sorted(path for path in (shared / "data" / "clips").iterdir() if path.suffix != ".md")
     entries = {Path(e.path).name: e for e in work([Task(file) for file in files], 2, 60.0)}
     assert {name for name, e in entries.items() if e.status != "ok"} == {

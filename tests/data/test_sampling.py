@@ -32,7 +32,7 @@ def test_short_videos_hold_their_last_frame(total: int) -> None:
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values())
-def test_no_frames(sampling: type) -> None:
+def test_video_without_frames_is_refused(sampling: type) -> None:
     with pytest.raises(ValueError, match="no frames"):
         sampling(16, 4).views(0, 1)
     with pytest.raises(ValueError, match="no frames"):
@@ -76,7 +76,7 @@ RATES = (8, 10, 12.5, 14.985, 23.976, 25, 30000 / 1001, 30, 50, 60000 / 1001, 60
 
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize(("frames", "stride"), [(16, 4), (32, 3), (8, 8), (4, 1), (1, 1)])
-def test_the_releases_indices(frames: int, stride: int, rate: float) -> None:
+def test_slowfast_sampling_matches_the_official_code(frames: int, stride: int, rate: float) -> None:
     """Its arithmetic, written out: a span of frames * stride thirtieths of a second, linspace in float32, cut down."""
     span = frames * stride / 30 * (rate or 30)
     for total in (1, 17, 64, 183, 300, 1001):

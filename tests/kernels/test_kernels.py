@@ -53,7 +53,7 @@ def first(output: Any) -> Tensor:
 @pytest.mark.parametrize("batch", [0, 1, 3])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", EVERYWHERE)
-def test_kernel_equals_its_block(
+def test_kernel_matches_block(
     name: str, training: bool, batch: int, own_attention: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Both kinds of attention, whatever the processor.
@@ -175,7 +175,7 @@ def test_a_global_hook_sees_every_module() -> None:
         handle.remove()
 
 
-def test_where_no_kernel_stands() -> None:
+def test_no_kernel_off_the_cpu_or_in_other_precision() -> None:
     model = create_model("mvit_tiny", None, 5)
     assert used(model, X)
     assert not used(model, X.to("meta")) and not used(model, X.double()) and not used(model, X.bfloat16())
@@ -188,7 +188,7 @@ def test_where_no_kernel_stands() -> None:
     assert in_use(model.backbone, "cpu", "bf16-mixed") == "none"
 
 
-def test_transforms_of_functions_take_the_plain_model() -> None:
+def test_function_transforms_run_the_plain_model() -> None:
     model = create_model("mvit_tiny", None, 5, frames=8, size=32).eval()
     clip, weights = torch.randn(1, 3, *model.backbone.clip_size), dict(model.named_parameters())
 
@@ -208,7 +208,7 @@ def test_a_copy_of_a_model_has_its_own_last_block() -> None:
     assert model.backbone.kernels._last is model.backbone.blocks[-1]
 
 
-def test_prepacked_weights_notice_new_ones() -> None:
+def test_prepacked_weights_are_refreshed_after_an_update() -> None:
     model = create_model("mvit_tiny", "t0_0.5", 5).eval()
     clip = torch.randn(1, 3, *model.backbone.clip_size)
     with prepacked_weights(), torch.no_grad():
@@ -239,7 +239,7 @@ def test_a_model_derived_from_mvit_gets_all_tokens_of_its_last_block() -> None:
     assert first(backbone.kernels.find(backbone.blocks[-1], x)(x)).shape == x.shape
 
 
-def test_what_decides_is_a_fact() -> None:
+def test_choice_of_kernels_depends_on_the_processor_only() -> None:
     """The same in each process: asked of the processor, never measured."""
     assert attention.mkl_lags() is attention.mkl_lags.__wrapped__()
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -248,7 +248,7 @@ def test_what_decides_is_a_fact() -> None:
 
 @pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 2, 2), (1, 4, 4), (1, 8, 8)])
 @pytest.mark.parametrize("size", [(4, 8, 8), (1, 1, 1), (3, 5, 7), (2, 9, 8)])
-def test_depthwise_gradients_match_the_librarys(size: tuple[int, int, int], stride: tuple[int, int, int]) -> None:
+def test_depthwise_matches_reference(size: tuple[int, int, int], stride: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     weight = torch.randn(6, 1, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 6, *size, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
@@ -263,7 +263,7 @@ def test_depthwise_gradients_match_the_librarys(size: tuple[int, int, int], stri
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_matches_the_library_on_rows_that_lie_apart(bias: bool) -> None:
+def test_linear_matches_reference_on_strided_rows(bias: bool) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(24, 40, bias)
     x = torch.randn(3, 24, 5).transpose(1, 2).requires_grad_()

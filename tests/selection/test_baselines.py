@@ -141,7 +141,7 @@ def test_what_cannot_be_is_refused_with_the_reason(backbone: str, selection: dic
 @pytest.mark.parametrize("selection", ["t2_0.5_s2_0.5", "t1_0.5", "s4_0.6"])
 def test_attention_is_the_class_tokens_own(selection: str) -> None:
     """The map that a slot receives, against attention written out for the block before."""
-    spec = SelectionSpec.of(selection).plain() | {"selector": "attention"}
+    spec = SelectionSpec.of(selection).to_dict() | {"selector": "attention"}
     model = create_model("mvit_tiny", spec, 5, size=64).eval()
     block = model.backbone.blocks[SelectionSpec.of(selection).slots[0].block - 1]
     seen = {}

@@ -31,7 +31,7 @@ class FixedNoise:
 
 @pytest.mark.reference
 @pytest.mark.parametrize("case", ["time_a", "time_b", "space_a", "space_b", "space_c", "space_d"])
-def test_golden_selectors(shared: Path, load_rule: Callable[[str], ModuleType], case: str) -> None:
+def test_selectors_match_the_official_code(shared: Path, load_rule: Callable[[str], ModuleType], case: str) -> None:
     rule = load_rule("mvit")
     golden = np.load(shared / "golden/mvit/golden_selectors.npz")
     info = json.loads((shared / "golden/mvit/golden_selectors.json").read_text())[case]
@@ -140,7 +140,7 @@ def test_weighted_windows_equal_the_sum_over_an_unfolded_grid() -> None:
 @pytest.mark.parametrize("make", [temporal, spatial])
 @pytest.mark.parametrize("scorer", ["paper", "official"])
 @pytest.mark.parametrize("sigma", [0.0, 0.1])
-def test_constant_input_gives_finite_results_and_gradients(
+def test_constant_input_gives_finite_outputs_and_gradients(
     make: Callable[..., torch.nn.Module], scorer: str, sigma: float
 ) -> None:
     selector = make(scorer=scorer).train()

@@ -13,7 +13,7 @@ from stts_lightning.selection.topk import ESTIMATORS, Exact, exact_topk, hard_to
 
 @pytest.mark.reference
 @pytest.mark.parametrize("case", ["a", "b", "c", "d", "e", "f", "s0"])
-def test_golden(shared: Path, case: str) -> None:
+def test_logits_match_the_official_model(shared: Path, case: str) -> None:
     golden = np.load(shared / "golden/mvit/golden_perturbed_topk.npz")
     info = json.loads((shared / "golden/mvit/golden_perturbed_topk.json").read_text())[case]
     get = lambda name: torch.from_numpy(golden[f"{case}/{name}"])  # noqa: E731
@@ -132,7 +132,7 @@ def test_estimators_repeat_with_their_noise(name: str) -> None:
 
 
 @pytest.mark.parametrize("k", [0, 5])
-def test_impossible_k(k: int) -> None:
+def test_k_out_of_range_is_refused(k: int) -> None:
     with pytest.raises(ValueError, match=rf"k={k}: must lie in 1..4"):
         perturbed_topk(torch.rand(1, 4), k, 0.1, torch.randn(1, 10, 4))
 

@@ -46,7 +46,7 @@ def test_mixup_weighs_clips_as_labels() -> None:
         torch.testing.assert_close(target.sum(1), torch.ones(8))
 
 
-def test_both_take_turns() -> None:
+def test_mixup_and_cutmix_alternate() -> None:
     kinds = set()
     for seed in range(12):
         clip, _ = BatchAugment(8, mixup=0.8, cutmix=1.0)(*clips(), draws(seed))

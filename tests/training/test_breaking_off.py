@@ -71,7 +71,7 @@ def check_is_whole(place: Path, name: str) -> None:
         torch.testing.assert_close(again[key], value, rtol=1e-2, atol=1e-4)
 
 
-def test_killed_in_the_middle_of_an_epoch(place: Path) -> None:
+def test_run_killed_within_an_epoch_resumes_identically(place: Path) -> None:
     process = start(place, "killed")
     wait_for(place / "runs/killed/checkpoints/last.ckpt", process, 3)
     os.killpg(process.pid, signal.SIGKILL)
@@ -85,7 +85,7 @@ def test_killed_in_the_middle_of_an_epoch(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(place: Path) -> None:
+def test_run_killed_twenty_times_resumes_identically(place: Path) -> None:
     """At any moment: while it starts, reads, trains, writes, validates or tests."""
     rng = random.Random(0)
     file, kills, steps = place / "runs/twenty/checkpoints/last.ckpt", 0, []

@@ -67,7 +67,7 @@ def finished(place: Path) -> Path:
     return place / "runs" / "full"
 
 
-def test_result_says_everything(finished: Path) -> None:
+def test_result_json_holds_all_facts(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert result["selection"] == "t0_0.6_s4_0.9"
     assert result["slots"] == {"t0": "5 of 8 frames", "s4": "3x3 of 3x3, 1 anchors"}
@@ -428,7 +428,7 @@ def test_report_sets_our_runs_beside_the_paper(tmp_path: Path) -> None:
         assert failed.stderr.strip().splitlines()[-1] == message
 
 
-def test_a_model_is_tested_as_it_comes(tmp_path: Path) -> None:
+def test_recipe_none_tests_without_training(tmp_path: Path) -> None:
     chosen = ["selection=none", "+selection.slots.t1.ratio=0.5", "selection.selector=attention"]
     small = ["backbone=mvit_tiny", "dataset.train=2", "dataset.val=1", "callbacks.progress=null", "trainer.accelerator=cpu"]
     door("train", tmp_path, *small, *chosen, "recipe=none", "hydra.run.dir=runs/free")

@@ -53,7 +53,7 @@ def test_decay_spares_norms_biases_and_embeddings() -> None:
     assert "backbone.cls_token" in official["backbone/decay"]
 
 
-def test_paper_schedule() -> None:
+def test_schedule_matches_the_paper() -> None:
     model = create_model("mvit_tiny", "t0_0.6", 5, size=64)
     optimizer, schedule = build_optimizer(model, PAPER, total_steps=200)
     rates = []
@@ -69,7 +69,7 @@ def test_paper_schedule() -> None:
     assert rates[199]["selectors/decay"] < 1e-7
 
 
-def test_official_schedule() -> None:
+def test_schedule_matches_the_official_code() -> None:
     rate = lambda part, epoch: 1e-4 * lr_factor(OFFICIAL.part(part), OFFICIAL, epoch / 20)  # noqa: E731
     assert rate("selectors", 0) == pytest.approx(1e-4)
     assert rate("selectors", 20) == pytest.approx(1e-6)
@@ -95,7 +95,7 @@ def test_official_swin_schedule_moves_by_epochs_and_never_reaches_zero() -> None
         OptimSpec(lr=1, weight_decay=0, epochs=1, steps_of="day")
 
 
-def test_unknown_part() -> None:
+def test_unknown_optimizer_part_is_refused() -> None:
     with pytest.raises(ValueError, match="optim.parts.bacbone: unknown; the parts are selectors, backbone, head"):
         OptimSpec(lr=1, weight_decay=0, epochs=1, parts={"bacbone": PartSpec()})
 

@@ -43,7 +43,7 @@ def validate(
     return panels, logged
 
 
-def test_collapse_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_collapsed_selector_is_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         _, logged = validate([[1, 2] * 10, [1, 2] * 10], "learned", monkeypatch)
     assert "selector t0 has collapsed: it keeps [1, 2] of 20 of 20 validation clips" in caplog.text

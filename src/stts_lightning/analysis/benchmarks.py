@@ -253,7 +253,7 @@ def _selectors(model: VideoClassifier, batch: int, device: torch.device) -> tupl
         The passes of all, and the most bytes that one holds besides its result and the gradient of its grid.
     """
     works: list[Work] = []
-    own = [0]
+    most = [0]
 
     def passes(selector: Selector, grid: Tensor, grad_output: Tensor) -> None:
         kept, _ = selector(grid, model.slots.sigma, Noise.of(range(batch)))
@@ -268,13 +268,13 @@ def _selectors(model: VideoClassifier, batch: int, device: torch.device) -> tupl
         grid = torch.randn(batch, *selector.in_size, selector.dim, device=device, requires_grad=True)
         grad_output = torch.randn(batch, *selector.out_size, selector.dim, device=device)
         works.append(functools.partial(passes, selector, grid, grad_output))
-        own.append((peak_memory(works[-1], device) or 0) - grid.nbytes - grad_output.nbytes)
+        most.append((peak_memory(works[-1], device) or 0) - grid.nbytes - grad_output.nbytes)
 
     def work() -> None:
         for one in works:
             one()
 
-    return work, max(own)
+    return work, max(most)
 
 
 def operator(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
@@ -297,16 +297,16 @@ def _estimators(name: str, rows: int, candidates: int, keep: int, samples: int, 
     scores = torch.rand(rows, candidates, device=plan.device, requires_grad=True)
     grad_output = torch.randn(rows, keep, candidates, device=plan.device)
     sigma = torch.tensor(0.1, device=plan.device)
-    made: dict[str, Estimator] = {kind: make(samples) for kind, make in ESTIMATORS.items()}
+    estimators: dict[str, Estimator] = {kind: make(samples) for kind, make in ESTIMATORS.items()}
     if candidates > Exact.limit:
-        del made["exact"]
+        del estimators["exact"]
     if rows * samples * keep * candidates < 2**28:
-        made["one-hot"] = peers.OneHot(samples)
+        estimators["one-hot"] = peers.OneHot(samples)
 
     def work(estimate: Estimator) -> Work:
         return lambda: estimate(scores, keep, sigma, Noise.of([7])).backward(grad_output)
 
-    works = {kind: work(estimate) for kind, estimate in made.items()}
+    works = {kind: work(estimate) for kind, estimate in estimators.items()}
     memory = {kind: peak_memory(run, plan.device) for kind, run in works.items()}
     for kind, timing in in_turns(works, plan.device, plan.seconds, plan.rounds).items():
         held = memory[kind]

@@ -84,7 +84,7 @@ def _maximal(model: VideoClassifier, budget: float, temporal: int | None, spatia
 
 
 def _with(model: VideoClassifier, slots: list[SlotSpec]) -> SelectionSpec:
-    return SelectionSpec.of({**model.slots.selection.plain(), "slots": {slot.name: slot.plain() for slot in slots}})
+    return SelectionSpec.of({**model.slots.selection.to_dict(), "slots": {slot.name: slot.to_dict() for slot in slots}})
 
 
 def cost(model: VideoClassifier, selection: SelectionSpec) -> float:
@@ -103,8 +103,8 @@ def cost(model: VideoClassifier, selection: SelectionSpec) -> float:
     written = {MViT: _mvit, VideoSwin: _swin}.get(type(backbone))
     if written is None or not {slot.selector or selection.selector for slot in selection.slots} <= SCORED | FREE:
         with torch.device("meta"):
-            return count_gflops(create_model(**{**model.recipe, "selection": selection.plain()}))
-    return (written(backbone, cut) + total + backbone.out_dim * model.head.out_features) / 1e9
+            return count_gflops(create_model(**{**model.recipe, "selection": selection.to_dict()}))
+    return (written(backbone, cut) + total + backbone.out_dim * model.num_classes) / 1e9
 
 
 def _scorer(slot: SlotSpec, size: GridSize, dim: int, selection: SelectionSpec) -> int:

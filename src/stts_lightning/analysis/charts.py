@@ -150,9 +150,9 @@ def speeds(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         errors = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
         axes.errorbar(x, y, errors, fmt="o", color=colour, capsize=2, lw=1, label=name)
         if len(members) > 1:
-            plain = max(members, key=lambda row: row["gflops"])
-            ideal = np.linspace(min(x), plain["gflops"], 50)
-            axes.plot(ideal, plain["clips_per_second"] * plain["gflops"] / ideal, color=colour, ls="--", lw=1, alpha=0.7)
+            unpruned = max(members, key=lambda row: row["gflops"])
+            ideal = np.linspace(min(x), unpruned["gflops"], 50)
+            axes.plot(ideal, unpruned["clips_per_second"] * unpruned["gflops"] / ideal, color=colour, ls="--", lw=1, alpha=0.7)
             for row in members:
                 kept = row["model"].partition(":")[2] or "all tokens"
                 place = row["gflops"], row["clips_per_second"]

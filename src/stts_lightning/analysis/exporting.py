@@ -90,16 +90,16 @@ def export(model: VideoClassifier, formats: list[str], out: Path) -> list[dict[s
     except Exception as error:
         raise ExportError(f"formats=torch: this model cannot be traced: {str(error).splitlines()[0]}") from error
     out.parent.mkdir(parents=True, exist_ok=True)
-    found: list[dict[str, Any]] = []
+    files: list[dict[str, Any]] = []
     for name in formats:
         file = out.with_name(f"{out.name}.{'pt2' if name == 'torch' else 'onnx'}")
         with _quiet():
             logits = _torch(program, file, other) if name == "torch" else _onnx(program, file, other)
         difference = float((logits - expected).abs().max())
-        found.append(
+        files.append(
             {"format": name, "file": str(file), "bytes": os.path.getsize(file), "difference": difference, "batch": len(other)}
         )
-    return found
+    return files
 
 
 def _torch(program: Any, file: Path, clip: Tensor) -> Tensor:
@@ -109,9 +109,9 @@ def _torch(program: Any, file: Path, clip: Tensor) -> Tensor:
 
 def _onnx(program: Any, file: Path, clip: Tensor) -> Tensor:
     try:
-        made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["clip"], output_names=["logits"])
-        assert made is not None
-        made.save(str(file))
+        onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["clip"], output_names=["logits"])
+        assert onnx is not None
+        onnx.save(str(file))
     except Exception as error:
         raise ExportError(f"formats=onnx: this model cannot be written: {str(error).splitlines()[0]}") from error
     runtime = importlib.import_module("onnxruntime")

@@ -103,16 +103,16 @@ def count(model: VideoClassifier) -> Cost:
             torch.func.functional_call(model, shapes, clip, tie_weights=False)
     finally:
         model.train(training)
-    found = counter.get_flop_counts()
+    counted = counter.get_flop_counts()
     # By module, the operations of the modules in it included; the whole model is counted under the name "Global".
-    costs = {name.partition(".")[2]: sum(counts.values()) for name, counts in found.items() if name != "Global"}
+    costs = {name.partition(".")[2]: sum(counts.values()) for name, counts in counted.items() if name != "Global"}
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for name, cost in costs.items():
         # What the module does itself: less what the modules right below it do (lists and dictionaries of modules never run).
         below = (other for other in costs if other and _parent(other, costs) == name)
-        own = cost - sum(costs[other] for other in below)
-        if own:
-            parts[part_of(name)] = parts.get(part_of(name), 0) + own
+        alone = cost - sum(costs[other] for other in below)
+        if alone:
+            parts[part_of(name)] = parts.get(part_of(name), 0) + alone
     # torch counts two for a multiply-add.
     gflops = {part: operations / 2e9 for part, operations in parts.items() if operations}
     return Cost(sum(parts.values()) / 2e9, gflops, dict(uncounted.calls.most_common()))

@@ -30,7 +30,7 @@ def model_card(model: VideoClassifier, source: Checkpoint, converted: str | Path
         "sha256 of the source": sha256(source.path),
         "sha256 of this file": sha256(converted),
         "licence": licence or f"that of the publisher; the code that writes such files is under {source.layout.licence}",
-        "model": f"{model.recipe['backbone']}, {size}, {model.head.out_features} classes",
+        "model": f"{model.recipe['backbone']}, {size}, {model.num_classes} classes",
         "selection": slots or "none",
         "choices": ", ".join(f"{k}={v}" for k, v in model.backbone.variant().items()) or "-",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",

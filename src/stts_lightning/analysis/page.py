@@ -60,11 +60,11 @@ def named(points: Sequence[Point]) -> list[str]:
 def rows(points: Sequence[Point], names: Sequence[str]) -> list[Row]:
     """The table of one data set."""
     front = pareto(points)
-    found: list[Row] = []
+    table: list[Row] = []
     for number, (point, name) in enumerate(zip(points, names, strict=True)):
         top1, spread, top5, speed = point.top1, point.spread(), point.mean("top5"), point.mean("clips_per_second")
         kept = point.mean("tokens_kept")
-        found.append(
+        table.append(
             {
                 "name": name,
                 "GFLOPs a view": round(point.gflops, 3),
@@ -84,21 +84,21 @@ def rows(points: Sequence[Point], names: Sequence[str]) -> list[Row]:
                 "Pareto": "*" if number in front else "",
             }
         )
-    return found
+    return table
 
 
 def _cell(value: str | float | None) -> str:
     return "" if value is None else value if isinstance(value, str) else f"{value:g}"
 
 
-def markdown(found: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row]) -> str:
     """A table in Markdown."""
-    head = list(found[0])
-    lines = [head, ["---"] * len(head), *([_cell(v).replace("|", "\\|") for v in row.values()] for row in found)]
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([_cell(v).replace("|", "\\|") for v in row.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def latex(found: Sequence[Row], caption: str) -> str:
+def latex(rows: Sequence[Row], caption: str) -> str:
     """A table in LaTeX, for the package booktabs."""
     columns = ["name", "GFLOPs a view", "tokens kept, %", "top-1, %", "deviation", "seeds", "top-5, %", "clips/s"]
 
@@ -112,7 +112,7 @@ def latex(found: Sequence[Row], caption: str) -> str:
         rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
     ]
     lines += [r"\toprule", " & ".join(map(escaped, columns)) + r" \\", r"\midrule"]
-    for row in found:
+    for row in rows:
         cells = [escaped(_cell(row[name])) for name in columns]
         if row["Pareto"]:
             cells = [rf"\textbf{{{cell}}}" if cell else "" for cell in cells]
@@ -120,7 +120,7 @@ def latex(found: Sequence[Row], caption: str) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
-def _plain(text: str) -> str:
+def _file_name(text: str) -> str:
     """A text as a file's name, and as an anchor."""
     return re.sub(r"[^\w.]+", "-", text)
 
@@ -143,7 +143,7 @@ def _pictures(run: Run) -> list[Path]:
 def _section(dataset: str, group: Sequence[Point], left: int) -> tuple[dict[str, Any], dict[str, Figure]]:
     """What the page shows of a data set, and its figures by file name."""
     names = named(group)
-    anchors = [_plain(f"{dataset}-{name}") for name in names]
+    anchors = [_file_name(f"{dataset}-{name}") for name in names]
     figures = {"gflops": charts.accuracy_against(group, "gflops", names, anchors, f"{dataset}: accuracy against cost")}
     machines = {str(run.result.get("measured_on")) for point in group for run in point.runs if "measured_on" in run.result}
     if len(machines) == 1:  # Speeds of different machines do not compare.
@@ -190,13 +190,13 @@ def write_report(runs: Sequence[Run], folder: Path, failures: Sequence[str] = ()
     Returns:
         The page's path.
     """
-    beside = folder / "report"
-    beside.mkdir(parents=True, exist_ok=True)
+    attachments = folder / "report"
+    attachments.mkdir(parents=True, exist_ok=True)
     everything = points(runs)
     sections: list[dict[str, Any]] = []
     left = PICTURES
     for dataset in dict.fromkeys(point.dataset for point in everything):
-        base = beside / _plain(dataset)
+        base = attachments / _file_name(dataset)
         with charts.style():
             section, figures = _section(dataset, [point for point in everything if point.dataset == dataset], left)
             left = section["pictures_left"]

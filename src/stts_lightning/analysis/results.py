@@ -13,13 +13,13 @@ PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "decord", "av", "
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and what it stands on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in ("stts-lightning", *PACKAGES):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def commit() -> str | None:
@@ -56,9 +56,9 @@ def read_metrics(run: str | Path, name: str) -> dict[int, float]:
         name: as in "train/loss".
     """
     pieces = sorted(Path(run).glob("metrics_*.csv"), key=lambda file: int(file.stem.rpartition("_")[2]))
-    found: dict[int, float] = {}
+    values: dict[int, float] = {}
     for file in [*pieces, Path(run) / "metrics.csv"]:
         if file.is_file():
             with file.open(newline="", encoding="utf-8") as lines:
-                found |= {int(row["step"]): float(row[name]) for row in csv.DictReader(lines) if row.get(name) and row["step"]}
-    return found
+                values |= {int(row["step"]): float(row[name]) for row in csv.DictReader(lines) if row.get(name) and row["step"]}
+    return values

@@ -78,19 +78,19 @@ def find_runs(folders: Iterable[str | Path]) -> list[Run]:
     Raises:
         FileNotFoundError: for a folder that does not exist.
     """
-    found: dict[Path, Run] = {}
+    runs: dict[Path, Run] = {}
     for root in map(Path, folders):
         if not root.is_dir():
             raise FileNotFoundError(f"runs={root}: no such folder")
         for name in RESULTS:
             for file in sorted(root.rglob(name)):
                 # A test of a run that has a result of its own says the same again.
-                if name == "evaluation.json" and {file.parent, file.parent.parent} & set(found):
+                if name == "evaluation.json" and {file.parent, file.parent.parent} & set(runs):
                     continue
                 result = json.loads(file.read_text())
                 if "top1" in result and "dataset" in result:
-                    found[file.parent] = Run(file.parent, result)
-    return list(found.values())
+                    runs[file.parent] = Run(file.parent, result)
+    return list(runs.values())
 
 
 def settings(folder: Path) -> tuple[tuple[str, str], ...]:
@@ -106,9 +106,9 @@ def settings(folder: Path) -> tuple[tuple[str, str], ...]:
             yield key, str(value)
 
     parts = ("optim", "augment", "label_smoothing", "clip", "backbone", "selection", "head")
-    found = [pair for part in parts if part in content for pair in flat(part, content[part])]
+    pairs = [pair for part in parts if part in content for pair in flat(part, content[part])]
     decay = (content.get("callbacks", {}).get("sigma") or {}).get("decay", True)
-    return (*found, ("callbacks.sigma.decay", str(decay)))
+    return (*pairs, ("callbacks.sigma.decay", str(decay)))
 
 
 def points(runs: Sequence[Run]) -> list[Point]:
@@ -129,8 +129,8 @@ def points(runs: Sequence[Run]) -> list[Point]:
         groups[(point, data.get("val_hash"), r.get("steps"), r.get("batch_size"), tuple(r["clip"]))].append(run)
     # A run repeated, or copied, is no other seed.
     each = {key: {run.result.get("seed"): run for run in group} for key, group in groups.items()}
-    made = [replace(point, runs=tuple(seeds.values())) for (point, *_), seeds in each.items()]
-    return sorted(made, key=lambda p: (p.dataset, -p.gflops, p.selection, p.sigma))
+    merged = [replace(point, runs=tuple(seeds.values())) for (point, *_), seeds in each.items()]
+    return sorted(merged, key=lambda p: (p.dataset, -p.gflops, p.selection, p.sigma))
 
 
 def pareto(points: Sequence[Point], better: str = "gflops") -> set[int]:

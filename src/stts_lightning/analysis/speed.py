@@ -76,7 +76,7 @@ def in_turns(
             wait(device)
             took = time.perf_counter() - start
         repeats[name] = max(1, min(1000, round(SHORTEST / max(took, 1e-9))))
-    found: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in works}
     names, begun = list(works), time.perf_counter()
     for number in itertools.count():
         if number >= rounds and time.perf_counter() - begun > seconds:
@@ -86,8 +86,8 @@ def in_turns(
             for _ in range(repeats[name]):
                 works[name]()
             wait(device)
-            found[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: Timing.of(taken) for name, taken in found.items()}
+            times[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: Timing.of(taken) for name, taken in times.items()}
 
 
 def matmul(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Work], float]:

@@ -133,10 +133,10 @@ def recognised(path: Path, content: Mapping[str, Any], model: Mapping[str, Any] 
     """Weights that were read, with the layout of their keys; the path is to name them. Raises as `read_checkpoint`."""
     state = {str(k).removeprefix("model."): v for k, v in content.items() if isinstance(v, Tensor)}
     for layout in LAYOUTS:
-        if all(key in state for key in layout.signature):
+        if (layout is OWN and model) or all(key in state for key in layout.signature):
             return Checkpoint(path, layout, state, model)
-    known = ", ".join(layout.name for layout in LAYOUTS)
-    raise CheckpointError(f"checkpoint {path}: its keys ({_some(content)}) belong to none of the known layouts: {known}")
+    names = ", ".join(layout.name for layout in LAYOUTS)
+    raise CheckpointError(f"checkpoint {path}: its keys ({_some(content)}) belong to none of the known layouts: {names}")
 
 
 def _content(path: Path, trust: bool) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
@@ -163,6 +163,7 @@ def _content(path: Path, trust: bool) -> tuple[Mapping[str, Any], Mapping[str, A
     if not isinstance(content, Mapping):
         raise CheckpointError(f"checkpoint {path}: holds a {type(content).__name__}, not a state dict")
     model = content.get("model") if "state_dict" in content else None
+    model = model if isinstance(model, Mapping) and "backbone" in model else None  # Else not a recipe of ours.
     for wrapper in ("state_dict", "model_state", "model"):
         if isinstance(content.get(wrapper), Mapping):
             return content[wrapper], model

@@ -34,7 +34,7 @@ class Layout:
 
 PARTS = "qkv"
 
-OWN = Layout("stts_lightning", None, ("backbone.norm.weight", "head.weight"), "yours", ((r"(.*)", r"\1"),))
+OWN = Layout("stts_lightning", None, ("backbone.norm.weight", "backbone.patch_embed.weight"), "yours", ((r"(.*)", r"\1"),))
 
 # Selectors of the official code, numbered in the order of their places; "<time 0>" is resolved when the slots are known.
 _SELECTORS = (

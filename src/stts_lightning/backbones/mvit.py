@@ -235,8 +235,8 @@ class MViT(Backbone):
         if name == "pos_embed_temporal" and weight.dim() == 3:
             return F.interpolate(weight.transpose(1, 2).float(), frames // 2, mode="linear").transpose(1, 2)
         if name == "pos_embed_spatial" and weight.dim() == 3:
-            made = made_for.get("size", 4 * math.isqrt(weight.shape[1]))
-            height, width = (made, made) if isinstance(made, int) else made
+            stored = made_for.get("size", 4 * math.isqrt(weight.shape[1]))
+            height, width = (stored, stored) if isinstance(stored, int) else stored
             if height * width == 16 * weight.shape[1]:
                 grid = weight.float().transpose(1, 2).unflatten(2, (height // 4, width // 4))
                 grid = F.interpolate(grid, [n // 4 for n in size], mode="bicubic")

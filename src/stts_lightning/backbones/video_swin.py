@@ -211,12 +211,12 @@ def _table_size(rows: int, wanted: tuple[int, ...], window: Sequence[int] | None
     return None
 
 
-def _stretched(table: Tensor, made: tuple[int, int, int], wanted: tuple[int, ...]) -> Tensor:
+def _stretched(table: Tensor, stored: tuple[int, int, int], wanted: tuple[int, ...]) -> Tensor:
     """A bias table `(rows, D)` of `made` offsets in time, height and width, for `wanted` ones."""
-    x = table.view(*made, -1).permute(0, 3, 1, 2)  # (T, D, H, W)
-    if made[1:] != wanted[1:]:
+    x = table.view(*stored, -1).permute(0, 3, 1, 2)  # (T, D, H, W)
+    if stored[1:] != wanted[1:]:
         x = F.interpolate(x, wanted[1:], mode="bicubic")
-    if made[0] != wanted[0]:
+    if stored[0] != wanted[0]:
         x = F.interpolate(x.flatten(1).T[None], wanted[0], mode="linear")[0].T.view(wanted[0], *x.shape[1:])
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
@@ -329,8 +329,8 @@ class VideoSwin(Backbone):
             return weight.unsqueeze(2).expand(-1, -1, self.patch[0], -1, -1) / self.patch[0]
         if name.endswith("relative_position_bias_table") and weight.dim() == 2:
             size = tuple(2 * n - 1 for n in self.window)
-            made = _table_size(weight.shape[0], size, made_for.get("window"))
-            return _stretched(weight.float(), made, size) if made else weight
+            stored = _table_size(weight.shape[0], size, made_for.get("window"))
+            return _stretched(weight.float(), stored, size) if stored else weight
         return weight
 
     def embed(self, clip: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class _Worker:
 
     def run(self, task: Task, timeout: float) -> Entry:
         """Findings of a task, whatever becomes of the process. The timeout is for each finding."""
-        found: dict[str, Any] = {}
+        findings: dict[str, Any] = {}
         trouble = ""
         self.connection.send(task)
         while True:
@@ -106,25 +106,29 @@ class _Worker:
                 break
             if name == "done":
                 break
-            found[name] = value
+            findings[name] = value
         if trouble:
             self.close()
             self.start()
-        return _entry(task, found, trouble)
+        return _entry(task, findings, trouble)
 
 
-def _entry(task: Task, found: dict[str, Any], trouble: str) -> Entry:
-    by_decord = "trouble" in found or (trouble and "decoder" in found)
-    texts = (found.get("warning", ""), f"decord: {found.get('trouble') or trouble}" if by_decord else trouble)
+def _entry(task: Task, findings: dict[str, Any], trouble: str) -> Entry:
+    by_decord = "trouble" in findings or (trouble and "decoder" in findings)
+    texts = (findings.get("warning", ""), f"decord: {findings.get('trouble') or trouble}" if by_decord else trouble)
     lost = "hangs" if trouble.startswith("hangs") else "crashes"
-    contents = found.get("contents")
+    contents = findings.get("contents")
     facts: dict[str, Any] = {}
     if contents is not None:
         facts = {name: getattr(contents, name) for name in ("frames", "promised", "width", "height", "rate", "codec")}
-    status = found.get("status", lost)
+    status = findings.get("status", lost)
     path = task.target if task.target is not None and status == "ok" else task.path
     return Entry(
-        str(path.absolute()), status, **facts, decoder=found.get("decoder", ""), warning="; ".join(text for text in texts if text)
+        str(path.absolute()),
+        status,
+        **facts,
+        decoder=findings.get("decoder", ""),
+        warning="; ".join(text for text in texts if text),
     )
 
 
@@ -137,16 +141,16 @@ def work(tasks: Sequence[Task], jobs: int, timeout: float, done: Callable[[Entry
         timeout: seconds of silence after which a process is killed and its file has `hangs`.
         done: for a progress bar; called from threads, one at a time.
     """
-    own = threading.local()
+    thread = threading.local()
     workers: list[_Worker] = []
     lock = threading.Lock()
 
     def one(task: Task) -> Entry:
-        if not hasattr(own, "worker"):
-            own.worker = _Worker()
+        if not hasattr(thread, "worker"):
+            thread.worker = _Worker()
             with lock:
-                workers.append(own.worker)
-        entry = own.worker.run(task, timeout)
+                workers.append(thread.worker)
+        entry = thread.worker.run(task, timeout)
         with lock:
             done(entry)
         return entry

@@ -187,14 +187,14 @@ def _make_demo(root: Path, spec: DemoSpec) -> None:
     stamp.unlink(missing_ok=True)
     building.write_text(wanted)
     jobs = list(_jobs(spec))
-    made = partial(_make_video, root, spec, resumed)
+    make = partial(_make_video, root, spec, resumed)
     with ExitStack() as stack:
         one_more = stack.enter_context(counting("demo videos made", len(jobs)))
-        mapped = map(made, jobs)
+        mapped = map(make, jobs)
         if len(jobs) >= WORTH_PROCESSES:
             # Spawned: the caller may hold threads, which a fork would not survive.
             pool = stack.enter_context(ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")))
-            mapped = pool.map(made, jobs, chunksize=8)
+            mapped = pool.map(make, jobs, chunksize=8)
         for _ in mapped:
             one_more()
     for split in ("train", "val"):

@@ -65,7 +65,7 @@ def read_manifest(file: str | Path) -> dict[Path, Entry]:
     if not file.is_file():
         raise AnnotationError(f"manifest {file}: does not exist; prepare_data task=check writes it")
     base = file.parent.resolve()
-    found: dict[Path, Entry] = {}
+    entries: dict[Path, Entry] = {}
     with file.open(newline="", encoding="utf-8") as lines:
         reader = csv.DictReader(lines)
         if reader.fieldnames is None or list(reader.fieldnames) != COLUMNS:
@@ -73,8 +73,8 @@ def read_manifest(file: str | Path) -> dict[Path, Entry]:
         for row in reader:
             values = {**row, **{name: int(row[name]) for name in _NUMBERS}, "rate": float(row["rate"])}
             entry = Entry(**values)
-            found[(base / entry.path).absolute()] = entry
-    return found
+            entries[(base / entry.path).absolute()] = entry
+    return entries
 
 
 def manifest_hash(entries: Iterable[Entry]) -> str:

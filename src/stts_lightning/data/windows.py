@@ -54,7 +54,7 @@ def find_videos(asked: str | Path | Sequence[str | Path]) -> list[Path]:
     Raises:
         AnnotationError: for a name behind which there is no video.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for name in [asked] if isinstance(asked, str | Path) else asked:
         path = Path(name)
         if path.is_file():
@@ -67,8 +67,8 @@ def find_videos(asked: str | Path | Sequence[str | Path]) -> list[Path]:
             raise AnnotationError(
                 f"videos={name}: no video there; give a file, a folder with videos, or a pattern as 'DIR/*.mp4'"
             )
-        found += here
-    return list(dict.fromkeys(found))
+        files += here
+    return list(dict.fromkeys(files))
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class WindowDataset(IterableDataset[Window]):
     def __iter__(self) -> Iterator[Window]:
         """Windows of this worker's videos, in order."""
         worker = get_worker_info()
-        own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        for video in range(self.rank, len(self.videos), self.processes)[own::workers]:
+        worker_id, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        for video in range(self.rank, len(self.videos), self.processes)[worker_id::workers]:
             yield from self._of(video)
 
     def _of(self, video: int) -> Iterator[Window]:

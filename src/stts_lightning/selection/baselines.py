@@ -313,10 +313,10 @@ def find_selector(slot: SlotSpec, selection: SelectionSpec) -> type[Selector]:
     """The class of a slot's selector. Raises SelectionError for a name that its axis does not have."""
     name = slot.selector or selection.selector
     if "." in name:
-        found = selector_class(name)
-        if not (isinstance(found, type) and issubclass(found, Selector)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        chosen = selector_class(name)
+        if not (isinstance(chosen, type) and issubclass(chosen, Selector)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SelectionError(f"selection.slots.{slot.name}.selector={name!r}: not a subclass of Selector")
-        return found
+        return chosen
     if name not in SELECTORS[slot.axis]:
         key = f"selection.slots.{slot.name}.selector" if slot.selector else f"selection.selector, at slot {slot.name}"
         allowed = ", ".join(SELECTORS[slot.axis])

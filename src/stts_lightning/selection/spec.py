@@ -74,7 +74,7 @@ class SlotSpec:
         """Number of the self-attention block before which the slot acts."""
         return int(self.name[1:])
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What was given, as plain values."""
         return {key: value for key in ("ratio", "keep", "side", "selector") if (value := getattr(self, key)) is not None}
 
@@ -160,10 +160,10 @@ class SelectionSpec:
         slots: Mapping[str, Any] = values.pop("slots", None) or {}
         return cls(slots=tuple(_slot(name, slot) for name, slot in slots.items()), **values)
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The mapping that `of` reads back as this selection: plain containers, for files."""
         shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "slots"}
-        return {**shared, "slots": {slot.name: slot.plain() for slot in self.slots}}
+        return {**shared, "slots": {slot.name: slot.to_dict() for slot in self.slots}}
 
     def __str__(self) -> str:
         parts = (f"{s.name}_{s.ratio if s.keep is None and s.side is None else s.keep or s.side}" for s in self.slots)

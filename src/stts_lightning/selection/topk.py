@@ -125,8 +125,8 @@ class _Chances(NamedTuple):
         """For candidates `first` to `last - 1` of scores `(B, N)`."""
         gaps = (scores.T[:, :, None] - scores[:, first:last]) * scale  # (N, B, M)
         gaps = (gaps.unsqueeze(-1) - nodes).flatten(1)
-        own = torch.eye(scores.shape[1], device=scores.device, dtype=torch.bool)[:, first:last]
-        others = ~own[:, None, :, None].expand(-1, scores.shape[0], -1, len(nodes)).flatten(1)
+        itself = torch.eye(scores.shape[1], device=scores.device, dtype=torch.bool)[:, first:last]
+        others = ~itself[:, None, :, None].expand(-1, scores.shape[0], -1, len(nodes)).flatten(1)
         return cls(gaps, torch.where(others, 0.5 * torch.erfc(gaps * -math.sqrt(0.5)), 1.0), others)
 
 
@@ -134,9 +134,9 @@ def _counts(selected: Tensor, k: int) -> Tensor:
     """Probability that c of the candidates before each are selected, c below K: `(N, R)` -> `(N, K, R)` (Poisson-binomial)."""
     counts = selected.new_zeros(selected.shape[0], k, selected.shape[1])
     counts[0, 0] = 1.0
-    for found, after, chance in zip(counts[:-1], counts[1:], selected[:-1], strict=True):
-        torch.mul(found, 1 - chance, out=after)
-        after[1:].addcmul_(found[:-1], chance)
+    for before, after, chance in zip(counts[:-1], counts[1:], selected[:-1], strict=True):
+        torch.mul(before, 1 - chance, out=after)
+        after[1:].addcmul_(before[:-1], chance)
     return counts
 
 
@@ -147,9 +147,9 @@ def _less(adjoint: Tensor, chance: Tensor) -> Tensor:
     return before
 
 
-def _gain(adjoint: Tensor, found: Tensor) -> Tensor:
+def _gain(adjoint: Tensor, counts: Tensor) -> Tensor:
     """Gradient `(R,)` of a candidate's probability from that of the counts that it joins."""
-    return (adjoint[1:] * found[:-1]).sum(0) - (adjoint * found).sum(0)
+    return (adjoint[1:] * counts[:-1]).sum(0) - (adjoint * counts).sum(0)
 
 
 class _ExactTopK(torch.autograd.Function):
@@ -166,9 +166,9 @@ class _ExactTopK(torch.autograd.Function):
             selected = _Chances.of(scores, first, last, scale, nodes).selected
             before, after = _counts(selected, k), _counts(selected.flip(0), k).flip(0, 1)
             weighted = (selected.view(candidates, -1, len(nodes)) * weights).flatten(1)
-            for found, left, weight, out in zip(before, after, weighted, indicator, strict=True):
+            for left, right, weight, out in zip(before, after, weighted, indicator, strict=True):
                 # Candidate l is the k-th kept if k - 1 before and K - k after it are selected.
-                out.add_((found * left * weight).view(k, rows, -1).sum(-1))
+                out.add_((left * right * weight).view(k, rows, -1).sum(-1))
         return indicator.permute(2, 1, 0)
 
     @staticmethod

@@ -82,8 +82,8 @@ class Predictor(pl.Callback):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the progress of the first process's videos."""
-        own = len(range(0, len(self.videos), trainer.world_size))
-        self.one_more = self.shown.enter_context(counting("videos", own, self.quiet or not trainer.is_global_zero))
+        share = len(range(0, len(self.videos), trainer.world_size))
+        self.one_more = self.shown.enter_context(counting("videos", share, self.quiet or not trainer.is_global_zero))
 
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: WindowBatch, batch_idx: int, dataloader_idx: int = 0
@@ -113,16 +113,16 @@ class Predictor(pl.Callback):
 
     def _finish(self, window: Window) -> None:
         video = window.video
-        found: dict[str, Any] = {"video": str(self.videos[video])}
+        record: dict[str, Any] = {"video": str(self.videos[video])}
         if window.failure:
             log.warning("%s", window.failure)
-            found["error"] = window.failure
+            record["error"] = window.failure
         chances, windows = self.chances.pop(video, []), self.lines.pop(video, [])
         if chances:
-            found |= {"top": ranked(torch.stack(chances).mean(0), self.classes, self.top), "windows": windows}
+            record |= {"top": ranked(torch.stack(chances).mean(0), self.classes, self.top), "windows": windows}
         if drawn := self.drawn.pop(video, []):
-            found |= self._draw(video, drawn)
-        self.done[video] = found
+            record |= self._draw(video, drawn)
+        self.done[video] = record
 
     def _draw(self, video: int, drawn: list[tuple[np.ndarray, Kept, str, float]]) -> dict[str, Any]:
         folder = self.folder / "overlays"
@@ -167,10 +167,10 @@ def run_predict(
         trainer.predict(module, data, return_predictions=False)
     if not trainer.is_global_zero:
         return None
-    found: dict[str, Any] = {}
+    records: dict[str, Any] = {}
     for rank in range(trainer.world_size):
-        found |= json.loads(predictor.part(rank).read_text())
+        records |= json.loads(predictor.part(rank).read_text())
         predictor.part(rank).unlink()
-    everything = [found[str(number)] for number in range(len(predictor.videos))]
+    everything = [records[str(number)] for number in range(len(predictor.videos))]
     (predictor.folder / "predictions.json").write_text(json.dumps(everything, indent=1) + "\n")
     return everything

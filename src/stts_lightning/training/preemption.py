@@ -61,10 +61,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, weights_only)
         except Exception as error:  # torch raises many kinds; all mean that this file is no use.
             others = sorted(str(file) for file in Path(path).parent.glob("*.ckpt") if file != Path(path))
-            beside = f"; beside it there is {', '.join(others)} (start anew from it with pretrained=)" if others else ""
+            hint = f"; beside it there is {', '.join(others)} (start anew from it with pretrained=)" if others else ""
             reason = str(error).splitlines()[0].split(". ")[0][:200]
             size = Path(path).stat().st_size
-            raise SaveError(f"checkpoint {path}: cannot be read, {size} bytes ({reason}){beside}") from error
+            raise SaveError(f"checkpoint {path}: cannot be read, {size} bytes ({reason}){hint}") from error
 
 
 class LastCheckpoint(Checkpoint):
@@ -121,8 +121,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save; end if that was asked for."""
-        found = trainer.callback_metrics.items()
-        self.metrics = {name: float(value) for name, value in sorted(found) if name.startswith(("val/", "train/"))}
+        metrics = trainer.callback_metrics.items()
+        self.metrics = {name: float(value) for name, value in sorted(metrics) if name.startswith(("val/", "train/"))}
         self._save(trainer)
         asked, _ = self._agreed(trainer, self.asked is not None, False)
         if asked and trainer.current_epoch + 1 < (trainer.max_epochs or 0):

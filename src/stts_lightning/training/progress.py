@@ -126,6 +126,6 @@ class ProgressLines(ProgressBar):
 
 def rates(optimizer: torch.optim.Optimizer) -> str:
     """Learning rates: one where all parts of the model learn at the same, else each with its part."""
-    found = {str(group["name"]).partition("/")[0]: f"{group['lr']:.1e}" for group in optimizer.param_groups}
-    same = len(set(found.values())) == 1
-    return next(iter(found.values())) if same else " ".join(f"{rate} ({part})" for part, rate in found.items())
+    rates = {str(group["name"]).partition("/")[0]: f"{group['lr']:.1e}" for group in optimizer.param_groups}
+    same = len(set(rates.values())) == 1
+    return next(iter(rates.values())) if same else " ".join(f"{rate} ({part})" for part, rate in rates.items())

@@ -43,22 +43,22 @@ def facts(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModu
     }
 
 
-def rows(known: Mapping[str, Any]) -> dict[str, str]:
+def rows(info: Mapping[str, Any]) -> dict[str, str]:
     """Facts as lines of a table."""
-    dataset = known["dataset"]
-    slots = "; ".join(f"{name.upper()}: {text}" for name, text in known["slots"].items())
-    size = "x".join(map(str, known["clip"]))
+    dataset = info["dataset"]
+    slots = "; ".join(f"{name.upper()}: {text}" for name, text in info["slots"].items())
+    size = "x".join(map(str, info["clip"]))
     videos = [str(dataset[key]) for key in ("train_videos", "val_videos") if key in dataset]
-    choices = "".join(f", {name}={value}" for name, value in known["backbone_choices"].items())
-    copies = f" x {known['clips_of_a_training_video']} clips" if known["clips_of_a_training_video"] > 1 else ""
+    choices = "".join(f", {name}={value}" for name, value in info["backbone_choices"].items())
+    copies = f" x {info['clips_of_a_training_video']} clips" if info["clips_of_a_training_video"] > 1 else ""
     return {
-        "model": f"{known['backbone']} {known['selection']}, {size}{choices}",
-        "weights": known["weights"],
-        "slots": f"{slots} ({known['scorer']} scorer, {known['estimator']})" if slots else "none: all tokens are kept",
-        "parameters": f"{known['parameters']:,}",
-        "GFLOPs": f"{known['gflops_per_view']:.2f} a view, {known['views']} views a test video",
+        "model": f"{info['backbone']} {info['selection']}, {size}{choices}",
+        "weights": info["weights"],
+        "slots": f"{slots} ({info['scorer']} scorer, {info['estimator']})" if slots else "none: all tokens are kept",
+        "parameters": f"{info['parameters']:,}",
+        "GFLOPs": f"{info['gflops_per_view']:.2f} a view, {info['views']} views a test video",
         "data": f"{dataset['name']}: {' + '.join(videos)} videos, {dataset['classes']} classes",
-        "batch": f"{known['batch_size']} videos{copies} over {known['devices']}, {known['precision']}",
+        "batch": f"{info['batch_size']} videos{copies} over {info['devices']}, {info['precision']}",
     }
 
 
