@@ -2,7 +2,6 @@
 
 import csv
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from omegaconf import DictConfig
 
 from stts_lightning.configuration import conf_dir
 from stts_lightning.data.annotations import AnnotationError, VideoList
-from stts_lightning.data.checking import Encoding, Task, work
+from stts_lightning.data.checking import Task, work
+from stts_lightning.data.encode import Encoding
 from stts_lightning.data.manifest import Entry, manifest_hash, write_manifest
 from stts_lightning.doctor import check_installation
 from stts_lightning.progress import counting
@@ -21,19 +21,26 @@ TASKS = ("check", "encode")
 
 
 def targets(videos: VideoList, folder: Path) -> list[Path]:
-    """Where each video is written: by class, under its own name, or with a number where that is taken."""
-    taken: Counter[str] = Counter()
-    files = []
-    for video in videos.videos:
-        name = f"{video.label:03d}_{_safe(videos.classes[video.label])}/{video.path.stem}"
-        files.append(folder / f"{name}{f'_{taken[name]}' if taken[name] else ''}.mp4")
-        taken[name] += 1
+    """Where each video is written: under the path that it has in the folder that all of the list have in common.
+
+    Raises:
+        AnnotationError: for two sources that would share a target.
+    """
+    paths = [video.path.absolute() for video in videos.videos]
+    base = Path(os.path.commonpath([path.parent for path in paths]))
+    files = [folder / path.parent.relative_to(base) / _target_name(path) for path in paths]
+    sources: dict[Path, Path] = {}
+    for path, file in zip(paths, files, strict=True):
+        if sources.setdefault(file, path) != path:
+            raise AnnotationError(f"{sources[file]} and {path} would both be written to {file}; rename one of them")
     return files
 
 
-def _safe(name: str) -> str:
-    """A class's name as that of a folder."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:60]
+def _target_name(path: Path) -> str:
+    """`v.mp4` stays, `v.avi` becomes `v.avi.mp4`, the frame folder `v` becomes `v.frames.mp4`."""
+    if path.is_dir():
+        return f"{path.name}.frames.mp4"
+    return path.name if path.suffix == ".mp4" else f"{path.name}.mp4"
 
 
 def run(tasks: Sequence[Task], jobs: int, timeout: float) -> list[Entry]:
@@ -123,6 +130,9 @@ def main(cfg: DictConfig) -> None:
             results[split] = run(tasks, jobs, timeout)
             if encode:
                 write_list(out / f"{split}.csv", videos, results[split])
+                written = {Path(entry.path) for entry in results[split]}
+                if others := sum(file.absolute() not in written for file in (out / split).rglob("*.mp4")):
+                    print(f"{out / split}: {others} files are of no video of this list; its csv leaves them out")
         # An encoding's lists name only what decodes, and so does its manifest.
         kept = (entry for entries in results.values() for entry in entries if entry.status == "ok" or not encode)
         write_manifest(manifest, kept)

@@ -11,7 +11,7 @@ import torch
 from warm import python_m
 
 from stts_lightning.analysis.speed import Timing, in_turns, peak_memory
-from stts_lightning.data.decode import write_mp4
+from stts_lightning.data.encode import write_mp4
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from stts_lightning.data.annotations import Video, VideoList
 from stts_lightning.data.dataset import ClipDataset, ClipSpec, Reading, collate
-from stts_lightning.data.decode import DecodeError, write_mp4
+from stts_lightning.data.decode import DecodeError
+from stts_lightning.data.encode import write_mp4
 from stts_lightning.data.transforms import ClipRandAugment, EvalTransform, TrainTransform
 
 

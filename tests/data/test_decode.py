@@ -3,7 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stts_lightning.data.decode import DECODERS, DecodeError, open_video, write_mp4
+from stts_lightning.data.decode import DECODERS, DecodeError, open_video
+from stts_lightning.data.encode import write_mp4
 
 GOOD = {  # file: frames that decode
     "ucf101_v_SoccerJuggling_g23_c01.avi": 240,

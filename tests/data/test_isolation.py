@@ -15,7 +15,8 @@ import torch
 
 from stts_lightning.data.annotations import Video, VideoList
 from stts_lightning.data.dataset import ClipDataset, ClipSpec, Reading, collate
-from stts_lightning.data.decode import DecodeError, open_video, write_mp4
+from stts_lightning.data.decode import DecodeError, open_video
+from stts_lightning.data.encode import write_mp4
 from stts_lightning.data.isolation import DecoderProcess, decoder_process
 from stts_lightning.data.transforms import TrainTransform
 

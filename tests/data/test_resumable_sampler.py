@@ -6,8 +6,8 @@ import torch
 from stts_lightning.data import resumable_sampler
 from stts_lightning.data.annotations import Video, VideoList
 from stts_lightning.data.dataset import ClipDataset, ClipSpec, collate
-from stts_lightning.data.decode import write_mp4
 from stts_lightning.data.demo import DemoSpec, render
+from stts_lightning.data.encode import write_mp4
 from stts_lightning.data.resumable_sampler import EpochOrder, LoaderError, Pick, TrainLoader
 from stts_lightning.data.transforms import TrainTransform
 

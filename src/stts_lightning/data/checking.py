@@ -4,30 +4,29 @@ import multiprocessing
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from stts_lightning.data.decode import DecodeError, examine, probe, transcode
+from stts_lightning.data.decode import DecodeError, examine, probe
+from stts_lightning.data.encode import Encoding, is_encoded, transcode
 from stts_lightning.data.manifest import Entry
+from stts_lightning.data.streams import is_transport_stream, why_not_decord
 
 # A fresh interpreter: a fork of a process with threads may hold their locks.
 PROCESSES = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """How a file is written again; see `transcode`."""
-
-    short_side: int
-    keyframe_every: int
-    crf: int
-
-
-@dataclass(frozen=True)
 class Task:
-    """A file to be looked at, or to be written again and then looked at."""
+    """A file to be looked at, or to be written again and then looked at.
+
+    Attributes:
+        path: the file, or a folder of pictures.
+        target: where it is written again; None only looks at it.
+        encoding: how.
+    """
 
     path: Path
     target: Path | None = None
@@ -44,21 +43,20 @@ def _serve(connection: Connection) -> None:
 
 def _findings(task: Task) -> Iterator[tuple[str, Any]]:
     path, warning = task.path, ""
-    if not path.is_file():
+    if not path.exists():
         yield "status", "missing"
         return
     if task.target is not None and task.encoding is not None:
-        e = task.encoding
-        if not task.target.is_file():
-            try:
-                warning = transcode(path, task.target, e.short_side, e.keyframe_every, e.crf)
-            except DecodeError as error:
-                yield "warning", str(error)
-                yield "status", "broken"
-                return
+        try:
+            if not is_encoded(path, task.target, task.encoding):
+                warning = transcode(path, task.target, **asdict(task.encoding))
+        except DecodeError as error:
+            yield "warning", str(error)
+            yield "status", "broken"
+            return
         path = task.target
     contents = examine(path)
-    yield "contents", contents
+    yield "contents", contents._replace(samples={})
     yield "warning", "; ".join(text for text in (warning, contents.warning) if text)
     if not contents.frames:
         yield "status", "broken"
@@ -66,10 +64,16 @@ def _findings(task: Task) -> Iterator[tuple[str, Any]]:
     # From here on it is known to decode: what follows tells by which decoder.
     yield "decoder", "pyav"
     yield "status", "ok"
-    if not (trouble := probe(path, contents.frames, "decord")):
-        yield "decoder", "decord"
-    else:
+    if path.is_dir():
+        return
+    reason = why_not_decord(path)
+    yield "reason", reason
+    if is_transport_stream(path):  # decord never returns from a far seek in one.
+        return
+    if trouble := probe(path, contents.frames, "decord", contents.samples):
         yield "trouble", trouble
+    elif not reason:
+        yield "decoder", "decord"
 
 
 class _Worker:
@@ -114,8 +118,10 @@ class _Worker:
 
 
 def _entry(task: Task, findings: dict[str, Any], trouble: str) -> Entry:
-    by_decord = "trouble" in findings or (trouble and "decoder" in findings)
-    texts = (findings.get("warning", ""), f"decord: {findings.get('trouble') or trouble}" if by_decord else trouble)
+    # What went wrong after it was known to decode is decord's doing.
+    by_decord = findings.get("trouble") or (trouble if "decoder" in findings else "")
+    texts = [findings.get("warning", ""), findings.get("reason", "")]
+    texts.append(f"decord: {by_decord}" if by_decord else trouble)
     lost = "hangs" if trouble.startswith("hangs") else "crashes"
     contents = findings.get("contents")
     facts: dict[str, Any] = {}
@@ -123,13 +129,8 @@ def _entry(task: Task, findings: dict[str, Any], trouble: str) -> Entry:
         facts = {name: getattr(contents, name) for name in ("frames", "promised", "width", "height", "rate", "codec")}
     status = findings.get("status", lost)
     path = task.target if task.target is not None and status == "ok" else task.path
-    return Entry(
-        str(path.absolute()),
-        status,
-        **facts,
-        decoder=findings.get("decoder", ""),
-        warning="; ".join(text for text in texts if text),
-    )
+    decoder, warning = findings.get("decoder", ""), "; ".join(text for text in texts if text)
+    return Entry(str(path.absolute()), status, **facts, decoder=decoder, warning=warning)
 
 
 def work(tasks: Sequence[Task], jobs: int, timeout: float, done: Callable[[Entry], None] = lambda entry: None) -> list[Entry]:

@@ -22,7 +22,7 @@ Transform = Callable[[Tensor], Tensor]
 
 
 class Failure(NamedTuple):
-    """A file that did not decode, and why."""
+    """A file that did not decode, or not by the decoder asked for, and why."""
 
     path: str
     reason: str
@@ -38,6 +38,7 @@ class Batch(NamedTuple):
         valid: `(B,)` bool; False where an evaluation was allowed to go on without the video.
         failures: files that did not decode on the way.
         draws: in training a number for each video, which all that is random about it follows from.
+        notes: files that another decoder than the one asked for reads: the first one for each reason.
     """
 
     clip: Tensor
@@ -46,6 +47,7 @@ class Batch(NamedTuple):
     valid: Tensor
     failures: tuple[Failure, ...]
     draws: tuple[int, ...] = ()
+    notes: tuple[Failure, ...] = ()
 
 
 @contextmanager
@@ -131,6 +133,8 @@ class ClipDataset(Dataset[Batch]):
         self.videos, self.clip, self.transform, self.train = videos, clip, transform, train
         self.sampling = SAMPLINGS[clip.sampling](clip.frames, clip.stride)
         self.reading = reading or Reading()
+        self._notes: dict[str, Failure] = {}
+        self._told: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -152,7 +156,7 @@ class ClipDataset(Dataset[Batch]):
         for _ in range(self.max_replacements):
             video = self.videos.videos[index]
             try:
-                return self._item(index, self._decode(index), video.label, True, failures)
+                return self._item(index, self._decode(index), video.label, True, failures)._replace(notes=self._new_notes())
             except DecodeError as error:
                 if not self.train and self.reading.on_error == "raise":
                     raise
@@ -166,6 +170,8 @@ class ClipDataset(Dataset[Batch]):
         video = self.videos.videos[index]
         with open_isolated(video.path, video.decoder or self.reading.decoder, self.reading.decode_timeout) as reader:
             total = video.frames or len(reader)
+            if reader.note:
+                self._notes.setdefault(reader.note, Failure(str(video.path), reader.note))
             if self.train:
                 rng = np.random.default_rng(int(torch.randint(2**62, ())))
                 views = self.sampling.train(total, rng, reader.rate)[None]
@@ -173,6 +179,12 @@ class ClipDataset(Dataset[Batch]):
                 views = self.sampling.views(total, self.clip.views, reader.rate)
             pixels = reader.frames(views.ravel())
         return self._crops(torch.from_numpy(pixels).permute(0, 3, 1, 2), len(views))
+
+    def _new_notes(self) -> tuple[Failure, ...]:
+        """Notes that no batch of this process has had."""
+        new = tuple(note for reason, note in self._notes.items() if reason not in self._told)
+        self._told.update(self._notes)
+        return new
 
     def _crops(self, frames: Tensor, views: int) -> Tensor:
         """Frames `(V T, 3, H, W)` of V clips -> `(V * crops, 3, T, H', W')`, a clip's crops one after the other."""
@@ -186,10 +198,12 @@ class ClipDataset(Dataset[Batch]):
 
 
 def collate(items: list[Batch]) -> Batch:
-    """Stack items; failures and draws are strung together."""
+    """Stack items; failures, draws and notes are joined."""
     clip, label, video, valid = (default_collate([item[i] for item in items]) for i in range(4))
     failures = tuple(chain.from_iterable(item.failures for item in items))
-    return Batch(clip, label, video, valid, failures, tuple(chain.from_iterable(item.draws for item in items)))
+    draws = tuple(chain.from_iterable(item.draws for item in items))
+    notes = tuple(chain.from_iterable(item.notes for item in items))
+    return Batch(clip, label, video, valid, failures, draws, notes)
 
 
 def list_hash(videos: VideoList) -> str:

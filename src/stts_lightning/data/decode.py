@@ -1,151 +1,53 @@
-"""Pixels of chosen frames: the only file that touches a video library.
-
-A reader is opened where it is used (in the worker), for one item, with one thread, and closed at once: decord's readers
-cannot cross a fork and decode ahead without bound while they idle.
-"""
+"""Video files and frame folders: frames of them, what they hold, and writing them. The way in for all that reads videos."""
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stts_lightning.errors import UserError
+from stts_lightning.data.encode import transcode, write_mp4
+from stts_lightning.data.readers import (
+    DecordReader,
+    FolderReader,
+    Frames,
+    PyAVReader,
+    Reader,
+    damage,
+    decoded_frames,
+    first_line,
+    is_frame_folder,
+)
+from stts_lightning.data.streams import DecodeError, choose_stream, describe_choice, index_file, why_not_decord
 
-Frames = NDArray[np.uint8]
-
-
-class DecodeError(UserError):
-    """A video that cannot be decoded: names the file and says what was found."""
-
-
-class Reader(Protocol):
-    """An open video."""
-
-    def __len__(self) -> int:
-        """Number of frames that the container promises."""
-        ...
-
-    @property
-    def rate(self) -> float:
-        """Frames a second, on average."""
-        ...
-
-    def frames(self, indices: NDArray[np.int64]) -> Frames:
-        """Frames by number, in any order and with repeats, `(T, H, W, 3)` uint8 RGB, upright."""
-        ...
-
-    def close(self) -> None:
-        """Give the file back."""
-        ...
-
-
-class DecordReader:
-    """decord: seeks to the key frame before each wanted frame and decodes from there."""
-
-    def __init__(self, path: Path) -> None:
-        decord = importlib.import_module("decord")
-        decord.logging.set_level(decord.logging.QUIET)
-        self._reader = decord.VideoReader(str(path), num_threads=1)
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    @property
-    def rate(self) -> float:
-        """See `Reader.rate`."""
-        return float(self._reader.get_avg_fps())
-
-    def has_even_rate(self) -> bool:
-        """Whether frames follow each other at one rate. decord seeks by time, which is exact only then."""
-        times = self._reader.get_frame_timestamp(range(len(self)))[:, 0]
-        gaps = np.diff(times)
-        return gaps.size == 0 or float(gaps.max() - gaps.min()) < 0.5 * float(np.median(gaps))
-
-    def frames(self, indices: NDArray[np.int64]) -> Frames:
-        """See `Reader.frames`."""
-        wanted, places = np.unique(indices, return_inverse=True)
-        return self._reader.get_batch(wanted.tolist()).asnumpy()[places]
-
-    def close(self) -> None:
-        """See `Reader.close`."""
-        del self._reader
-
-
-def _decodable(container: Any, stream: Any, errors: list[str]) -> Iterator[Any]:
-    """Frames of a stream by PyAV; a packet that does not decode is skipped, and what was wrong with it added to `errors`."""
-    av: Any = importlib.import_module("av")
-    for packet in container.demux(stream):
-        try:
-            yield from packet.decode()
-        except av.FFmpegError as error:
-            errors.append(_first_line(error))
-
-
-class PyAVReader:
-    """PyAV: decodes from the start to the last wanted frame; exact for every container, slower for late frames."""
-
-    def __init__(self, path: Path) -> None:
-        av = importlib.import_module("av")
-        self._container = av.open(str(path))
-        if not self._container.streams.video:
-            raise DecodeError("no video stream")
-        self._stream = self._container.streams.video[0]
-        self._stream.thread_count = 1
-        self._length = self._stream.frames or sum(1 for p in self._container.demux(self._stream) if p.size)
-        if not self._stream.frames:
-            self._container.seek(0)
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def rate(self) -> float:
-        """See `Reader.rate`."""
-        return float(self._stream.average_rate or self._stream.guessed_rate or 0)
-
-    def frames(self, indices: NDArray[np.int64]) -> Frames:
-        """See `Reader.frames`."""
-        wanted, places = np.unique(indices, return_inverse=True)
-        last = int(wanted[-1])
-        chosen = set(wanted.tolist())
-        out: list[Frames] = []
-        # One for all frames: a frame's own would be set up again for each.
-        converter = importlib.import_module("av.video.reformatter").VideoReformatter()
-        for number, frame in enumerate(_decodable(self._container, self._stream, [])):
-            if number in chosen:
-                image = converter.reformat(frame, format="rgb24").to_ndarray()
-                out.append(np.rot90(image, getattr(frame, "rotation", 0) // 90))
-            if number == last:
-                break
-        if len(out) < len(wanted):
-            raise DecodeError(f"frame {int(wanted[len(out)])} does not decode, of {len(self)} promised")
-        return np.ascontiguousarray(np.stack(out)[places])
-
-    def close(self) -> None:
-        """See `Reader.close`."""
-        self._container.close()
-
-
-def _is_transport_stream(path: Path) -> bool:
-    """Whether a file is MPEG-TS: packets of 188 bytes (192 with a time code), each beginning with 0x47."""
-    with path.open("rb") as file:
-        head = file.read(192 * 2 + 5)
-    return any(len(head) > start + size and head[start] == head[start + size] == 0x47 for start, size in ((0, 188), (4, 192)))
+__all__ = [
+    "DECODERS",
+    "Contents",
+    "DecodeError",
+    "Frames",
+    "Reader",
+    "examine",
+    "is_frame_folder",
+    "open_video",
+    "probe",
+    "transcode",
+    "write_mp4",
+]
 
 
 def _decord_or_exact(path: Path) -> Reader:
-    if _is_transport_stream(path):  # decord never returns from a far seek in one.
-        return PyAVReader(path)
-    reader = DecordReader(path)
-    if reader.has_even_rate():
-        return reader
-    reader.close()
-    return PyAVReader(path)
+    """Decord's reader where it is exact, else PyAV's."""
+    if reason := why_not_decord(path):
+        return PyAVReader(path, reason)
+    try:
+        return DecordReader(path)
+    except ImportError:
+        raise
+    except Exception as error:  # decord raises many kinds.
+        return PyAVReader(path, f"decord cannot open it ({first_line(error)})")
 
 
 DECODERS: dict[str, Callable[[Path], Reader]] = {"decord": _decord_or_exact, "pyav": PyAVReader}
@@ -156,8 +58,9 @@ def open_video(path: str | Path, decoder: str = "decord") -> Iterator[Reader]:
     """Open a video for reading; every failure inside becomes one DecodeError that names the file.
 
     Args:
-        path: the file.
-        decoder: "decord" (files of uneven frame rate and MPEG-TS go to PyAV, which is exact on them) or "pyav".
+        path: the file, or a folder with a picture for each frame.
+        decoder: "decord" (files on which it is not exact, or that it cannot open, go to PyAV) or "pyav". A folder of numbered
+            pictures needs neither.
 
     Raises:
         DecodeError: if the file is missing, is no video, has no frames, or a frame does not decode.
@@ -166,33 +69,27 @@ def open_video(path: str | Path, decoder: str = "decord") -> Iterator[Reader]:
     path = Path(path)
     if decoder not in DECODERS:
         raise ValueError(f"decoder={decoder!r}: allowed are {', '.join(DECODERS)}")
-    if not path.is_file():
+    folder = path.is_dir()
+    if not folder and not path.is_file():
         raise DecodeError(f"{path}: no such file")
     reader: Reader | None = None
     try:
-        reader = DECODERS[decoder](path)
+        reader = FolderReader(path) if folder else DECODERS[decoder](path)
         if len(reader) < 1:
             raise DecodeError("it holds no frames")
         yield reader
     except ImportError:
         raise
     except Exception as error:  # decord and FFmpeg raise many kinds; all mean that this file is no use.
-        raise DecodeError(
-            f"{path}: cannot be decoded by {decoder} ({path.stat().st_size} bytes): {_first_line(error)}"
-        ) from error
+        what = "cannot be read" if folder else f"cannot be decoded by {decoder} ({path.stat().st_size} bytes)"
+        raise DecodeError(f"{path}: {what}: {first_line(error)}") from error
     finally:
         if reader is not None:
             reader.close()
 
 
-def _first_line(error: Exception) -> str:
-    """The first telling part of a library's message, without its stack trace."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0].split("Check failed: ")[-1].split("] ")[-1][:160]
-
-
 class Contents(NamedTuple):
-    """What a video file holds.
+    """What a video holds.
 
     Attributes:
         promised: frames that its container promises; 0 where it does not say.
@@ -200,7 +97,8 @@ class Contents(NamedTuple):
         width, height: of the first of them, upright.
         rate: frames a second, on average.
         codec: name.
-        warning: what does not decode; empty if all is well.
+        warning: what does not decode, and which of several streams is read; empty if all is well.
+        samples: by frame number, a small grey picture of some frames and of those around them.
     """
 
     promised: int
@@ -210,117 +108,101 @@ class Contents(NamedTuple):
     rate: float
     codec: str
     warning: str
+    samples: dict[int, NDArray[np.uint8]]
+
+
+SAMPLED, AROUND, SAMPLE_SIDE = 6, 4, 48
+
+
+def sampled_frames(count: int) -> list[int]:
+    """Numbers of the frames of a video on which decoders are compared: spread from its start to its end."""
+    return np.unique(np.linspace(0, count - 1, SAMPLED).round().astype(int)).tolist() if count else []
+
+
+def _sample(image: Frames) -> NDArray[np.uint8]:
+    pillow: Any = importlib.import_module("PIL.Image")
+    return np.asarray(pillow.fromarray(image).convert("L").resize((SAMPLE_SIDE, SAMPLE_SIDE), pillow.Resampling.BOX))
 
 
 def examine(path: str | Path) -> Contents:
-    """Decode a whole file by PyAV, which is exact for every container, and tell what it holds. Raises nothing but for a bug."""
-    av: Any = importlib.import_module("av")
-    promised, frames, size, rate, codec = 0, 0, (0, 0), 0.0, ""
-    errors: list[str] = []
+    """Decode a whole video by PyAV, which is exact for every container, and tell what it holds. Raises nothing but for a bug."""
+    path = Path(path)
+    return _examine_folder(path) if path.is_dir() else _examine_file(path)
+
+
+def _examine_folder(path: Path) -> Contents:
     try:
+        reader = FolderReader(path)
+        sizes = {reader.frames(np.array([number])).shape[1:3] for number in range(len(reader))}
+        height, width = reader.frames(np.array([0])).shape[1:3]
+    except DecodeError as error:
+        return Contents(0, 0, 0, 0, 0.0, "", str(error), {})
+    warning = f"pictures of {len(sizes)} sizes: all get that of the first" if len(sizes) > 1 else ""
+    return Contents(len(reader), len(reader), width, height, 0.0, "pictures", warning, {})
+
+
+def _examine_file(path: Path) -> Contents:
+    av: Any = importlib.import_module("av")
+    promised, frames, size, rate, codec, notes = 0, 0, (0, 0), 0.0, "", list[str]()
+    errors: list[str] = []
+    samples: dict[int, NDArray[np.uint8]] = {}
+    try:
+        around = {n + i for n in sampled_frames(index_file(path).count) for i in range(-AROUND, AROUND + 1)}
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                return Contents(0, 0, 0, 0, 0.0, "", "no video stream")
-            stream = container.streams.video[0]
+            stream = choose_stream(container)
+            notes += [text for text in [describe_choice(container, stream)] if text]
             stream.thread_count = 1
             promised, rate, codec = stream.frames, float(stream.average_rate or 0), stream.codec_context.name
-            for frame in _decodable(container, stream, errors):
+            sizes: dict[tuple[int, int], int] = {}
+            for frame in decoded_frames(container, stream, errors):
+                turns = getattr(frame, "rotation", 0) // 90
+                sizes.setdefault((frame.width, frame.height), frames)
                 if frames == 0:
-                    turned = getattr(frame, "rotation", 0) % 180 != 0
-                    size = (frame.height, frame.width) if turned else (frame.width, frame.height)
+                    size = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
+                if frames in around:
+                    samples[frames] = _sample(np.rot90(frame.to_ndarray(format="rgb24"), turns))
                 frames += 1
-    except (av.FFmpegError, OSError, ValueError) as error:
-        errors.append(_first_line(error))
-    return Contents(promised, frames, *size, rate, codec, _warning(promised, frames, errors))
+            if len(sizes) > 1:
+                changes = ", ".join(f"{w}x{h} at frame {first}" for (w, h), first in list(sizes.items())[:4])
+                notes.append(f"the picture size changes ({changes}); all get the first size")
+            # Frames that an edit list cuts away are promised too.
+            promised = promised and frames if index_file(path).count == frames else promised
+    except (DecodeError, av.FFmpegError, OSError, ValueError) as error:
+        errors.append(first_line(error))
+    warning = "; ".join(text for text in (*notes, damage(promised, frames, errors)) if text)
+    return Contents(promised, frames, *size, rate, codec, warning, samples)
 
 
-def _warning(promised: int, frames: int, errors: list[str]) -> str:
-    """What is to be said of a file of which some packets do not decode; nothing if all is well."""
-    few = f"{frames} frames decode, {promised} promised" if promised and promised != frames else ""
-    bad = "" if not errors else errors[0] if len(errors) == 1 else f"{errors[0]}, and {len(errors) - 1} errors more"
-    return "; ".join(text for text in (few, bad) if text) or ("" if frames else "no frame decodes")
+def probe(path: str | Path, frames: int, decoder: str, samples: dict[int, NDArray[np.uint8]] | None = None) -> str:
+    """What is wrong with the frames that a decoder gives, beside those that PyAV decodes in order; empty if nothing.
 
+    A frame is wrong if it is more like another one around it, or like none. Each is asked for alone, after a seek.
 
-def probe(path: str | Path, frames: int, decoder: str) -> str:
-    """Read first, middle and last frame as a loader would; returns what went wrong, empty if nothing."""
-    try:
-        with open_video(path, decoder) as reader:
-            reader.frames(np.unique([0, frames // 2, frames - 1]))
-    except DecodeError as error:
-        return str(error)
-    return ""
-
-
-def transcode(source: str | Path, target: str | Path, short_side: int, keyframe_every: int = 12, crf: int = 20) -> str:
-    """Write a video again as H.264 mp4 of a short side, with a key frame every few frames: what seeks and decodes fast.
-
-    All frames that decode are kept, one for one, at their average rate; sound is left out; a smaller video keeps its size.
-
-    Returns:
-        What does not decode, if anything.
-
-    Raises:
-        DecodeError: if not one frame decodes.
+    Args:
+        path: the file.
+        frames: how many decode.
+        decoder: "decord", by itself also where `open_video` would take PyAV, or "pyav".
+        samples: what `examine` kept of the file; None examines it.
     """
-    av: Any = importlib.import_module("av")
-    target = Path(target)
-    part = target.with_suffix(".part.mp4")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    frames, promised, width, height = 0, 0, 0, 0
-    errors: list[str] = []
-    with av.open(str(part), "w") as output:
-        stream: Any = None
+    path, wanted = Path(path), sampled_frames(frames)
+    samples = examine(path).samples if samples is None else samples
+    try:
+        reader = DecordReader(path) if decoder == "decord" else PyAVReader(path)
         try:
-            with av.open(str(source)) as container:
-                reading = container.streams.video[0]
-                reading.thread_count = 1
-                rate = Fraction(reading.average_rate or reading.guessed_rate or 25).limit_denominator(1001)
-                promised = reading.frames
-                for frame in _decodable(container, reading, errors):
-                    turn = getattr(frame, "rotation", 0) // 90 % 4
-                    if stream is None:
-                        zoom = min(short_side / min(frame.width, frame.height), 1.0)
-                        width, height = _even(frame.width * zoom), _even(frame.height * zoom)
-                        options = {"crf": str(crf), "preset": "fast"}
-                        stream = output.add_stream("libx264", rate=rate, options=options)
-                        stream.width, stream.height = (height, width) if turn % 2 else (width, height)
-                        stream.pix_fmt, stream.gop_size, stream.thread_count = "yuv420p", keyframe_every, 1
-                    small = frame.reformat(width, height, format="rgb24" if turn else "yuv420p", interpolation="AREA")
-                    if turn:
-                        upright = np.ascontiguousarray(np.rot90(small.to_ndarray(), turn))
-                        small = av.VideoFrame.from_ndarray(upright, format="rgb24")
-                    small.pts, small.time_base = frames, 1 / rate
-                    output.mux(stream.encode(small))
-                    frames += 1
-        except (av.FFmpegError, OSError) as error:
-            errors.append(_first_line(error))
-        except IndexError:
-            errors.append("no video stream")
-        if stream is not None:
-            output.mux(stream.encode())
-    if not frames:
-        part.unlink(missing_ok=True)
-        raise DecodeError(f"{source}: {_warning(promised, frames, errors)}")
-    part.replace(target)
-    return _warning(promised, frames, errors)
+            wrong = [n for n in wanted if _is_other(n, _sample(reader.frames(np.array([n]))[0]), samples)]
+        finally:
+            reader.close()
+    except Exception as error:  # decord raises many kinds.
+        return first_line(error)
+    return f"gives other frames for {wrong} of {wanted}" if wrong else ""
 
 
-def _even(side: float) -> int:
-    """The nearest even length, which 4:2:0 needs."""
-    return max(round(side / 2) * 2, 2)
+def _is_other(number: int, image: NDArray[np.uint8], samples: dict[int, NDArray[np.uint8]]) -> bool:
+    def distance(other: int) -> float:
+        return float(np.abs(image.astype(int) - samples[other]).mean())
 
-
-def write_mp4(path: str | Path, frames: Iterable[Frames], rate: int = 24, keyframe_every: int = 12, crf: int = 18) -> None:
-    """Write RGB frames `(H, W, 3)` uint8 (even sides) as H.264 mp4, by PyAV. A broken-off write leaves no file."""
-    av: Any = importlib.import_module("av")
-    path = Path(path)
-    part = path.with_suffix(".part.mp4")
-    with av.open(str(part), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(rate), options={"crf": str(crf), "preset": "veryfast"})
-        stream.pix_fmt, stream.gop_size, stream.thread_count = "yuv420p", keyframe_every, 1
-        for image in frames:
-            if not stream.is_open:
-                stream.height, stream.width = image.shape[:2]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-    part.replace(path)
+    if number not in samples:
+        return False
+    near = [distance(other) for other in range(number - AROUND, number + AROUND + 1) if other in samples and other != number]
+    own = distance(number)
+    return own > 12 or (own > 1 and own > 2 * min(near, default=own))

@@ -21,7 +21,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from stts_lightning.data.decode import write_mp4
+from stts_lightning.data.encode import write_mp4
 from stts_lightning.progress import counting
 
 MOTIONS = ("right", "down_right", "down", "down_left", "left", "up_left", "up", "up_right")

@@ -28,9 +28,11 @@ MEMORY = 8 * 2**30
 class RemoteReader:
     """A `Reader` whose video is open in another process."""
 
+    note: str
+
     def __init__(self, process: "DecoderProcess", path: Path, decoder: str) -> None:
         self._process = process
-        self._length, self._rate = process.ask("open", path, decoder)
+        self._length, self._rate, self.note = process.ask("open", path, decoder)
 
     def __len__(self) -> int:
         return self._length
@@ -187,7 +189,7 @@ def _serve(ours: socket.socket) -> None:
             if name == "open":
                 opened = open_video(*arguments)
                 reader = opened.__enter__()
-                answer: Any = (len(reader), reader.rate)
+                answer: Any = (len(reader), reader.rate, reader.note)
             elif name == "frames":
                 try:
                     data = np.ascontiguousarray(reader.frames(*arguments))

@@ -29,6 +29,7 @@ class Window(NamedTuple):
         clip: `(crops, 3, T, H, W)` uint8; None where the video cannot be decoded, and in a batch, which stacks them.
         pictures: `(T, H, W, 3)` to look at, of the same part of the frames as the centre crop, if those were wanted.
         failure: why there is no clip; empty where there is one.
+        note: why another decoder than the one asked for reads the video; empty otherwise.
     """
 
     video: int
@@ -39,6 +40,7 @@ class Window(NamedTuple):
     clip: Tensor | None
     pictures: Frames | None  # No tensor: Lightning would take it to the device.
     failure: str
+    note: str = ""
 
 
 class WindowBatch(NamedTuple):
@@ -130,7 +132,7 @@ class WindowDataset(IterableDataset[Window]):
                         clip = rule.transform(frames).permute(0, 2, 1, 3, 4).contiguous()
                         shown = rule.pictures(frames)[0].permute(0, 2, 3, 1).contiguous().numpy() if rule.pictures else None
                         start, end = (indices[0] / rate, (indices[-1] + 1) / rate) if rate else (0.0, 0.0)
-                        yield Window(video, done, len(views), float(start), float(end), clip, shown, "")
+                        yield Window(video, done, len(views), float(start), float(end), clip, shown, "", reader.note)
                         done += 1
         except DecodeError as error:
             yield Window(video, done, done + 1, 0.0, 0.0, None, None, str(error))

@@ -43,12 +43,21 @@ class FailureLog(pl.Callback):
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self._said: set[str] = set()
+
+    @rank_zero_only
+    def _say(self, note: Failure) -> None:
+        if note.reason not in self._said:
+            log.info("%s is decoded by PyAV: %s (said once for each reason)", note.path, note.reason)
+        self._said.add(note.reason)
 
     @rank_zero_only
     def _warn(self, failure: Failure) -> None:
         log.warning("cannot decode, replaced in training and left out of a test: %s", failure.reason)
 
     def _note(self, batch: Batch) -> None:
+        for note in batch.notes:
+            self._say(note)
         for failure in batch.failures:
             if failure.path not in self.counts:
                 self._warn(failure)

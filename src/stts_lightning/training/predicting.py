@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from stts_lightning.analysis.kept import Kept, trace
 from stts_lightning.analysis.overlay import contact_sheet, film
 from stts_lightning.data.datamodule import LoaderOptions
-from stts_lightning.data.decode import write_mp4
+from stts_lightning.data.encode import write_mp4
 from stts_lightning.data.windows import Window, WindowBatch, WindowDataset, WindowRule, collate_windows
 from stts_lightning.kernels import prepacked_weights
 from stts_lightning.progress import counting
@@ -114,6 +114,8 @@ class Predictor(pl.Callback):
     def _finish(self, window: Window) -> None:
         video = window.video
         record: dict[str, Any] = {"video": str(self.videos[video])}
+        if window.note:
+            record["decoder"] = f"pyav: {window.note}"
         if window.failure:
             log.warning("%s", window.failure)
             record["error"] = window.failure

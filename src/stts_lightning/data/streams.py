@@ -1,0 +1,168 @@
+"""What a file's packets say about its frames: which stream is the video, how many frames it shows, and whether decord is exact.
+
+Packets are read without decoding them, which takes one or two milliseconds for a clip of ten seconds.
+"""
+
+import importlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stts_lightning.errors import UserError
+
+
+class DecodeError(UserError):
+    """A video that cannot be decoded: names the file and says what was found."""
+
+
+# In other containers decord seeks to wrong frames (AVI, ASF, MPEG-PS) or never returns (MPEG-TS).
+DECORD_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm", "flv"})
+SEEKABLE_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm"})
+"""Containers with an index of key frames, by which PyAV seeks exactly."""
+
+
+@dataclass(frozen=True)
+class KeyFrame:
+    """A frame at which decoding can begin.
+
+    Attributes:
+        number: of the frame, in order of display.
+        pts: when it is shown, in units of the stream.
+        seek: the time by which the container's index finds it, in the same units.
+    """
+
+    number: int
+    pts: int
+    seek: int
+
+
+@dataclass(frozen=True)
+class FrameIndex:
+    """The frames of a stream, as its packets announce them.
+
+    Attributes:
+        count: packets that show a frame: those that an edit list cuts away, and hidden ones, do not. Of a file that is cut
+            short what its header promises.
+        pts: when each is shown, `(count,)` in order of display; empty where packets do not say.
+        keys: key frames, in order of display; empty where a seek is not exact.
+        inexact: why decord would give wrong frames; empty if it is exact.
+    """
+
+    count: int
+    pts: NDArray[np.int64]
+    keys: tuple[KeyFrame, ...]
+    inexact: str
+
+
+def choose_stream(container: Any) -> Any:
+    """The stream that a player shows, of a container opened by PyAV.
+
+    Cover pictures and thumbnails never; of the others the one marked as default; of several the largest picture, then the
+    longest.
+
+    Raises:
+        DecodeError: if there is none.
+    """
+    d = importlib.import_module("av.stream").Disposition
+    still = d.attached_pic | d.timed_thumbnails | d.still_image
+    videos = [stream for stream in container.streams.video if not stream.disposition & still]
+    if not videos:
+        raise DecodeError("no video stream" + (", only a picture" if container.streams.video else ""))
+
+    def rank(stream: Any) -> tuple[bool, int, float]:
+        length = float((stream.duration or 0) * (stream.time_base or 0)) or float(stream.frames)
+        return bool(stream.disposition & d.default), stream.width * stream.height, length
+
+    return max(videos, key=rank)
+
+
+def describe_choice(container: Any, stream: Any) -> str:
+    """Which stream was chosen, in words; empty if there is no choice."""
+    videos = container.streams.video
+    if len(videos) < 2:
+        return ""
+    return f"video stream {videos.index(stream)} of {len(videos)} is used ({stream.width}x{stream.height})"
+
+
+def index_frames(container: Any, stream: Any) -> FrameIndex:
+    """Read all packets of a container that was just opened, and tell what frames they announce."""
+    hidden = _hides_frame if stream.codec_context.name in ("vp8", "libvpx") else None
+    everything = [
+        (p.pts, p.dts, p.is_keyframe, p.is_discard or (hidden is not None and hidden(p)))
+        for p in container.demux(stream)
+        if p.size
+    ]
+    packets = [packet for packet in everything if not packet[3]]
+    names = set(container.format.name.split(","))
+    count = len(packets)
+    none = np.empty(0, np.int64)
+    # The header of an AVI file may count frames that the encoder held back at the end.
+    if stream.frames - len(everything) > (0 if "mp4" in names else max(3, stream.frames // 100)):
+        return FrameIndex(stream.frames, none, (), "the file is cut short")
+    if not names & DECORD_CONTAINERS:
+        container_name = container.format.name.partition(",")[0]
+        return FrameIndex(count, none, (), f"decord seeks wrongly in {container_name} files")
+    if any(packet[0] is None for packet in packets):
+        return FrameIndex(count, none, (), "its packets have no time stamps")
+    pts = np.array([p[0] for p in packets], np.int64)
+    order = np.sort(pts)
+    if (np.diff(order) <= 0).any():
+        return FrameIndex(count, none, (), "two frames have one time stamp")
+    at = [(i, p) for i, p in enumerate(packets) if p[2]]
+    # The index of an mp4 file is by time of decoding, that of a Matroska file by time of display.
+    by_dts = "mp4" in names
+    keys = [KeyFrame(int(np.searchsorted(order, p[0])), p[0], p[1] if by_dts and p[1] is not None else p[0]) for _, p in at]
+    open_gop = any(key.number != i for key, (i, _) in zip(keys, at, strict=True))
+    keys = sorted(keys, key=lambda key: key.number) if names & SEEKABLE_CONTAINERS else []
+    if len(container.streams.video) > 1:
+        inexact = "it has several video streams"
+    elif len(packets) < len(everything):
+        inexact = "it holds frames that are not shown"
+    elif open_gop:
+        inexact = "frames before a key frame are decoded after it (open GOP)"
+    elif _is_uneven(order):
+        inexact = "its frame rate is uneven"
+    else:
+        inexact = ""
+    return FrameIndex(count, order, tuple(keys), inexact)
+
+
+def _hides_frame(packet: Any) -> bool:
+    """Whether a VP8 packet is an alternate reference frame, which is decoded and not shown (RFC 6386, section 9.1)."""
+    return not memoryview(packet)[0] & 0x10
+
+
+def _is_uneven(pts: NDArray[np.int64]) -> bool:
+    """Whether gaps between frames differ by half a frame or more. decord seeks by time, which is exact only below that."""
+    gaps = np.diff(pts)
+    return gaps.size > 0 and float(gaps.max() - gaps.min()) >= 0.5 * float(np.median(gaps))
+
+
+def index_file(path: Path) -> FrameIndex:
+    """The frames of a file's video stream. Raises DecodeError if it has none, and what PyAV raises."""
+    av: Any = importlib.import_module("av")
+    # Otherwise opening decodes a frame, which takes most of the time.
+    with av.open(str(path), options={"skip_frame": "all"}) as container:
+        return index_frames(container, choose_stream(container))
+
+
+def is_transport_stream(path: Path) -> bool:
+    """Whether a file is MPEG-TS: packets of 188 bytes (192 with a time code), each beginning with 0x47."""
+    with path.open("rb") as file:
+        head = file.read(192 * 2 + 5)
+    return any(len(head) > start + size and head[start] == head[start + size] == 0x47 for start, size in ((0, 188), (4, 192)))
+
+
+def why_not_decord(path: Path) -> str:
+    """Why decord would give wrong frames of a file; empty if it is exact. Raises what `index_file` raises."""
+    status = path.stat()
+    return _why_not_decord(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 15)  # Each epoch opens the same files.
+def _why_not_decord(path: Path, size: int, changed: int) -> str:
+    return index_file(path).inexact
