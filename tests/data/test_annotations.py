@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from stts_lightning.data.annotations import AnnotationError, Video, Videos, check_files, read_folder, read_list
+from stts_lightning.data.labels import read_class_names
 
 
 def write(path: Path, text: str) -> Path:
@@ -38,6 +39,132 @@ def test_something_something_json(tmp_path: Path) -> None:
     videos = read_list(write(tmp_path / "s.json", json.dumps(content)))
     assert [(v.path.name, v.label) for v in videos.videos] == [("1.webm", 1), ("2.webm", 0)]
     assert videos.classes == ("Dropping something", "Holding something")
+
+
+def test_lists_of_every_common_form(tmp_path: Path) -> None:
+    """The same two videos and labels, whatever the columns and separators."""
+    for text in (
+        "path\tlabel\na.mp4\t0\nb c.mp4\t1\n",
+        "a.mp4\t0\nb c.mp4\t1\n",
+        '"path","label"\n"a.mp4","0"\n"b c.mp4","1"\n',
+        "label,path\n0,a.mp4\n1,b c.mp4\n",
+        ",path,label\n0,a.mp4,0\n1,b c.mp4,1\n",
+        "filename,label,split\na.mp4,0,train\nb c.mp4,1,train\n",
+        "Video;Class\na.mp4;0\nb c.mp4;1\n",
+        "path label\na.mp4 0\n'b c.mp4' 1\n".replace("'", '"'),
+        "video,class\na.mp4,0.0\nb c.mp4,1.0\n",
+        "a.mp4 0.0\nb c.mp4 1.0\n",
+    ):
+        videos = read_list(write(tmp_path / "list.csv", text))
+        assert [(v.path.name, v.label) for v in videos.videos] == [("a.mp4", 0), ("b c.mp4", 1)], text
+        assert videos.classes == ("0", "1")
+
+
+def test_labels_may_be_words(tmp_path: Path) -> None:
+    for text in (
+        "a.mp4 riding a bike\nb.mp4 run\n",
+        "a.mp4,riding a bike\nb.mp4,run\n",
+        'a.mp4,"riding a bike"\nb.mp4,run\n',
+        "path,class\na.mp4,riding a bike\nb.mp4,run\n",
+        "a.mp4 action\nb.mp4 class\n",
+    ):
+        videos = read_list(write(tmp_path / "list.csv", text))
+        assert [v.label for v in videos.videos] == [0, 1] and videos.classes[0] in ("riding a bike", "action"), text
+    assert read_list(write(tmp_path / "list.csv", 'a.mp4,"Putting, then taking"\n')).classes == ("Putting, then taking",)
+
+
+def test_frame_folders_in_lists_and_class_folders(tmp_path: Path) -> None:
+    for text in ("x/a 40 0\nx/b 33 1\n", "x/a,40,0\nx/b,33,1\n", "path,num_frames,label\nx/a,40,0\nx/b,33,1\n"):
+        videos = read_list(write(tmp_path / "list.txt", text))
+        assert [(v.path, v.frames, v.label) for v in videos.videos] == [(tmp_path / "x/a", 40, 0), (tmp_path / "x/b", 33, 1)]
+    for name in ("c/run/v1/img_00001.jpg", "c/run/v1/img_00002.jpg", "c/jump/v2.mp4", "c/jump/notes/readme.txt"):
+        write(tmp_path / name, "")
+    videos = read_folder(tmp_path / "c")
+    assert [(v.path.name, v.label) for v in videos.videos] == [("v2.mp4", 0), ("v1", 1)]
+    check_files(videos, "folder")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.mp4 0\nb.mp4 1\nc.mp4 -1\n", r"line 3: label '-1' is no whole number"),
+        ("a.mp4,nan\nb.mp4,1\n", r"line 1: label 'nan'; every video needs a label"),
+        ("path,label\na.mp4,\nb.mp4,1\n", r"line 2: label ''; every video needs a label"),
+        ("a.mp4 0\nb.mp4 1.5\n", r"line 2: label '1.5' is no whole number"),
+        ("a.mp4 0.25\nb.mp4 1.5\n", r"line 1: label '0.25' is no whole number"),
+        ("a.mp4 0\nb.mp4 walk\n", r"line 2: label 'walk' is no whole number"),
+        ("a.mp4 0\nb.mp4 99999999\n", r"line 2: label 99999999; 2 videos do not make"),
+        ("a.mp4 0 2\nb.mp4 1\n", r"line 1: several labels \(0 2\) for a.mp4.*multi-label data sets are not supported"),
+        ("a.mp4,0,2\nb.mp4,1\n", r"line 1: several labels \(0,2\)"),
+        ("a.mp4 0|2\nb.mp4 1\n", r"line 1: several labels \(0\|2\)"),
+        ("a.mp4,run,train\n", r"line 1: expected 'path label'"),
+        ("foo,label\na.mp4,0\n", r"line 1: a header without a column for the path; name it one of path, "),
+        ("path,label\na.mp4,0,x,y\nb.mp4\n", r"line 3: expected path,label"),
+        ("path,label,split\na.mp4,0,train\nb.mp4,1,val\n", r"line 3: split 'val' after 'train'"),
+        ("path,frames,label\na,many,0\n", r"line 2: frames='many' is no number"),
+    ],
+)
+def test_labels_and_columns_that_would_shift_classes_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(AnnotationError, match=message):
+        read_list(write(tmp_path / "list.csv", text))
+
+
+def test_several_labels_in_json_are_refused(tmp_path: Path) -> None:
+    content = {"xyz": {"annotations": {"label": ["run", "jump"], "segment": [0, 10]}}}
+    with pytest.raises(AnnotationError, match="entry 1: several labels"):
+        read_list(write(tmp_path / "k.json", json.dumps(content)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.mp4 1\nb.mp4 2\nc.mp4 3\n", "no video has label 0; labels count from 0, so subtract 1"),
+        ("a.mp4 0\nb.mp4 1\nc.mp4 4\n", "2 of 5 classes have no video: 2, 3"),
+    ],
+)
+def test_gaps_between_labels_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, message: str) -> None:
+    read_list(write(tmp_path / "list.txt", text))
+    assert message in caplog.text
+
+
+def test_videos_a_class_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    read_list(write(tmp_path / "list.txt", "a.mp4 0\nb.mp4 1\nc.mp4 1\n"))
+    assert "3 videos, 2 classes, 1 to 2 videos a class" in caplog.text
+
+
+def test_class_names_of_a_file(tmp_path: Path) -> None:
+    assert read_class_names(write(tmp_path / "c.txt", "b\na\n\n")) == ("b", "a")
+    assert read_class_names(write(tmp_path / "labels.json", '{"Holding [x]": "1", "Dropping [x]": "0"}')) == (
+        "Dropping x",
+        "Holding x",
+    )
+    for text, message in (("a\n\nb\n", "line 2: blank"), ("a\nb\na\n", "'a' is there twice"), ("\n", "names no classes")):
+        with pytest.raises(AnnotationError, match=message):
+            read_class_names(write(tmp_path / "c.txt", text))
+    for text in ('{"a": 0, "b": 2}', '{"a": 0, "b": 0}', '{"a": "x"}', "3"):
+        with pytest.raises(AnnotationError, match="labels.json"):
+            read_class_names(write(tmp_path / "labels.json", text))
+
+
+def test_files_of_other_programs_are_no_videos(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [
+        "a/v.mp4",
+        "b/w.MTS",
+        "b/w.gif",
+        "a/._v.mp4",
+        "a/@eaDir/v.mp4",
+        ".ipynb_checkpoints/v.mp4",
+        "a/notes.txt",
+        "a/Thumbs.db",
+    ]
+    for name in names:
+        write(tmp_path / name, "")
+    (tmp_path / "empty").mkdir()
+    videos = read_folder(tmp_path)
+    assert videos.classes == ("a", "b")
+    assert [v.path.name for v in videos.videos] == ["v.mp4", "w.MTS", "w.gif"]
+    assert "left out what is no video by its suffix: 1 .txt, 1 .db" in caplog.text or "1 .db, 1 .txt" in caplog.text
 
 
 def test_class_folders(tmp_path: Path) -> None:

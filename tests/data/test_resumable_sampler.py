@@ -1,5 +1,6 @@
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,3 +89,23 @@ def test_clips_follow_from_their_draw_alone(tmp_path) -> None:  # type: ignore[n
     assert torch.equal(state, torch.get_rng_state()), "and leave the generator as it was"
     assert torch.equal(one.clip, two.clip) and not torch.equal(one.clip, other.clip)
     assert collate([one, other]).draws == (11, 12)
+
+
+def test_balanced_epochs_draw_all_classes_equally_often_and_resume() -> None:
+    labels = np.array([0] * 900 + [1] * 90 + [2] * 10)
+
+    def order() -> EpochOrder:
+        return EpochOrder(1000, 10, 5, labels)
+
+    drawn = np.bincount(labels[[pick.video for batch in order() for pick in batch]])
+    assert drawn.sum() == 1000 and (np.abs(drawn - 333) < 60).all()
+    whole, rest = list(order()), order()
+    rest.done = 40
+    assert list(rest) == whole[40:]
+
+
+def test_balance_may_not_change_within_an_epoch() -> None:
+    loader = TrainLoader(Numbers(), EpochOrder(20, 4, 0))
+    state = {**loader.state_dict(), "done": 2}
+    with pytest.raises(LoaderError, match="loader.balanced was False and is True"):
+        TrainLoader(Numbers(), EpochOrder(20, 4, 0, np.zeros(20, np.int64))).load_state_dict(state)

@@ -1,37 +1,34 @@
 """Which videos, with which labels: list files, Kinetics and Something-Something JSON, and folders of classes."""
 
-import csv
-import json
 import logging
 import os
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import overload
 
 import numpy as np
+from numpy.typing import NDArray
 
-from stts_lightning.errors import UserError
+from stts_lightning.data.labels import label_number, names_of_labels, read_class_names, report_classes
+from stts_lightning.data.list_formats import VIDEO_SUFFIXES, AnnotationError, read_rows
+from stts_lightning.data.readers import is_frame_folder
+
+__all__ = ["VIDEO_SUFFIXES", "AnnotationError", "Video", "VideoList", "Videos", "check_files", "read_folder", "read_list"]
 
 log = logging.getLogger(__name__)
-
-VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".3gp", ".ts", ".wmv", ".flv"})
-
-
-class AnnotationError(UserError):
-    """A list or folder that cannot be used: names it, the line if there is one, what was found and what is allowed."""
 
 
 @dataclass(frozen=True)
 class Video:
-    """One labelled file.
+    """One labelled video.
 
     Attributes:
-        path: the file.
+        path: the file, or a folder of pictures.
         label: number of its class.
-        frames: how many decode, if that has been found out; None is what its container promises.
+        frames: how many decode, if that has been found out, or a list says so; None is what its container promises.
         decoder: the one that it needs; None is the loader's.
     """
 
@@ -98,36 +95,65 @@ class VideoList:
     def __len__(self) -> int:
         return len(self.videos)
 
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Of the videos, `(N,)`."""
+        assert isinstance(self.videos, Videos)
+        return self.videos.labels
+
 
 def read_folder(folder: str | Path, classes: Sequence[str] | None = None) -> VideoList:
     """Read `folder/<class>/<video>`; classes are the folder names in alphabetical order, or those given.
+
+    A video is a file, or a folder of numbered pictures. Hidden files and folders, and folders without videos, are left out.
 
     Raises:
         AnnotationError: if the folder is missing or holds no class folders with videos.
     """
     folder = _existing(folder, "data folder", Path.is_dir)
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    names = tuple(classes or found)
-    if extra := sorted(set(found) - set(names)):
+    left_out: Counter[str] = Counter()
+    found = {path.name: _videos_in(path, left_out) for path in sorted(folder.iterdir()) if path.is_dir() and not is_hidden(path)}
+    with_videos = [name for name, videos in found.items() if videos]
+    names = tuple(classes or with_videos)
+    if extra := sorted(set(with_videos) - set(names)):
         raise AnnotationError(f"data folder {folder}: class folder {extra[0]!r} is not among the {len(names)} known classes")
-    videos = tuple(
-        Video(path, label)
-        for label, name in enumerate(names)
-        for path in sorted((folder / name).glob("*"))
-        if path.suffix.lower() in VIDEO_SUFFIXES
-    )
+    if left_out:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common(8))
+        log.warning("data folder %s: left out what is no video by its suffix: %s", folder, kinds)
+    videos = Videos(Video(path, label) for label, name in enumerate(names) for path in found.get(name, ()))
     if not videos:
         raise AnnotationError(f"data folder {folder}: no videos in {folder}/<class>/ ({len(found)} class folders found)")
+    report_classes(f"data folder {folder}", videos.labels, names, classes is None)
     return VideoList(videos, names)
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file or folder is a program's own: `.ipynb_checkpoints`, `._clip.mp4`, `@eaDir`, `__MACOSX`."""
+    return path.name.startswith((".", "@", "__MACOSX"))
+
+
+def _videos_in(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """Videos of a class, by name; suffixes of other files are counted."""
+    videos: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if is_hidden(path):
+            continue
+        if path.is_dir():
+            videos += [path] if is_frame_folder(path) else []
+        elif path.suffix.lower() in VIDEO_SUFFIXES:
+            videos.append(path)
+        else:
+            left_out[path.suffix.lower() or "without suffix"] += 1
+    return videos
 
 
 def read_list(file: str | Path, root: str | Path | None = None, classes: Sequence[str] | None = None) -> VideoList:
     """Read a list of videos; the format follows from the file's suffix and first line.
 
-    Formats: text `path label` a line (the label after the last space, so paths may hold spaces); csv with or without a
-    header `path,label` (Kinetics' own `label,youtube_id,time_start,time_end,split` too); json as Kinetics'
-    `{id: {"annotations": {"label": ...}}}` or Something-Something's `[{"id": ..., "template": ...}]`. A label is a
-    number, or a name of `classes` (given, else `classes.txt` beside the list, else the sorted names in the list).
+    Formats: text `path label` a line (paths may hold blanks), of frame folders `path frames label`; csv and tsv, with a
+    header (columns by name, as `filename,label,split`) or without; Kinetics' own `label,youtube_id,time_start,time_end,split`;
+    json as Kinetics' `{id: {"annotations": {"label": ...}}}` or Something-Something's `[{"id": ..., "template": ...}]`. A label
+    is a number from 0 on, or a name of `classes` (given, else `classes.txt` beside the list, else the sorted names in the list).
 
     Args:
         file: the list.
@@ -139,14 +165,15 @@ def read_list(file: str | Path, root: str | Path | None = None, classes: Sequenc
     """
     file = _existing(file, "list file", Path.is_file)
     root = Path(root) if root is not None else file.parent
-    read = _json_rows if file.suffix == ".json" else _text_rows
+    beside = file.parent / "classes.txt"
     # Twice: the names of the classes may follow from all lines, and the lines are too many to keep.
-    names = _class_names(file, classes, {label for _, _, label in read(file)})
-    index = {name: label for label, name in enumerate(names)}
-    videos = Videos(Video(root / path, _label(file, number, text, index)) for number, path, text in read(file))
+    names = tuple(classes or (read_class_names(beside) if beside.is_file() else names_of_labels(file, read_rows(file))))
+    numbers = {name: number for number, name in enumerate(names)}
+    videos = Videos(Video(root / row.path, label_number(file, row, numbers), row.frames) for row in read_rows(file))
     if not videos:
         raise AnnotationError(f"list file {file}: it names no videos")
     _check_repeats(file, videos)
+    report_classes(f"list file {file}", videos.labels, names, classes is None)
     return VideoList(videos, names)
 
 
@@ -169,8 +196,8 @@ def _check_repeats(file: Path, videos: Videos) -> None:
 
 
 def check_files(videos: VideoList, source: str) -> None:
-    """Raise AnnotationError if a listed file does not exist: names the first and counts them."""
-    missing = [video.path for video in videos.videos if not video.path.is_file()]
+    """Raise AnnotationError if a listed video does not exist: names the first and counts them."""
+    missing = [video.path for video in videos.videos if not video.path.exists()]
     if missing:
         raise AnnotationError(f"{source}: {len(missing)} of {len(videos)} listed videos do not exist, first {missing[0]}")
 
@@ -180,85 +207,3 @@ def _existing(path: str | Path, what: str, exists: object) -> Path:
     if not (path.is_dir() if exists is Path.is_dir else path.is_file()):
         raise AnnotationError(f"{what} {path}: does not exist (give it as an absolute path or relative to {Path.cwd()})")
     return path
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not blank."""
-    number = 0
-    try:
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise AnnotationError(f"list file {file}, after line {number}: not UTF-8 ({error.reason}); save it as UTF-8") from error
-
-
-def _text_rows(file: Path) -> Iterable[tuple[int, str, str]]:
-    lines = _lines(file)
-    first = next(lines, None)
-    if first is None:
-        return
-    header = [cell.strip().lower() for cell in first[1].split(",")]
-    if "youtube_id" in header:
-        for number, line in lines:
-            row = dict(zip(header, next(csv.reader([line])), strict=False))
-            try:
-                yield number, f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}.mp4", row["label"]
-            except (KeyError, ValueError) as error:
-                raise AnnotationError(f"list file {file}, line {number}: expected {','.join(header)}, found {line!r}") from error
-        return
-    for number, line in lines if header[-1] == "label" else chain([first], lines):
-        # The last blank separates if a file's name stands before it; else a comma does, if a label follows the last one.
-        path, label = (line.strip().rsplit(maxsplit=1) + [""])[:2]
-        named = Path(path).suffix.lower() in VIDEO_SUFFIXES
-        if "," in line and "/" not in line.rpartition(",")[2] and not (named and label):
-            path, label = _comma_row(line)
-        if not label.strip():
-            raise AnnotationError(f"list file {file}, line {number}: expected 'path label' or 'path,label', found {line!r}")
-        yield number, path.strip(), label.strip()
-
-
-def _comma_row(line: str) -> tuple[str, str]:
-    """Path and label of `path,label`; a path may hold commas, with quotes around it or without."""
-    *path, label = next(csv.reader([line]), ["", ""])
-    return ",".join(path), label
-
-
-def _json_rows(file: Path) -> Iterable[tuple[int, str, str]]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise AnnotationError(f"list file {file}: not JSON ({error})") from error
-    except UnicodeDecodeError as error:
-        raise AnnotationError(f"list file {file}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    try:
-        if isinstance(content, dict):
-            for number, (name, entry) in enumerate(content.items(), 1):
-                start, end = (int(s) for s in entry["annotations"].get("segment", (0, 0)))
-                clip = f"{name}_{start:06d}_{end:06d}.mp4" if end else f"{name}.mp4"
-                yield number, clip, entry["annotations"]["label"]
-        else:
-            for number, entry in enumerate(content, 1):
-                yield number, f"{entry['id']}.webm", entry["template"].replace("[", "").replace("]", "")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise AnnotationError(f"list file {file}: neither Kinetics' nor Something-Something's JSON ({error!r})") from error
-
-
-def _class_names(file: Path, classes: Sequence[str] | None, labels: Collection[str]) -> tuple[str, ...]:
-    if classes is not None:
-        return tuple(classes)
-    beside = file.parent / "classes.txt"
-    if beside.is_file():
-        return tuple(line.strip() for line in beside.read_text(encoding="utf-8").splitlines() if line.strip())
-    if labels and all(label.isdecimal() for label in labels):
-        return tuple(str(label) for label in range(max(int(label) for label in labels) + 1))
-    return tuple(sorted(labels))
-
-
-def _label(file: Path, number: int, text: str, index: dict[str, int]) -> int:
-    if text in index:
-        return index[text]
-    if text.isdecimal() and int(text) < len(index):
-        return int(text)
-    raise AnnotationError(f"list file {file}, line {number}: label {text!r} is neither in 0..{len(index) - 1} nor a class name")

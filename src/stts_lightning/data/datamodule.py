@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from stts_lightning.data.annotations import AnnotationError, VideoList, check_files, read_folder, read_list
 from stts_lightning.data.dataset import Batch, ClipDataset, ClipSpec, Reading, Transform, collate, list_hash
 from stts_lightning.data.demo import DemoSpec, make_demo
+from stts_lightning.data.labels import read_class_names
 from stts_lightning.data.manifest import manifest_hash, read_manifest, with_manifest
 from stts_lightning.data.resumable_sampler import EpochOrder, LoaderError, TrainLoader
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
@@ -58,7 +59,7 @@ class ListSource(Source):
         train: list of the training videos; None where there is only a test.
         val: list of the validation videos.
         root: folder that paths in the lists start from; None is each list's own folder.
-        classes: file with a class name a line; None: see `read_list`.
+        classes: file with a class name a line, or JSON; None: see `read_list`.
         name: how results call the data set.
         check: look for every listed file at start-up; a manifest has done that.
         manifest: see `Source`.
@@ -83,7 +84,7 @@ class ListSource(Source):
         file = self.files[split]
         if file is None:
             raise AnnotationError(f"dataset.{split}: must be given, as in dataset.{split}=FILE")
-        names = Path(self.classes).read_text(encoding="utf-8").splitlines() if self.classes else None
+        names = read_class_names(Path(self.classes)) if self.classes else None
         if names is None and split != "train" and self.files["train"] is not None:
             names = self.videos("train").classes
         videos = read_list(file, self.root, names)
@@ -118,12 +119,14 @@ class LoaderOptions:
         num_workers: decoding processes a device.
         eval_batch_size: videos a step in evaluation over all devices; None is `batch_size`.
         timeout: seconds after which a worker that delivers nothing is an error (0: never).
+        balanced: training draws all classes equally often; see `EpochOrder`.
     """
 
     batch_size: int
     num_workers: int
     eval_batch_size: int | None = None
     timeout: float = 300.0
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0)):
@@ -305,7 +308,9 @@ class VideoDataModule(pl.LightningDataModule):
         dataset = ClipDataset(self.splits["train"], self._clip, self._train_transform, train=True, reading=self._reading)
         self._check_shared("train")
         self.per_device(self.loader.batch_size)
-        self._train_loader = TrainLoader(dataset, EpochOrder(len(dataset), self.loader.batch_size, self.seed), **self._workers())
+        labels = self.splits["train"].labels if self.loader.balanced else None
+        order = EpochOrder(len(dataset), self.loader.batch_size, self.seed, labels)
+        self._train_loader = TrainLoader(dataset, order, **self._workers())
         if self._resumed:
             self._train_loader.load_state_dict(self._resumed)
         return self._train_loader

@@ -170,6 +170,8 @@ class ClipDataset(Dataset[Batch]):
         video = self.videos.videos[index]
         with open_isolated(video.path, video.decoder or self.reading.decoder, self.reading.decode_timeout) as reader:
             total = video.frames or len(reader)
+            if total > len(reader) and video.path.is_dir():
+                raise DecodeError(f"{video.path}: {len(reader)} pictures, but the list says {total} frames")
             if reader.note:
                 self._notes.setdefault(reader.note, Failure(str(video.path), reader.note))
             if self.train:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from stts_lightning.data.annotations import VIDEO_SUFFIXES, AnnotationError
+from stts_lightning.data.annotations import VIDEO_SUFFIXES, AnnotationError, is_hidden
 from stts_lightning.data.dataset import ClipSpec, Transform
 from stts_lightning.data.decode import DecodeError, Frames
 from stts_lightning.data.isolation import open_isolated
+from stts_lightning.data.readers import is_frame_folder
 from stts_lightning.data.sampling import SAMPLINGS
 
 
@@ -59,18 +60,30 @@ def find_videos(asked: str | Path | Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for name in [asked] if isinstance(asked, str | Path) else asked:
         path = Path(name)
-        if path.is_file():
+        if path.is_file() or is_frame_folder(path):
             here = [path]
         elif path.is_dir():
-            here = sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
+            here = list(_videos_below(path))
         else:
-            here = [Path(match) for match in sorted(glob.glob(str(name), recursive=True)) if Path(match).is_file()]
+            matches = [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]
+            here = [match for match in matches if match.is_file() or is_frame_folder(match)]
         if not here:
             raise AnnotationError(
                 f"videos={name}: no video there; give a file, a folder with videos, or a pattern as 'DIR/*.mp4'"
             )
         files += here
     return list(dict.fromkeys(files))
+
+
+def _videos_below(folder: Path) -> Iterator[Path]:
+    """Video files and frame folders at any depth, in order of their paths."""
+    for path in sorted(folder.iterdir()):
+        if is_hidden(path):
+            continue
+        if path.is_dir():
+            yield from [path] if is_frame_folder(path) else _videos_below(path)
+        elif path.suffix.lower() in VIDEO_SUFFIXES:
+            yield path
 
 
 @dataclass(frozen=True)
