@@ -214,6 +214,9 @@ def test_a_test_that_repeats_the_runs_own_is_no_row_and_another_question_is(tmp_
     checkpoint = {"checkpoint": str(run / "checkpoints/last.ckpt"), "weights": f"{run}/checkpoints/last.ckpt (ours, 3 loaded)"}
     evaluation(run / "evaluation", [f"run={run}", "trainer.accelerator=cpu"], **checkpoint)
     assert len(table(tmp_path)) == 1
+    shutil.copytree(run, tmp_path / "elsewhere" / "copy")
+    assert not notes(found(tmp_path / "elsewhere")), "the test of a copied run is still its own"
+    shutil.rmtree(tmp_path / "elsewhere")
     evaluation(tmp_path / "more views", [f"run={run}", "clip.test_crops=3"], **checkpoint, views=15)
     best = {key: value.replace("last", "best") for key, value in checkpoint.items()}
     evaluation(tmp_path / "best", [f"run={run}", "which=best"], **best)

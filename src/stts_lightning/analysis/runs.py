@@ -313,10 +313,12 @@ def _point(run: Run) -> Point:
 
 def _distinct(group: Sequence[Run]) -> tuple[Run, ...]:
     """Runs of a point: without copies, and without tests that repeat what a run says of itself."""
-    own = {run.folder.resolve() for run in group if not run.tests}
+    own = {(run.folder.resolve(), run.result.get("seed")) for run in group if not run.tests}
     kept: dict[str, Run] = {}
     for run in group:
-        if run.tests and run.tests.resolve() in own:
+        # A test in a copied folder names the checkpoint of the first.
+        places = (run.tests, run.folder.parent) if run.tests else ()
+        if any((place.resolve(), run.result.get("seed")) in own for place in places):
             continue
         content = json.dumps(run.result, sort_keys=True)
         first = kept.get(content)
