@@ -9,6 +9,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
+from stts_lightning.analysis.results import printable
 from stts_lightning.configuration import conf_dir
 from stts_lightning.data.annotations import AnnotationError, VideoList
 from stts_lightning.data.checking import Task, work
@@ -64,9 +65,11 @@ def show(results: dict[str, list[Entry]], manifest: Path) -> None:
     """Print how many files were listed, found and decodable, and what is odd about single ones."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
+    # Names of files are no markup, and may be no UTF-8.
     console = Console(soft_wrap=True)
-    table = Table(title=str(manifest), title_justify="left")
+    table = Table(title=Text(printable(str(manifest))), title_justify="left")
     for name in ("split", "listed", "found", "decodable", "decord cannot", "with warnings"):
         table.add_column(name, justify="left" if name == "split" else "right")
     for split, entries in results.items():
@@ -78,16 +81,17 @@ def show(results: dict[str, list[Entry]], manifest: Path) -> None:
             sum(entry.decoder == "pyav" for entry in good),
             sum(bool(entry.warning) for entry in good),
         )
-        table.add_row(split, *map(str, numbers))
+        table.add_row(Text(split), *map(str, numbers))
     console.print(table)
     bad = [entry for entries in results.values() for entry in entries if entry.status != "ok"]
     for entry in bad[:20]:
         path = os.path.relpath(entry.path)
         shown = entry.path if path.startswith("..") else path
-        console.print(f"{entry.status}: {shown} {entry.warning}", markup=False, highlight=False)
+        console.print(printable(f"{entry.status}: {shown} {entry.warning}"), markup=False, highlight=False)
     if len(bad) > 20:
         console.print(f"and {len(bad) - 20} more; all of them stand in the manifest")
-    print(f"manifest {manifest_hash(entry for entries in results.values() for entry in entries)}: {manifest}")
+    found = manifest_hash(entry for entries in results.values() for entry in entries)
+    print(printable(f"manifest {found}: {manifest}"))
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="prepare_data")

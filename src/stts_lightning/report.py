@@ -25,12 +25,12 @@ def paper_table(number: int, roots: Sequence[Path]) -> tuple[str, Lines]:
     """Title and lines of a table, a dictionary by column each."""
     from stts_lightning import assembly, run_config
     from stts_lightning.analysis.paper import TABLES, measured
-    from stts_lightning.analysis.results import read_result
+    from stts_lightning.analysis.runs import find_runs
 
     if number not in TABLES:
         raise run_config.ConfigError(f"paper_table={number}: allowed are {min(TABLES)} to {max(TABLES)}")
     table = TABLES[number]
-    results = [read_result(file) for root in roots for file in sorted(root.rglob("result.json"))]
+    results = [run.result for run in find_runs(root for root in roots if root.is_dir())]
     tera = table.unit == "TFLOPs"
     lines: Lines = []
     for row in table.rows:
@@ -55,20 +55,22 @@ def show(title: str, lines: Lines) -> None:
     """Print a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    # Names may hold brackets, which a plain string would have taken for markup.
+    table = Table(title=Text(title), title_justify="left")
     for number, name in enumerate(lines[0]):
-        table.add_column(name, overflow="fold", min_width=24 if number == 0 else None)
+        table.add_column(Text(name), overflow="fold", min_width=24 if number == 0 else None)
     for line in lines:
-        table.add_row(*line.values())
+        table.add_row(*map(Text, line.values()))
     Console().print(table)
 
 
 def markdown(title: str, lines: Lines) -> str:
     """The same in Markdown."""
-    head: Sequence[str] = list(lines[0])
-    body = [list(line.values()) for line in lines]
-    return "\n".join([f"### {title}", "", *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)), "", ""])
+    from stts_lightning.analysis import page
+
+    return f"### {title}\n\n{page.markdown(lines)}\n"
 
 
 def folders(runs: object) -> list[Path]:
@@ -80,17 +82,19 @@ def compare(roots: Sequence[Path], out: Path) -> None:
     """Write the comparison of all runs below folders, and print its tables."""
     from stts_lightning import console, run_config
     from stts_lightning.analysis.page import named, rows, write_report
-    from stts_lightning.analysis.runs import find_runs, pareto, points
+    from stts_lightning.analysis.results import printable
+    from stts_lightning.analysis.runs import find_runs, left_out, notes, pareto, points
 
     with console.as_user_errors():
         try:
-            runs = find_runs(roots)
+            runs, failures = find_runs(roots), left_out(roots)
         except FileNotFoundError as error:
             raise run_config.ConfigError(f"{error}; give a folder of runs, or several as runs=[A,B]") from error
         if not runs:
-            raise run_config.ConfigError(f"runs={','.join(map(str, roots))}: no run below has a result with a top-1 yet")
+            why = f" ({'; '.join(failures)})" if failures else ""
+            raise run_config.ConfigError(f"runs={','.join(map(str, roots))}: no run below has a result with a top-1 yet{why}")
     out.mkdir(parents=True, exist_ok=True)
-    page = write_report(runs, out)
+    page = write_report(runs, out, failures)
     everything = points(runs)
     short = ("name", "GFLOPs a view", "tokens kept, %", "top-1, %", "deviation", "seeds", "clips/s")
     for dataset in dict.fromkeys(point.dataset for point in everything):
@@ -102,7 +106,10 @@ def compare(roots: Sequence[Path], out: Path) -> None:
             line["name"] = f"{'*' if number in front else ' '} {line['name']}"
             line["seeds"] = f"{table[number]['seeds']:g}"
         show(f"{dataset} (* no other is as good in both GFLOPs and top-1)", lines)
-    print(f"{len(runs)} runs; {page}; figures and tables: {out / 'report'}")
+    for line in (*(f"not compared: {failure}" for failure in failures), *notes(everything)):
+        print(line)
+    count = sum(len(point.runs) for point in everything)
+    print(printable(f"{count} runs; {page}; figures and tables: {out / 'report'}"))
 
 
 def print_paper_table(number: int, roots: Sequence[Path], into: str | None, csv_file: str | None) -> None:

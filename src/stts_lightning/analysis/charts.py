@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from stts_lightning.analysis.results import printable
 from stts_lightning.analysis.runs import Curve, Point, pareto
 
 COLOURS = ("#0b6bcb", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#5f3dc4", "#087f5b", "#495057")
@@ -25,11 +26,16 @@ STYLE: Any = {
 }
 
 
+def _plain(text: str) -> str:
+    """A text that is drawn as it is: dollars are no formula."""
+    return printable(text).replace("$", r"\$")
+
+
 def _axes(title: str, x: str) -> tuple[Figure, Axes]:
     figure = Figure((7.2, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(_plain(title), loc="left", fontsize=11)
     axes.set_xlabel(x)
     axes.set_ylabel("top-1, %")
     axes.grid(alpha=0.25)
@@ -62,7 +68,7 @@ def accuracy_against(points: Sequence[Point], cost: str, names: Sequence[str], a
     line = sorted((place[number], 100 * points[number].top1) for number in front)
     axes.plot(*zip(*line, strict=True), color="#868e96", lw=1, ls="--", zorder=1, label="Pareto front")
     for backbone in backbones:
-        axes.scatter([], [], color=COLOURS[backbones.index(backbone) % len(COLOURS)], label=backbone)
+        axes.scatter([], [], color=COLOURS[backbones.index(backbone) % len(COLOURS)], label=_plain(backbone))
     written: list[tuple[float, float]] = []
     width = (max(place.values()) - min(place.values())) or 1.0
     lowest, highest = axes.get_ylim()
@@ -72,7 +78,9 @@ def accuracy_against(points: Sequence[Point], cost: str, names: Sequence[str], a
         # Beside a label that is already there, below.
         crowded = sum(abs(x - a) < 0.22 * width and abs(y - b) < 0.05 * (highest - lowest) for a, b in written)
         written.append((x, y))
-        axes.annotate(names[number], (x, y), (7, 5 - 12 * crowded), textcoords="offset points", fontsize=8, bbox=behind, zorder=4)
+        axes.annotate(
+            _plain(names[number]), (x, y), (7, 5 - 12 * crowded), textcoords="offset points", fontsize=8, bbox=behind, zorder=4
+        )
     axes.legend(fontsize=8, frameon=False, loc="best")
     axes.margins(x=0.18, y=0.12)
     axes.set_ylim(max(axes.get_ylim()[0], 0), min(axes.get_ylim()[1], 104))
@@ -86,7 +94,9 @@ def curves(lines: Mapping[str, Curve], x: str, title: str) -> Figure:
         places, points = zip(*curve, strict=True)
         tops = [100 * point.top1 for point in points]
         spreads = [100 * (point.spread() or 0) for point in points]
-        axes.errorbar(places, tops, spreads, color=COLOURS[number % len(COLOURS)], marker="o", capsize=3, lw=1.6, label=name)
+        axes.errorbar(
+            places, tops, spreads, color=COLOURS[number % len(COLOURS)], marker="o", capsize=3, lw=1.6, label=_plain(name)
+        )
     axes.legend(fontsize=8, frameon=False, loc="best")
     return figure
 
@@ -100,10 +110,11 @@ def confusion(table: NDArray[np.int64], classes: Sequence[str], title: str) -> F
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="taken for", ylabel="class")
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(_plain(title), loc="left", fontsize=11)
     if len(classes) <= 30:
-        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
-        axes.set_yticks(range(len(classes)), classes, fontsize=8)
+        names = list(map(_plain, classes))
+        axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(classes)), names, fontsize=8)
         for row, column in zip(*table.nonzero(), strict=True):
             dark = shares[row, column] > 0.5
             text = str(table[row, column])
@@ -122,7 +133,7 @@ def costs(values: Mapping[str, float], title: str) -> Figure:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("GFLOPs a view (multiply-adds)")
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(_plain(title), loc="left", fontsize=11)
     return figure
 
 
@@ -180,4 +191,4 @@ def svg(figure: Figure) -> str:
 def save(figure: Figure, path: str) -> None:
     """Write `path`.png and `path`.svg."""
     figure.savefig(f"{path}.png", dpi=130)
-    Path(f"{path}.svg").write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{svg(figure)}')
+    Path(f"{path}.svg").write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{svg(figure)}', encoding="utf-8")

@@ -4,7 +4,7 @@ import base64
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,31 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from stts_lightning.analysis import charts
-from stts_lightning.analysis.runs import Point, Run, pareto, points, ratio_curves, sigma_curves
+from stts_lightning.analysis.results import printable
+from stts_lightning.analysis.runs import Point, Run, differences, notes, pareto, points, ratio_curves, sigma_curves
 
 PICTURES = 80
 """Pictures on a page at most; each takes some 100 kB."""
+
+FIXED = (
+    "name", "GFLOPs a view", "top-1, %", "deviation", "seeds", "tokens kept, %", "clips/s", "top-5, %", "views", "sigma", "keeps",
+    "operator", "backbone", "selection", "measured on", "Pareto",
+)  # fmt: skip
+"""Columns of every table; those of settings come beside them where settings vary."""
+
+SAID = {
+    "backbone.name": "backbone", "selection.slots": "selection", "selection.selector": "keeps", "selection.sigma": "sigma",
+    "selection.scorer": "operator", "selection.estimator": "operator", "selection.samples": "operator",
+    "callbacks.sigma.sigma": "sigma", "weights": "pretrained",
+}  # fmt: skip
+"""Settings that are no column where another column tells them."""
 
 LEARNS = ("gumbel", "anchor_features", "tokens")
 
 Row = dict[str, str | float | None]
 
 
-def _traits(point: Point) -> dict[str, str]:
+def _traits(point: Point, settings: dict[str, str]) -> dict[str, str]:
     """What may tell a point from others of its selection, in words; what it has none of is left out."""
     how = re.search(r"\((\w+)\)", point.keeps)
     scorer, estimator, samples = [*point.estimator.split(", "), "", ""][:3]
@@ -37,83 +51,117 @@ def _traits(point: Point) -> dict[str, str]:
         "sigma": f"sigma {point.sigma:g}",
         "views": f"{point.views} views",
         "steps": f"{point.runs[0].result.get('steps')} steps",
-        # Slots and sigma have words of their own.
-        **{key: f"{key}={value}" for key, value in point.settings if not key.startswith(("selection.", "optim.epochs"))},
+        **{f"setting {key}": f"{key}={value}" if value else "" for key, value in settings.items()},
     }
 
 
 def named(points: Sequence[Point]) -> list[str]:
     """A short name for each point: its selection, and as many of its traits as tell it from others of that selection."""
     names: list[str] = []
-    for point in points:
-        name, traits = "plain" if point.selection == "none" else point.selection, _traits(point)
-        others = [_traits(other) for other in points if other.selection == point.selection and other is not point]
+    everything = [_traits(point, own) for point, own in zip(points, differences(points), strict=True)]
+    for number, (point, traits) in enumerate(zip(points, everything, strict=True)):
+        name = "plain" if point.selection == "none" else point.selection
+        alike = [n for n, other in enumerate(points) if other.selection == point.selection and n != number]
+        others = [everything[n] for n in alike]
         for key, text in traits.items():
             if text and any(other.get(key, text) != text for other in others):
                 name = f"{name} {text}"
                 others = [other for other in others if other.get(key, text) == text]
         names.append(name)
-    # Still alike (another list of the same name): numbered.
-    return [name if names.index(name) == at else f"{name} ({at})" for at, name in enumerate(names)]
+    return unique(names)
+
+
+def unique(names: Sequence[str], numbered: str = "{} ({})") -> list[str]:
+    """Names, with a number where one is there already. Case does not count: for some file systems it does not."""
+    taken: dict[str, str] = {}
+    for name in names:
+        free, number = name, 1
+        while free.casefold() in taken:
+            free, number = numbered.format(name, number), number + 1
+        taken[free.casefold()] = free
+    return list(taken.values())
 
 
 def rows(points: Sequence[Point], names: Sequence[str]) -> list[Row]:
-    """The table of one data set."""
-    front = pareto(points)
+    """The table of one data set: figures, and a column for each setting that varies."""
+    front, settings = pareto(points), differences(points)
     table: list[Row] = []
     for number, (point, name) in enumerate(zip(points, names, strict=True)):
         top1, spread, top5, speed = point.top1, point.spread(), point.mean("top5"), point.mean("clips_per_second")
         kept = point.mean("tokens_kept")
-        table.append(
-            {
-                "name": name,
-                "GFLOPs a view": round(point.gflops, 3),
-                "top-1, %": round(100 * top1, 2),
-                "deviation": None if spread is None else round(100 * spread, 2),
-                "seeds": float(len(point.runs)),
-                "tokens kept, %": None if kept is None else round(100 * kept, 1),
-                "clips/s": None if speed is None else round(speed, 2),
-                "top-5, %": None if top5 is None else round(100 * top5, 2),
-                "views": float(point.views),
-                "sigma": point.sigma if point.ratios else None,
-                "keeps": point.keeps,
-                "operator": point.estimator,
-                "backbone": point.backbone,
-                "selection": point.selection,
-                "measured on": ", ".join(sorted({str(r.result["measured_on"]) for r in point.runs if "measured_on" in r.result})),
-                "Pareto": "*" if number in front else "",
-            }
-        )
-    return table
+        figures: Row = {
+            "name": name,
+            "GFLOPs a view": round(point.gflops, 3),
+            "top-1, %": round(100 * top1, 2),
+            "deviation": None if spread is None else round(100 * spread, 2),
+            "seeds": float(point.seeds),
+            "tokens kept, %": None if kept is None else round(100 * kept, 1),
+            "clips/s": None if speed is None else round(speed, 2),
+            "top-5, %": None if top5 is None else round(100 * top5, 2),
+        }
+        words: Row = {
+            "views": float(point.views),
+            "sigma": point.sigma if point.ratios else None,
+            "keeps": point.keeps,
+            "operator": point.estimator,
+            "backbone": point.backbone,
+            "selection": point.selection,
+            "measured on": ", ".join(sorted({str(r.result["measured_on"]) for r in point.runs if "measured_on" in r.result})),
+            "Pareto": "*" if number in front else "",
+        }
+        table.append({**figures, **settings[number], **words})
+    told = _told(table, list(settings[0]))
+    return [{key: value for key, value in row.items() if key not in told} for row in table]
+
+
+def _told(table: Sequence[Row], settings: Sequence[str]) -> set[str]:
+    """Settings whose values follow from another column."""
+    told: set[str] = set()
+    for key in settings:
+        by = SAID.get("selection.slots" if re.fullmatch(r"selection\.slots\.\w+\.ratio", key) else key)
+        pairs = {(row.get(by), row[key]) for row in table} if by else set()
+        if by in table[0] and len(pairs) == len({value for value, _ in pairs}):
+            told.add(key)
+    return told
 
 
 def _cell(value: str | float | None) -> str:
     return "" if value is None else value if isinstance(value, str) else f"{value:g}"
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def _in_markdown(text: str) -> str:
+    """A text without what Markdown takes for markup; an underscore within a word is none."""
+    one_line = " ".join(text.split())
+    return re.sub(r"([\\|\[\]*<`])|(?<![^\W_])(_)|(_)(?![^\W_])", r"\\\g<0>", one_line)
+
+
+def markdown(rows: Sequence[Mapping[str, str | float | None]]) -> str:
     """A table in Markdown."""
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([_cell(v).replace("|", "\\|") for v in row.values()] for row in rows)]
+    lines = [list(map(_in_markdown, cells)) for cells in (rows[0], *(map(_cell, row.values()) for row in rows))]
+    lines.insert(1, ["---"] * len(rows[0]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _in_latex(text: str) -> str:
+    """A text without what LaTeX takes for commands; a row that begins with a bracket would be an option of the line before."""
+    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "[": "{[}", "…": r"\dots{}"}
+    return re.sub(r"[&%$#_{}\\~^[…]", lambda found: words.get(found[0], f"\\{found[0]}"), " ".join(text.split()))
 
 
 def latex(rows: Sequence[Row], caption: str) -> str:
     """A table in LaTeX, for the package booktabs."""
-    columns = ["name", "GFLOPs a view", "tokens kept, %", "top-1, %", "deviation", "seeds", "top-5, %", "clips/s"]
-
-    def escaped(text: str) -> str:
-        return re.sub(r"([&%$#_{}])", r"\\\1", text)
-
+    settings = [key for key in rows[0] if key not in FIXED]
+    columns = ["name", *settings, "GFLOPs a view", "tokens kept, %", "top-1, %", "deviation", "seeds", "top-5, %", "clips/s"]
+    columns = [name for name in columns if name in rows[0]]
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{escaped(caption)}}}",
-        rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
+        rf"\caption{{{_in_latex(caption)}}}",
+        rf"\begin{{tabular}}{{{'l' * (1 + len(settings))}{'r' * (len(columns) - 1 - len(settings))}}}",
     ]
-    lines += [r"\toprule", " & ".join(map(escaped, columns)) + r" \\", r"\midrule"]
+    lines += [r"\toprule", " & ".join(map(_in_latex, columns)) + r" \\", r"\midrule"]
     for row in rows:
-        cells = [escaped(_cell(row[name])) for name in columns]
+        cells = [_in_latex(_cell(row[name])) for name in columns]
         if row["Pareto"]:
             cells = [rf"\textbf{{{cell}}}" if cell else "" for cell in cells]
         lines.append(" & ".join(cells) + r" \\")
@@ -121,7 +169,7 @@ def latex(rows: Sequence[Row], caption: str) -> str:
 
 
 def _file_name(text: str) -> str:
-    """A text as a file's name, and as an anchor."""
+    """A text as the name of a file."""
     return re.sub(r"[^\w.]+", "-", text)
 
 
@@ -140,10 +188,10 @@ def _pictures(run: Run) -> list[Path]:
     return [*panels[-1:], *sorted(run.folder.glob("predictions/overlays/*.png"))[:3]]
 
 
-def _section(dataset: str, group: Sequence[Point], left: int) -> tuple[dict[str, Any], dict[str, Figure]]:
-    """What the page shows of a data set, and its figures by file name."""
+def _section(dataset: str, group: Sequence[Point], base: str, left: int) -> tuple[dict[str, Any], dict[str, Figure]]:
+    """What the page shows of a data set, its anchors beginning with a base, and its figures by file name."""
     names = named(group)
-    anchors = [_file_name(f"{dataset}-{name}") for name in names]
+    anchors = [f"{base}-{number}" for number in range(len(names))]
     figures = {"gflops": charts.accuracy_against(group, "gflops", names, anchors, f"{dataset}: accuracy against cost")}
     machines = {str(run.result.get("measured_on")) for point in group for run in point.runs if "measured_on" in run.result}
     if len(machines) == 1:  # Speeds of different machines do not compare.
@@ -160,18 +208,25 @@ def _section(dataset: str, group: Sequence[Point], left: int) -> tuple[dict[str,
     for point, name, anchor in zip(group, names, anchors, strict=True):
         config = next((run.folder / "config.yaml" for run in point.runs if (run.folder / "config.yaml").is_file()), None)
         pictures = [
-            {"uri": _data_uri(file), "name": f"{file.parent.name}/{file.name}"} for file in _pictures(point.runs[0])[:left]
+            {"uri": _data_uri(file), "name": printable(f"{file.parent.name}/{file.name}")}
+            for file in _pictures(point.runs[0])[:left]
         ]
         left -= len(pictures)
         cards.append(
             {
                 "name": name,
                 "anchor": anchor,
-                "folders": [str(run.folder) for run in point.runs],
-                "seeds": [{"seed": run.result.get("seed"), "top1": f"{run.result['top1']:.2%}"} for run in point.runs],
+                "runs": [
+                    {
+                        "folder": printable(str(run.folder)),
+                        "seed": run.result.get("seed"),
+                        "top1": f"{run.result['top1']:.2%}",
+                    }
+                    for run in point.runs
+                ],
                 "commit": point.runs[0].result.get("commit"),
-                "weights": point.runs[0].result.get("weights"),
-                "config": config.read_text() if config else "",
+                "weights": printable(str(point.runs[0].result.get("weights") or "")),
+                "config": config.read_text(encoding="utf-8", errors="replace") if config else "",
                 "pictures": pictures,
             }
         )
@@ -185,7 +240,7 @@ def write_report(runs: Sequence[Run], folder: Path, failures: Sequence[str] = ()
     Args:
         runs: with a top-1; at least one.
         folder: where to.
-        failures: what the page says did not end well.
+        failures: a line for each run that is not below, as of `runs.left_out`.
 
     Returns:
         The page's path.
@@ -195,25 +250,33 @@ def write_report(runs: Sequence[Run], folder: Path, failures: Sequence[str] = ()
     everything = points(runs)
     sections: list[dict[str, Any]] = []
     left = PICTURES
-    for dataset in dict.fromkeys(point.dataset for point in everything):
-        base = attachments / _file_name(dataset)
+    datasets = list(dict.fromkeys(point.dataset for point in everything))
+    for dataset, name in zip(datasets, unique([_file_name(dataset) for dataset in datasets], "{}-{}"), strict=True):
+        base = attachments / name
         with charts.style():
-            section, figures = _section(dataset, [point for point in everything if point.dataset == dataset], left)
+            section, figures = _section(dataset, [point for point in everything if point.dataset == dataset], name, left)
             left = section["pictures_left"]
-            for name, figure in figures.items():
-                charts.save(figure, f"{base}_{name}")
+            for of, figure in figures.items():
+                charts.save(figure, f"{base}_{of}")
             section["figures"] = [charts.svg(figure) for figure in figures.values()]
         table = section["rows"]
-        Path(f"{base}.md").write_text(markdown(table))
-        Path(f"{base}.tex").write_text(latex(table, f"Accuracy and cost on {dataset}. Bold: no other is as good in both."))
-        with Path(f"{base}.csv").open("w", newline="") as file:
+        caption = f"Accuracy and cost on {dataset}. Bold: no other is as good in both."
+        for suffix, text in (("md", markdown(table)), ("tex", latex(table, caption))):
+            Path(f"{base}.{suffix}").write_text(text, encoding="utf-8")
+        with Path(f"{base}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(table[0]))
             writer.writeheader()
             writer.writerows(table)
         sections.append(section)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True))
+    failures = [printable(line) for line in failures]
     html = environment.get_template("page.html.jinja").render(
-        sections=sections, failures=failures, count=len(runs), full=left <= 0, cell=_cell
+        sections=sections,
+        failures=failures,
+        notes=notes(everything),
+        count=sum(len(point.runs) for point in everything),
+        full=left <= 0,
+        cell=_cell,
     )
     part = folder / "report.part"
     part.write_text(html, encoding="utf-8")

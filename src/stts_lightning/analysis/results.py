@@ -1,12 +1,19 @@
-"""What a run leaves on disk: `result.json`, written whole or not at all, and what it logged."""
+"""What a run leaves on disk: `result.json`, written whole or not at all, its configuration, and what it logged."""
 
 import csv
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from stts_lightning.configuration import conf_dir
+from stts_lightning.run_folders import CONFIG
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "decord", "av", "timm", "torchmetrics", "fvcore")
 
@@ -34,10 +41,16 @@ def commit() -> str | None:
     return f"{head}{'+' if changed else ''}"
 
 
+def printable(text: str) -> str:
+    """A text that any UTF-8 file or terminal takes: a byte of a file's name that is no UTF-8 is shown by its code."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
     """Write a result as JSON, by way of a temporary file in the same folder."""
     path = Path(path)
     part = path.with_suffix(".part")
+    # JSON is ASCII here: the names of files that are no UTF-8 are read back as they were.
     part.write_text(json.dumps(result, indent=2) + "\n")
     part.replace(path)
 
@@ -45,7 +58,58 @@ def write_result(path: str | Path, result: dict[str, Any]) -> None:
 def read_result(path: str | Path) -> dict[str, Any]:
     """Read the result of a run, given its folder or the file."""
     path = Path(path)
-    return json.loads((path / "result.json" if path.is_dir() else path).read_text())
+    return json.loads((path / "result.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Leaves of a configuration by full key, values as they are typed on a command line."""
+    if isinstance(value, dict) and value:
+        for name, below in value.items():
+            yield from _flat(below, f"{key}.{name}" if key else str(name))
+    else:
+        words = {None: "null", True: "true", False: "false"}
+        yield key, words[value] if value is None or isinstance(value, bool) else printable(str(value))
+
+
+@cache
+def _defaults() -> dict[str, str]:
+    """What `train` takes where nothing is chosen, by full key; without what follows from other keys, model and data set."""
+    conf = Path(conf_dir())
+    pairs = dict(_flat({key: value for key, value in _yaml(conf / "train.yaml").items() if key not in ("defaults", "hydra")}))
+    for group in ("loader", "clip", "trainer", "callbacks"):
+        pairs |= _flat(_yaml(conf / group / "default.yaml"), group)
+    return {key: value for key, value in pairs.items() if "${" not in value}
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds no mapping")
+    return content
+
+
+def read_configuration(run: str | Path) -> dict[str, str] | None:
+    """The whole configuration of a run by full key; None if its folder holds none.
+
+    A key that an older version did not know has today's default. Places in the run's own folder start with `run_dir`.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
+    file = Path(run) / CONFIG
+    if not file.is_file():
+        return None
+    try:
+        content = _yaml(file)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    pairs = dict(_flat(content))
+    run_dir = pairs.get("run_dir")
+    for key, value in pairs.items():
+        if run_dir and (value == run_dir or value.startswith(f"{run_dir}/")):
+            pairs[key] = f"run_dir{value.removeprefix(run_dir)}"
+    groups = {key.rpartition(".")[0] for key in pairs}
+    return {**{key: value for key, value in _defaults().items() if key not in groups}, **pairs}
 
 
 def read_metrics(run: str | Path, name: str) -> dict[int, float]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from stts_lightning.analysis.kept import Kept, trace
 from stts_lightning.analysis.overlay import contact_sheet, film
+from stts_lightning.analysis.results import printable
 from stts_lightning.data.datamodule import LoaderOptions
 from stts_lightning.data.encode import write_mp4
 from stts_lightning.data.windows import Window, WindowBatch, WindowDataset, WindowRule, collate_windows
@@ -54,6 +55,25 @@ def ranked(chances: torch.Tensor, classes: Sequence[str], count: int) -> list[di
     return [{"label": label, "class": classes[label], "probability": round(value, 6)} for label, value in pairs]
 
 
+def overlay_names(videos: Sequence[Path]) -> list[str]:
+    """A name for the overlay of each video: its stem, with a number where others have that, so that no two are alike.
+
+    Case does not count: some file systems take `A.mp4` and `a.mp4` for one file.
+    """
+    stems = Counter(video.stem.casefold() for video in videos)
+    taken = {stem for stem, count in stems.items() if count == 1}
+    names: list[str] = []
+    for number, video in enumerate(videos):
+        name = video.stem
+        if stems[name.casefold()] > 1:
+            name = f"{name}_{number}"
+            while name.casefold() in taken:
+                name += "_"
+            taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
 class Predictor(pl.Callback):
     """Gathers labels of windows and videos, and draws overlays; each process leaves its share in a file of its own.
 
@@ -74,6 +94,7 @@ class Predictor(pl.Callback):
         self.drawn: dict[int, list[tuple[np.ndarray, Kept, str, float]]] = defaultdict(list)
         self.lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
         self.done: dict[int, dict[str, Any]] = {}
+        self.overlay_names = overlay_names(self.videos)
         self.quiet, self.shown = quiet, ExitStack()
 
     def part(self, rank: int) -> Path:
@@ -117,7 +138,7 @@ class Predictor(pl.Callback):
         if window.note:
             record["decoder"] = f"pyav: {window.note}"
         if window.failure:
-            log.warning("%s", window.failure)
+            log.warning("%s", printable(window.failure))
             record["error"] = window.failure
         chances, windows = self.chances.pop(video, []), self.lines.pop(video, [])
         if chances:
@@ -129,10 +150,8 @@ class Predictor(pl.Callback):
     def _draw(self, video: int, drawn: list[tuple[np.ndarray, Kept, str, float]]) -> dict[str, Any]:
         folder = self.folder / "overlays"
         folder.mkdir(exist_ok=True)
-        path = self.videos[video]
-        twice = sum(other.stem == path.stem for other in self.videos) > 1
-        name = f"{path.stem}_{video}" if twice else path.stem
-        sheets = [contact_sheet(pictures, kept, f"{path.name}   {text}") for pictures, kept, text, _ in drawn]
+        name, title = self.overlay_names[video], printable(self.videos[video].name)
+        sheets = [contact_sheet(pictures, kept, f"{title}   {text}") for pictures, kept, text, _ in drawn]
         Image.fromarray(np.concatenate(sheets)).save(folder / f"{name}.png")
         frames = (
             frame
