@@ -1,6 +1,7 @@
 """Callbacks: the annealing of sigma, and the count of files that do not decode."""
 
 import logging
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
@@ -8,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from stts_lightning.data.dataset import Batch, Failure
 from stts_lightning.training.module import ClassificationModule
+from stts_lightning.training.processes import gathered
 
 log = logging.getLogger(__name__)
 
@@ -31,44 +33,79 @@ class SigmaAnnealing(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Set and log sigma."""
         assert isinstance(pl_module, ClassificationModule)
-        total = int(trainer.estimated_stepping_batches)
-        sigma = annealed_sigma(self.sigma, trainer.global_step, total) if self.decay else self.sigma
-        pl_module.model.slots.sigma.fill_(sigma)
+        sigma = self._set(trainer, pl_module)
         if pl_module.model.slots.at_block:
             pl_module.log("sigma", sigma)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set sigma once more, after the last step: where a resumed run had no step left, for the first time."""
+        assert isinstance(pl_module, ClassificationModule)
+        self._set(trainer, pl_module)
+
+    def _set(self, trainer: pl.Trainer, module: ClassificationModule) -> float:
+        total = int(trainer.estimated_stepping_batches)
+        sigma = annealed_sigma(self.sigma, trainer.global_step, total) if self.decay else self.sigma
+        module.model.slots.sigma.fill_(sigma)
+        return sigma
+
 
 class FailureLog(pl.Callback):
-    """Counts files that do not decode, names each once, and remembers them over a resume."""
+    """Counts files that do not decode at any process, names each once, and remembers them over a resume.
+
+    Processes tell each other at the end of an epoch and of a test, and before a checkpoint is written.
+
+    Attributes:
+        counts: how often each file failed, by path; the same on all processes.
+    """
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self._untold: list[Failure] = []
 
     @rank_zero_only
     def _warn(self, failure: Failure) -> None:
         log.warning("cannot decode, replaced in training and left out of a test: %s", failure.reason)
 
-    def _note(self, batch: Batch) -> None:
-        for failure in batch.failures:
+    def _share(self, trainer: pl.Trainer) -> None:
+        own, self._untold = self._untold, []
+        for failure in chain.from_iterable(gathered(trainer, own)):
             if failure.path not in self.counts:
                 self._warn(failure)
             self.counts[failure.path] = self.counts.get(failure.path, 0) + 1
 
+    def _note(self, trainer: pl.Trainer, batch: Batch) -> None:
+        self._untold += batch.failures
+        if trainer.world_size == 1:
+            self._share(trainer)  # There is nobody to wait for.
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Note failures of a training batch."""
-        self._note(batch)
+        self._note(trainer, batch)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Note failures of a validation batch."""
-        self._note(batch)
+        self._note(trainer, batch)
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Note failures of a test batch."""
-        self._note(batch)
+        self._note(trainer, batch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell all processes those of the epoch and its validation."""
+        self._share(trainer)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell all processes those of the test."""
+        self._share(trainer)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Tell all processes, then put the counts in the place of those that Lightning has put there before."""
+        self._share(trainer)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """The counts."""
