@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stts_lightning.analysis.results import read_metrics
+from stts_lightning.data.annotations import read_folder
+from stts_lightning.data.demo import DemoSpec, make_demo
 
 FAST = [
     "experiment=demo", "pretrained=null", "dataset.train=3", "dataset.val=2", "loader.batch_size=8", "loader.num_workers=1",
@@ -19,9 +22,13 @@ TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.p
 
 
 def train(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stts_lightning.train", *FAST, *arguments]
+    return command(folder, *FAST, *arguments, environment=environment)
+
+
+def command(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "stts_lightning.train", *arguments]
     around = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **(environment or {})}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, env=around)
+    return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=240, env=around)
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +73,85 @@ def test_a_rotten_file_at_one_process_is_replaced_in_training_and_ends_all_in_a_
     left = [a for a in FAST if not a.startswith(("dataset.", "experiment"))]
     base = ["backbone=mvit_tiny", "backbone.size=48", "recipe=finetune", *left]
 
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "stts_lightning.train", *base, *own, *more]
-        around = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=240, env=around)
-
-    done = run("hydra.run.dir=runs/rotten", "loader.batch_size=8", "trainer.max_epochs=2")
+    done = command(place, *base, *own, "hydra.run.dir=runs/rotten", "loader.batch_size=8", "trainer.max_epochs=2")
     assert done.returncode == 0, done.stdout + done.stderr
     # Now the videos of a test: the second process meets the file (item 1 of the list is its first).
     (place / "own" / "val" / "down" / "0000a.mp4").write_text("rotten")
-    done = run("hydra.run.dir=runs/ended", "loader.batch_size=8")
+    done = command(place, *base, *own, "hydra.run.dir=runs/ended", "loader.batch_size=8")
     assert done.returncode != 0
     assert "0000a.mp4: cannot be decoded" in done.stderr, done.stderr
     assert not subprocess.run(["pgrep", "-f", f"{place}.*runs/ended"], capture_output=True, text=True).stdout
+
+
+def test_files_that_do_not_decode_at_the_second_process_are_counted_and_named(tmp_path: Path) -> None:
+    make_demo(tmp_path / "own", DemoSpec(train=3, val=2))
+    train_files, val_files = (read_folder(tmp_path / "own" / split).videos for split in ("train", "val"))
+    first_batch = np.random.default_rng((0, 0)).permutation(len(train_files))[:8]
+    rotten = [train_files[int(first_batch[4])].path, val_files[1].path]  # Of both the second process has the second share.
+    for file in rotten:
+        file.write_text("rotten")
+    own = ["backbone=mvit_tiny", "backbone.size=48", "recipe=finetune", "dataset=folder", "dataset.root=own"]
+    left = [argument for argument in FAST if not argument.startswith(("dataset.", "experiment"))]
+    more = ["clip.on_error=skip", "clip.test_views=1", "clip.test_crops=1", "callbacks.panels=null", "hydra.run.dir=runs/rotten"]
+    done = command(tmp_path, *left, *own, *TWO, *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "runs/rotten/result.json").read_text())
+    found = {Path(file).name: count for file, count in result["undecodable_files"].items()}
+    assert found == {rotten[0].name: 1, rotten[1].name: 2}, "in training; in validation and test"
+    for text in (done.stdout, (tmp_path / "runs/rotten/train.log").read_text()):
+        assert text.count("cannot decode") == 2
+        assert all(file.name in text for file in rotten)
+
+
+SPOILING = """
+import math
+import lightning.pytorch as pl
+
+class Spoils(pl.Callback):
+    def __init__(self, where):
+        self.where = where
+
+    def spoil(self, trainer, module, where):
+        if trainer.global_rank == 1 and self.where == where:
+            run = module.run
+            def spoilt(*args, **options):
+                found = run(*args, **options)
+                return (found[0] * math.nan, found[1]) if isinstance(found, tuple) else found * math.nan
+            module.run = spoilt
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 2:
+            self.spoil(trainer, pl_module, "train")
+
+    def on_validation_start(self, trainer, pl_module):
+        self.spoil(trainer, pl_module, "val")
+
+    def on_test_start(self, trainer, pl_module):
+        self.spoil(trainer, pl_module, "test")
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "told", "videos"),
+    [
+        ("train", "error: training loss is nan at step 2, of the videos ", 4),
+        ("val", "error: logits are NaN or infinite, of the videos ", 8),
+        pytest.param("test", "error: logits are NaN or infinite, of the videos ", 8, marks=pytest.mark.slow),
+    ],
+    ids=["train", "val", "test"],
+)
+def test_what_is_no_number_at_the_second_process_ends_all_with_one_error(
+    place: Path, tmp_path: Path, where: str, told: str, videos: int
+) -> None:
+    (tmp_path / "spoiling.py").write_text(SPOILING)
+    spoils = ["+callbacks.spoils._target_=spoiling.Spoils", f"+callbacks.spoils.where={where}", "callbacks.panels=null"]
+    path = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    done = train(place, *TWO, *spoils, f"hydra.run.dir=runs/spoilt_{where}", environment=path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "rror" in line)
+    assert line.startswith(told) and line.count(".mp4") == videos, line
+    assert not (place / f"runs/spoilt_{where}/result.json").exists()
+    assert not subprocess.run(["pgrep", "-f", f"runs/spoilt_{where}"], capture_output=True, text=True).stdout
 
 
 FAILING = """

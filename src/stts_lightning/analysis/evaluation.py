@@ -97,6 +97,9 @@ def score(
     """
     check_question(views, missing, predictions.logits.shape[1])
     valid = torch.from_numpy(predictions.valid)
+    odd = predictions.valid & ~np.isfinite(predictions.logits).all((1, 2))
+    if odd.any():
+        raise ValueError(f"logits of {odd.sum()} videos are NaN or infinite; the first is number {predictions.video[odd][0]}")
     label = torch.from_numpy(predictions.label)
     chances = probabilities(predictions, views)
     classes = chances.shape[1]

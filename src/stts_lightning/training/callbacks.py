@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from stts_lightning.data.dataset import Batch, Failure
 from stts_lightning.training.module import ClassificationModule
+from stts_lightning.training.processes import gathered
 
 log = logging.getLogger(__name__)
 
@@ -31,53 +32,92 @@ class SigmaAnnealing(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Set and log sigma."""
         assert isinstance(pl_module, ClassificationModule)
-        total = int(trainer.estimated_stepping_batches)
-        sigma = annealed_sigma(self.sigma, trainer.global_step, total) if self.decay else self.sigma
-        pl_module.model.slots.sigma.fill_(sigma)
+        sigma = self._set(trainer, pl_module)
         if pl_module.model.slots.at_block:
             pl_module.log("sigma", sigma)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set sigma once more, after the last step: where a resumed run had no step left, for the first time."""
+        assert isinstance(pl_module, ClassificationModule)
+        self._set(trainer, pl_module)
+
+    def _set(self, trainer: pl.Trainer, module: ClassificationModule) -> float:
+        total = int(trainer.estimated_stepping_batches)
+        sigma = annealed_sigma(self.sigma, trainer.global_step, total) if self.decay else self.sigma
+        module.model.slots.sigma.fill_(sigma)
+        return sigma
+
 
 class FailureLog(pl.Callback):
-    """Counts files that do not decode, names each once, and remembers them over a resume."""
+    """Counts files that do not decode at any process, names each once, and remembers them over a resume.
+
+    Processes tell each other at the end of an epoch and of a test, and before a checkpoint is written.
+
+    Attributes:
+        counts: how often each file failed, by path; the same on all processes.
+    """
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self._new: list[Failure] = []
+        self._notes: dict[str, Failure] = {}
         self._said: set[str] = set()
-
-    @rank_zero_only
-    def _say(self, note: Failure) -> None:
-        if note.reason not in self._said:
-            log.info("%s is decoded by PyAV: %s (said once for each reason)", note.path, note.reason)
-        self._said.add(note.reason)
 
     @rank_zero_only
     def _warn(self, failure: Failure) -> None:
         log.warning("cannot decode, replaced in training and left out of a test: %s", failure.reason)
 
-    def _note(self, batch: Batch) -> None:
+    @rank_zero_only
+    def _say(self, note: Failure) -> None:
+        log.info("%s is decoded by PyAV: %s (said once for each reason)", note.path, note.reason)
+
+    def _share(self, trainer: pl.Trainer) -> None:
+        own, self._new = (self._new, list(self._notes.values())), []
+        for failures, notes in gathered(trainer, own):
+            for note in notes:
+                if note.reason not in self._said:
+                    self._say(note)
+                    self._said.add(note.reason)
+            for failure in failures:
+                if failure.path not in self.counts:
+                    self._warn(failure)
+                self.counts[failure.path] = self.counts.get(failure.path, 0) + 1
+
+    def _note(self, trainer: pl.Trainer, batch: Batch) -> None:
+        self._new += batch.failures
         for note in batch.notes:
-            self._say(note)
-        for failure in batch.failures:
-            if failure.path not in self.counts:
-                self._warn(failure)
-            self.counts[failure.path] = self.counts.get(failure.path, 0) + 1
+            self._notes.setdefault(note.reason, note)
+        if trainer.world_size == 1:
+            self._share(trainer)  # There is nobody to wait for.
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Note failures of a training batch."""
-        self._note(batch)
+        self._note(trainer, batch)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Note failures of a validation batch."""
-        self._note(batch)
+        self._note(trainer, batch)
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Note failures of a test batch."""
-        self._note(batch)
+        self._note(trainer, batch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell all processes those of the epoch and its validation."""
+        self._share(trainer)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell all processes those of the test."""
+        self._share(trainer)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Tell all processes, then put the counts in the place of those that Lightning has put there before."""
+        self._share(trainer)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """The counts."""

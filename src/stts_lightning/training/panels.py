@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from torch import Tensor
@@ -19,6 +18,7 @@ from stts_lightning.analysis.overlay import contact_sheet
 from stts_lightning.data.datamodule import VideoDataModule
 from stts_lightning.selection.selector import Selection, Selector
 from stts_lightning.training.module import ClassificationModule
+from stts_lightning.training.processes import gathered
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +103,7 @@ class SelectionPanels(pl.Callback):
         """Choices and entropies of all processes: what a selector does is judged over all videos."""
         if trainer.world_size == 1:
             return
-        parts: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(parts, (dict(self.choices), dict(self.entropies)))
+        parts = gathered(trainer, (dict(self.choices), dict(self.entropies)))
         self.choices, self.entropies = defaultdict(dict), defaultdict(list)
         for choices, entropies in parts:
             for name, found in choices.items():

@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from stts_lightning.errors import UserError
@@ -67,11 +67,28 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise SaveError(f"checkpoint {path}: cannot be read, {size} bytes ({reason}){hint}") from error
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, but a run whose folder was moved or copied goes on with the best score it had: its files moved along."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The state, its paths in today's folder. Lightning's drops the score where the folder is another."""
+        here, before = str(self.dirpath), str(state_dict["dirpath"])
+
+        def moved(path: str) -> str:
+            inside = path and Path(path).is_relative_to(before)
+            return str(here / Path(path).relative_to(before)) if inside else path
+
+        paths = {name: moved(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": here})
+
+
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`: after each epoch, now and then in between, and when a scheduler asks the run to end.
 
-    Asked by SIGTERM, SIGUSR1 or SIGUSR2, a run finishes its step (in a validation: that), writes the checkpoint on the word
-    of any of its processes, and exits with status 75. The signal's former handler is called then: submitit's requeues the job.
+    Asked by SIGTERM, SIGUSR1 or SIGUSR2, a run finishes its step (all batches whose gradients it accumulates; in a validation:
+    that), writes the checkpoint on the word of any of its processes, and exits with status 75. The signal's former handler is
+    called then: submitit's requeues the job.
 
     Args:
         folder: where.
@@ -111,6 +128,8 @@ class LastCheckpoint(Checkpoint):
         """Save if it is time to; end if that was asked for."""
         if batch_idx + 1 >= trainer.num_training_batches:
             return  # Validation, if any, and the end of the epoch follow.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # No checkpoint holds gradients: one that was written here would lose them.
         due = self._is_due(trainer) and trainer.is_global_zero
         asked, due = self._agreed(trainer, self.asked is not None, due)
         if asked or due:
