@@ -14,6 +14,7 @@ from stts_lightning.kernels import kernels_for
 from stts_lightning.selection.selector import Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
+from stts_lightning.trusted import check_stored
 
 log = logging.getLogger(__name__)
 
@@ -170,8 +171,12 @@ def load_model(path: str | Path, **changes: Any) -> VideoClassifier:
 
     Raises:
         CheckpointError: if the file does not say how its model is built; and as `create_model`.
+        TrustError: if it names a selector's class of another package, and trust=True is not given.
     """
-    recipe = read_checkpoint(path, bool(changes.get("trust"))).model
+    trust = bool(changes.get("trust"))
+    recipe = read_checkpoint(path, trust).model
     if not recipe:
         raise CheckpointError(f"checkpoint {path}: does not say how its model is built; name the backbone and selection")
+    if not trust:
+        check_stored(recipe, f"checkpoint {path}", changes)
     return create_model(**{**recipe, "pretrained": path, **changes})

@@ -21,7 +21,7 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Run the test and leave its predictions and tables in a folder; returns what is known and what was measured."""
     import lightning.pytorch as pl
 
-    from stts_lightning import assembly, console
+    from stts_lightning import assembly, console, run_config
     from stts_lightning.analysis.evaluation import check_question, score
     from stts_lightning.analysis.speed import clips_per_second
     from stts_lightning.training.callbacks import FailureLog
@@ -36,6 +36,8 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         trainer = assembly.build_trainer(cfg)
         data.prepare_data()
         data.setup("test")
+        if Path(cfg.pretrained).parent.name == "checkpoints":
+            run_config.check_classes(Path(cfg.pretrained).parent.parent, data.classes)
         assembly.fit_head(model, len(data.classes))
         module = assembly.build_module(cfg, model)
     info = facts(trainer, module, data)

@@ -1,18 +1,23 @@
 """A run's configuration: resolved, kept in the run's folder, and read again by later commands."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from stts_lightning.backbones.checkpoints import read_checkpoint
 from stts_lightning.errors import UserError
+from stts_lightning.files import write_text
+from stts_lightning.run_folders import CONFIG, LAST, changes_of, is_first_process, note_owner, overrides_of
+from stts_lightning.trusted import check_stored
 
-CONFIG, CLASSES = "config.yaml", "classes.txt"
+CLASSES = "classes.txt"
 
 
 class ConfigError(UserError):
@@ -28,29 +33,65 @@ def to_container(node: Any) -> Any:
         raise ConfigError(f"{key}: must be given, as in {key}=...") from error
 
 
-def resumed_config(run: str | Path, overrides: list[str]) -> tuple[DictConfig, Path]:
-    """Configuration and last checkpoint of a run to go on with; `a.b=c` overrides apply on top.
+def resumed_config(run: str | Path, overrides: Sequence[str], typed: DictConfig | None = None) -> tuple[DictConfig, Path]:
+    """Configuration and last checkpoint of a run to resume; overrides apply on top, with all that follows from them.
+
+    Args:
+        run: its folder.
+        overrides: as on a command line.
+        typed: the configuration composed from the command line; classes that it names may be built.
 
     Raises:
-        ConfigError: if the folder has no configuration or no checkpoint.
+        ConfigError: if the folder has no configuration or no checkpoint, or for an override that a run cannot change.
+        TrustError: for a class that a stored configuration may not build.
     """
     run = Path(run)
-    file, checkpoint = run / CONFIG, run / "checkpoints" / "last.ckpt"
+    file, checkpoint = run / CONFIG, run / LAST
     for needed in (file, checkpoint):
         if not needed.is_file():
             raise ConfigError(f"resume={run}: there is no {needed}; give the folder of a run that wrote a checkpoint")
-    cfg = _load(file)
+    overrides = [override for override in overrides if not override.startswith(("resume=", "trust="))]
+    trust = bool(typed.trust) if typed is not None else False
+    cfg = _load(file, trust, typed)
     OmegaConf.set_struct(cfg, True)
-    values = OmegaConf.from_dotlist([o for o in overrides if not o.startswith("resume=")])
-    try:
-        merged = OmegaConf.merge(cfg, values, {"run_dir": str(run.resolve())})  # The folder may have moved.
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"resume={run}: {str(error).splitlines()[0]}") from error
-    assert isinstance(merged, DictConfig)
+    for key, value in _changes(run, overrides).items():
+        if key.startswith(FIXED) and OmegaConf.select(cfg, key) != value:
+            raise ConfigError(
+                f"resume={run}: {key} was {OmegaConf.select(cfg, key)} and would be {value}; a run keeps its model. "
+                f"A new run can start from this one's weights: pretrained={checkpoint}"
+            )
+        OmegaConf.update(cfg, key, value, force_add=True)
+    if overrides:
+        note_owner(run, overrides_of(run) or [], [*changes_of(run), *overrides])
     # The CSV logger starts its file anew; what it wrote so far is kept under another name.
-    if _first_process() and (metrics := run / "metrics.csv").is_file():
+    if is_first_process() and (metrics := run / "metrics.csv").is_file():
         metrics.rename(run / f"metrics_{len(list(run.glob('metrics*.csv')))}.csv")
-    return merged, checkpoint
+    return cfg, checkpoint
+
+
+FIXED = ("backbone.", "selection.slots", "selection.scorer", "selection.selector")
+"""Keys that a run cannot change when it is resumed: its checkpoint holds that model."""
+
+
+def _changes(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Values that overrides change in the configuration of a run, by full key; those that follow from others as well."""
+    if not overrides:
+        return {}
+    name = HydraConfig.get().job.config_name or "train"
+    before = [*(overrides_of(run) or []), *changes_of(run)]
+    try:
+        old, new = (_flat(to_container(compose(name, given))) for given in (before, [*before, *overrides]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"resume={run}: {str(error).splitlines()[0]}") from error
+    return {key: value for key, value in new.items() if key not in old or old[key] != value}
+
+
+def _flat(content: Any, key: str = "") -> dict[str, Any]:
+    """Leaves of containers by full key. Lists are leaves."""
+    if not isinstance(content, dict) or not content:
+        return {key: content}
+    parts = (_flat(value, f"{key}.{name}" if key else str(name)) for name, value in content.items())
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def trained_config(cfg: DictConfig, overrides: list[str], door: str) -> tuple[DictConfig, Path]:
@@ -70,16 +111,17 @@ def trained_config(cfg: DictConfig, overrides: list[str], door: str) -> tuple[Di
     file = Path(cfg.run) / "checkpoints" / f"{cfg.which}.ckpt" if cfg.run else Path(cfg.checkpoint)
     if cfg.run and not file.is_file():
         raise ConfigError(f"run={cfg.run}: there is no {file}; give the folder of a run that wrote a checkpoint")
-    stored = _stored(file, cfg.trust)
+    stored = _stored(file, cfg.trust, cfg)
     chosen = {override.partition("=")[0].lstrip("+") for override in overrides}
     if stored is not None:
         # Whatever the model or its data set bring along (views, a stride) is composed for that backbone.
         cfg = compose(door, [f"backbone={stored.backbone.name}", *overrides])
         OmegaConf.set_struct(cfg, False)
+        values = to_container(stored)  # Paths in the run's folder are of that folder, not of this command's.
         for key in ("backbone", "selection", "dataset", "clip", "loader", "seed"):
-            if key in stored and key in cfg and key not in chosen and not (key == "clip" and "dataset" in chosen):
+            if key in values and key in cfg and key not in chosen and not (key == "clip" and "dataset" in chosen):
                 # A recipe names only what it was given: the rest of a backbone is its option's.
-                cfg[key] = OmegaConf.merge(cfg[key], stored[key]) if key == "backbone" else stored[key]
+                cfg[key] = OmegaConf.merge(cfg[key], values[key]) if key == "backbone" else values[key]
         # Unknown keys of a group were refused by Hydra; those inside one are by the constructor that they go to.
         cfg.merge_with(OmegaConf.from_dotlist([o.lstrip("+") for o in overrides if "." in o.partition("=")[0]]))
         OmegaConf.set_struct(cfg, True)
@@ -87,45 +129,106 @@ def trained_config(cfg: DictConfig, overrides: list[str], door: str) -> tuple[Di
     return cfg, file
 
 
-def _stored(file: Path, trust: bool) -> DictConfig | None:
+def _stored(file: Path, trust: bool, typed: DictConfig) -> DictConfig | None:
     """What a checkpoint's run folder, or else the checkpoint itself, says of its model; None where neither does."""
     sibling = file.parent.parent / CONFIG
     if file.parent.name == "checkpoints" and sibling.is_file():
-        return _load(sibling)
+        return _load(sibling, trust, typed)
     recipe = dict(read_checkpoint(file, trust).model or {})
     if not recipe:
         return None
+    if not trust:
+        check_stored(recipe, f"checkpoint {file}", to_container(typed.selection))
     selection = recipe.pop("selection")
     recipe.pop("num_classes")
     return OmegaConf.create({"backbone": {"name": recipe.pop("backbone"), **recipe}, "selection": selection})
 
 
-def _load(file: Path) -> DictConfig:
-    """A stored configuration, with keys that have been renamed since under today's names."""
-    cfg = OmegaConf.load(file)
-    assert isinstance(cfg, DictConfig)
-    if "patience" in cfg.get("clip", {}):
-        cfg.clip.decode_timeout = cfg.clip.pop("patience")
-    return cfg
+def _load(file: Path, trust: bool, typed: DictConfig | None) -> DictConfig:
+    """A stored configuration: paths follow its folder, renamed keys have today's names, and it builds only what it may."""
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, ValueError, YAMLError) as error:
+        raise ConfigError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: is no configuration of a run")
+    stored = {str(key): value for key, value in content.items()}
+    if not trust:
+        check_stored(stored, str(file), None if typed is None else _whole(typed))
+    folder = str(file.parent.resolve())
+    if (before := stored.get("run_dir")) and before != folder:  # Of an earlier version, which stored absolute paths.
+        stored = _with_folder(stored, str(before), "${run_dir}")
+    stored |= {"run_dir": folder, "trust": trust}
+    if "patience" in stored.get("clip", {}):
+        stored["clip"]["decode_timeout"] = stored["clip"].pop("patience")
+    return OmegaConf.create(stored)
 
 
-def _first_process() -> bool:
-    """Whether this process is the one of its machine that writes."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+def _whole(cfg: DictConfig) -> dict[str, Any]:
+    """A configuration as plain containers, whether all of its values are given or not."""
+    content = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def _with_folder(content: Any, folder: str, name: str) -> Any:
+    """Containers in which a folder, and paths below it, are written by name."""
+    if isinstance(content, dict):
+        return {key: _with_folder(value, folder, name) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_with_folder(value, folder, name) for value in content]
+    if isinstance(content, str) and (content == folder or content.startswith(f"{folder}/")):
+        return name + content[len(folder) :]
+    return content
 
 
 def save_config(cfg: DictConfig) -> None:
-    """Write the resolved configuration into the run's folder, for all later commands."""
-    folder = Path(cfg.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if _first_process():
-        OmegaConf.save(OmegaConf.create(to_container(cfg)), folder / CONFIG)
+    """Write the resolved configuration into the run's folder, for all later commands.
+
+    Paths in that folder are relative to it, so that it can be moved and copied; `trust` is not written.
+    """
+    content = to_container(cfg)
+    for key in ("trust", "resume"):
+        content.pop(key, None)
+    folder = str(content.pop("run_dir"))
+    if is_first_process():
+        content = _with_folder(content, folder, "${run_dir}")
+        write_text(Path(folder) / CONFIG, OmegaConf.to_yaml(OmegaConf.create(content)))
 
 
 def save_classes(cfg: DictConfig, classes: Sequence[str]) -> None:
     """Write the names of the classes into the run's folder, a line each, for commands that see no data set."""
-    if _first_process():
-        (Path(cfg.run_dir) / CLASSES).write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    if is_first_process():
+        write_text(Path(cfg.run_dir) / CLASSES, "".join(f"{name}\n" for name in classes))
+
+
+def check_classes(folder: Path, classes: Sequence[str]) -> None:
+    """Compare the classes of a data set with those that a run was trained on, if its folder names them.
+
+    Names of classes that are their numbers say nothing.
+
+    Raises:
+        ConfigError: names the first class that differs: its label would mean another class.
+    """
+    file = folder / CLASSES
+    if not file.is_file():
+        return
+    before = _lines(file)
+    numbers = [str(number) for number in range(len(before))]
+    if before == numbers or list(classes) == [str(number) for number in range(len(classes))]:
+        return
+    for number, (old, new) in enumerate(zip(before, classes, strict=False)):
+        if old != new:
+            raise ConfigError(
+                f"class {number} is {new!r} in the data set, and was {old!r} when {folder} was trained: labels would mean other "
+                "classes; give the classes in the run's order, as in dataset.classes=" + str(file)
+            )
+    if len(before) != len(classes):
+        raise ConfigError(f"the data set has {len(classes)} classes, and had {len(before)} when {folder} was trained")
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
 
 
 def class_names(file: str | None, checkpoint: Path, count: int) -> tuple[str, ...]:
@@ -140,7 +243,7 @@ def class_names(file: str | None, checkpoint: Path, count: int) -> tuple[str, ..
         return tuple(map(str, range(count)))
     if not path.is_file():
         raise ConfigError(f"classes={path}: no such file; give a file with the name of a class on each line")
-    names = tuple(path.read_text(encoding="utf-8").splitlines())
+    names = tuple(_lines(path))
     if len(names) != count:
         raise ConfigError(f"classes={path}: {len(names)} lines, but the model has {count} classes")
     return names

@@ -1,18 +1,39 @@
-"""Whose run a folder is, whether it can go on, and what a run's folder is called. Light: nothing here imports torch."""
+"""Whose run a folder is, whether it can resume, and what a run's folder is called. Light: nothing here imports torch."""
 
+import getpass
 import hashlib
 import json
+import logging
 import os
 import re
+import socket
 import sys
+import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from stts_lightning.errors import UserError
+from stts_lightning.files import write_json
+
+log = logging.getLogger(__name__)
+
 JOB, RESULT, CONFIG, LAST = "job.json", "result.json", "config.yaml", "checkpoints/last.ckpt"
+LOCK, OWNER = ".lock", ".owner.json"
+OUTPUTS = (RESULT, CONFIG, JOB, "classes.txt", "checkpoints", "panels", "test", "metrics.csv", "report.html")
+"""What a run writes into its folder."""
 _DECISION = "STTS_CAN_RESUME"
+_LOCKS: list[FileLock] = []
+"""Held until the process ends, however it does."""
+
+
+class FolderInUseError(UserError):
+    """A folder in which another process works: names both."""
 
 
 def folder_name(text: str, longest: int = 120) -> str:
@@ -33,27 +54,97 @@ def run_stamp() -> str:
         return f"slurm_{job}"
     if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ:
         return f"run_{hashlib.sha256(' '.join(sys.argv[1:]).encode()).hexdigest()[:8]}"
-    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    # Two runs may start in the same second.
+    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:4]}"
 
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True)
+OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True, use_cache=True)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one of its run that owns the folder."""
+    return all(os.environ.get(rank, "0") == "0" for rank in ("SLURM_PROCID", "RANK", "LOCAL_RANK"))
 
 
 def overrides_of(folder: Path) -> list[str] | None:
     """Of the run that a folder belongs to; None if it is nobody's."""
+    return _job(folder).get("overrides")
+
+
+def changes_of(folder: Path) -> list[str]:
+    """Overrides with which a run was resumed since, in order."""
+    return _job(folder).get("resumed_with", [])
+
+
+def _job(folder: Path) -> dict[str, Any]:
     file = folder / JOB
-    return json.loads(file.read_text())["overrides"] if file.is_file() else None
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def note_owner(folder: Path, overrides: Sequence[str], resumed_with: Sequence[str] = ()) -> None:
+    """Note that a folder belongs to the run of these overrides. Of several processes the first one writes."""
+    if is_first_process():
+        write_json(folder / JOB, {"overrides": list(overrides), "resumed_with": list(resumed_with)})
+
+
+def lock(folder: Path) -> None:
+    """Keep a folder to this process, until it ends. Of several processes of a run the first one does it for all.
+
+    Raises:
+        FolderInUseError: if another process has it: names it.
+    """
+    if not is_first_process():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / LOCK)
+    try:
+        held.acquire(timeout=0)
+    except Timeout as error:
+        owner: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            owner = json.loads((folder / OWNER).read_text())
+        who = "process {process} of {user} on {host}, since {since}".format_map(owner) if owner else "another process"
+        raise FolderInUseError(f"{folder}: in use by {who}; two runs cannot share a folder") from error
+    except (OSError, NotImplementedError) as error:
+        log.warning("%s cannot be locked (%s): do not start two runs in it", folder, error)
+        return
+    _LOCKS.append(held)
+    since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+    write_json(folder / OWNER, {"process": os.getpid(), "user": _user(), "host": socket.gethostname(), "since": since})
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # No name for this number.
+        return "an unknown user"
 
 
 def claim(folder: Path, overrides: Sequence[str]) -> None:
-    """Note that a folder belongs to the run of these overrides. Of several processes the first one writes."""
-    if any(os.environ.get(rank, "0") != "0" for rank in ("SLURM_PROCID", "RANK", "LOCAL_RANK")):
+    """Lock a folder for a new run of these overrides; what an earlier run left in it is moved into `earlier_<n>`.
+
+    Raises:
+        FolderInUseError: see `lock`.
+    """
+    if not is_first_process():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{JOB}.{os.getpid()}"
-    part.write_text(json.dumps({"overrides": list(overrides)}, indent=1) + "\n")
-    part.replace(folder / JOB)
+    lock(folder)
+    _set_aside(folder)
+    note_owner(folder, overrides)
+
+
+def _set_aside(folder: Path) -> None:
+    """Move what a run left into a folder of its own: a new run would mix with it, and take its result for its own."""
+    if not (folder / RESULT).is_file() and not (folder / LAST).is_file():
+        return
+    number = next(n for n in range(1, 10**6) if not (folder / f"earlier_{n}").exists())
+    earlier = folder / f"earlier_{number}"
+    earlier.mkdir()
+    for path in [folder / name for name in OUTPUTS] + sorted(folder.glob("metrics_*.csv")):
+        if path.exists():
+            path.replace(earlier / path.name)
+    log.warning("%s held another run; what it left is in %s", folder, earlier.name)
 
 
 def can_resume(folder: Path, overrides: Sequence[str]) -> bool:

@@ -27,7 +27,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from stts_lightning.run_folders import JOB, LAST, RESULT, claim, overrides_of
+from stts_lightning.errors import UserError
+from stts_lightning.run_folders import JOB, LAST, RESULT, lock, note_owner, overrides_of
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,8 @@ def _claim(folder: Path, overrides: list[str]) -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
-    claim(folder, overrides)
+    folder.mkdir(parents=True, exist_ok=True)
+    note_owner(folder, overrides)
 
 
 def _command(hc: HydraConf, folder: Path, overrides: list[str]) -> list[str]:
@@ -222,7 +224,15 @@ def _last_line(file: Path) -> str:
 
 
 class SweepEnd(Callback):
-    """Hydra callback: at the end of a sweep `report.html` in its folder, and the failed jobs' names; exit status 1 if any."""
+    """Hydra callback: locks a sweep's folder, and at its end writes `report.html` and names failed jobs; exit status 1 if any."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Keep the folder to this sweep. Two commands that start the same sweep would start each job twice."""
+        try:
+            lock(Path(config.hydra.sweep.dir))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write the report of all jobs of the folder."""

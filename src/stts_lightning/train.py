@@ -13,7 +13,7 @@ from stts_lightning import sweeps
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.overrides import for_sweep, in_run_folder
-from stts_lightning.run_folders import can_resume, claim, let_lightning_launch
+from stts_lightning.run_folders import can_resume, claim, let_lightning_launch, lock
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     console.quiet_libraries()
     with console.as_user_errors():
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
-        run_config.save_config(cfg)
         # Before any data is read or made: an impossible selection or a wrong checkpoint is refused at once.
         model = assembly.build_body(cfg)
         data = assembly.build_data(cfg, model.backbone.clip_size)
@@ -43,6 +42,10 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         trainer = assembly.build_trainer(cfg)
         data.prepare_data()
         data.setup()
+        if resume:
+            run_config.check_classes(Path(cfg.run_dir), data.classes)
+        # Only now is it known to be a run: what was refused leaves an earlier configuration as it is.
+        run_config.save_config(cfg)
         run_config.save_classes(cfg, data.classes)
         assembly.fit_head(model, len(data.classes))
         module = assembly.build_module(cfg, model)
@@ -100,10 +103,12 @@ def main(cfg: DictConfig) -> Any:
     with console.one_line_errors():
         overrides, folder = list(HydraConfig.get().overrides.task), Path(cfg.run_dir)
         if cfg.resume:
-            cfg, checkpoint = run_config.resumed_config(cfg.resume, overrides)
+            lock(Path(cfg.resume))
+            cfg, checkpoint = run_config.resumed_config(cfg.resume, overrides, cfg)
         elif can_resume(folder, overrides):
-            log.info("%s holds this run, unfinished: it goes on", folder)
-            cfg, checkpoint = run_config.resumed_config(folder, [])
+            lock(folder)
+            log.info("%s holds this run, unfinished: it resumes", folder)
+            cfg, checkpoint = run_config.resumed_config(folder, [], cfg)
         else:
             claim(folder, overrides)
         return run(cfg, checkpoint)

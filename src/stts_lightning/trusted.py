@@ -1,0 +1,75 @@
+"""What a configuration from a file may build: a run folder that somebody sent must not run code of its choice."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stts_lightning.errors import UserError
+
+_OURS = "stts_lightning"
+_CALLBACKS = (
+    "DeviceStatsMonitor", "EarlyStopping", "GradientAccumulationScheduler", "LearningRateMonitor", "ModelCheckpoint",
+    "ModelSummary", "RichProgressBar", "StochasticWeightAveraging", "Timer", "TQDMProgressBar",
+)  # fmt: skip
+ALLOWED = frozenset(
+    {
+        f"{_OURS}.data.datamodule.DemoSource",
+        f"{_OURS}.data.datamodule.FolderSource",
+        f"{_OURS}.data.datamodule.ListSource",
+        f"{_OURS}.sweeps.SweepEnd",
+        f"{_OURS}.training.callbacks.FailureLog",
+        f"{_OURS}.training.callbacks.SigmaAnnealing",
+        f"{_OURS}.training.loggers.wandb_logger",
+        f"{_OURS}.training.panels.SelectionPanels",
+        f"{_OURS}.training.preemption.BestCheckpoint",
+        f"{_OURS}.training.preemption.LastCheckpoint",
+        f"{_OURS}.training.progress.progress",
+        "lightning.pytorch.Trainer",
+        "lightning.pytorch.loggers.CSVLogger",
+        "lightning.pytorch.loggers.TensorBoardLogger",
+        "lightning.pytorch.strategies.DDPStrategy",
+        *(f"lightning.pytorch.callbacks.{name}" for name in _CALLBACKS),
+    }
+)
+"""Classes that a stored configuration may build."""
+
+
+class TrustError(UserError):
+    """A stored configuration that would build a class which is not on the list of allowed ones."""
+
+
+def _walk(content: Any, key: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Full key, last part of the key and value of everything in a configuration."""
+    pairs = content.items() if isinstance(content, Mapping) else enumerate(content) if isinstance(content, list | tuple) else ()
+    for name, value in pairs:
+        full = f"{key}.{name}" if key else str(name)
+        yield full, str(name), value
+        yield from _walk(value, full)
+
+
+def named_classes(content: Mapping[str, Any]) -> dict[str, str]:
+    """What a configuration would import, by key: targets of Hydra, and selectors given by a dotted path."""
+    return {
+        key: str(value)
+        for key, name, value in _walk(content)
+        if name == "_target_" or (name == "selector" and isinstance(value, str) and "." in value)
+    }
+
+
+def check_stored(content: Mapping[str, Any], source: str, also: Mapping[str, Any] | None = None) -> None:
+    """Refuse a stored configuration that would build what is not allowed.
+
+    Args:
+        content: plain containers.
+        source: the file, in words.
+        also: a configuration that the user typed: what it names is allowed too.
+
+    Raises:
+        TrustError: names key and class.
+    """
+    typed = set(named_classes(also or {}).values())
+    for key, target in named_classes(content).items():
+        if target not in ALLOWED and target not in typed:
+            raise TrustError(
+                f"{source}: {key}={target} is not a class that a stored configuration may build; trust=true on the command "
+                "line builds it, and so runs its code: only for files whose origin you trust"
+            )
