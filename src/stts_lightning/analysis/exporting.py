@@ -88,7 +88,12 @@ def export(model: VideoClassifier, formats: list[str], out: Path) -> list[dict[s
                 module, (traced,), dynamic_shapes={"clip": {0: torch.export.Dim("batch", min=1, max=4096)}}
             )
     except Exception as error:
-        raise ExportError(f"formats=torch: this model cannot be traced: {str(error).splitlines()[0]}") from error
+        raise ExportError(f"formats={','.join(formats)}: this model cannot be traced: {_reason(error)}") from error
+    if own := _own_operators(program):
+        raise ExportError(
+            f"formats={','.join(formats)}: this model selects by random numbers of {own[0]}, an operator that only this package "
+            "has; export a model with another selector"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     files: list[dict[str, Any]] = []
     for name in formats:
@@ -102,6 +107,18 @@ def export(model: VideoClassifier, formats: list[str], out: Path) -> list[dict[s
     return files
 
 
+def _own_operators(program: Any) -> list[str]:
+    """Operators of this package in a program: nothing else could load it."""
+    return sorted({str(node.target) for node in program.graph.nodes if str(node.target).startswith("stts.")})
+
+
+def _reason(error: BaseException) -> str:
+    """First line of the first error: exporters wrap it in general advice."""
+    while error.__cause__:
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _torch(program: Any, file: Path, clip: Tensor) -> Tensor:
     torch.export.save(program, file)
     return torch.export.load(file).module()(clip)
@@ -113,7 +130,7 @@ def _onnx(program: Any, file: Path, clip: Tensor) -> Tensor:
         assert onnx is not None
         onnx.save(str(file))
     except Exception as error:
-        raise ExportError(f"formats=onnx: this model cannot be written: {str(error).splitlines()[0]}") from error
+        raise ExportError(f"formats=onnx: this model cannot be written: {_reason(error)}") from error
     runtime = importlib.import_module("onnxruntime")
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: clip.numpy()})[0])

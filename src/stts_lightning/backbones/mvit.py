@@ -80,7 +80,7 @@ class PooledAttention(nn.Module):
         Returns:
             `(B, 1 + N', C)`, the grid pooled by `q_stride`; and `class_attention` or None.
         """
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, D, 1 + N, C / D)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()  # each (B, D, 1 + N, C / D)
         if self.pool_q is not None:
             q = self.pool_q(q, self.size)
         k, v = self.pool_k(k, self.size), self.pool_v(v, self.size)
@@ -95,7 +95,7 @@ class PooledAttention(nn.Module):
         """
         weights = (q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean(1)[:, 0, 1:]
         weights = weights.unflatten(1, pooled(self.size, self.kv_stride)).detach()
-        return F.interpolate(weights.unsqueeze(1), pooled(self.size, self.q_stride), mode="area").squeeze(1)
+        return F.interpolate(weights, pooled(self.size, self.q_stride)[1:], mode="area")  # Frames are never pooled.
 
 
 class Block(nn.Module):

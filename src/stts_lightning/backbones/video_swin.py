@@ -134,7 +134,7 @@ class WindowAttention(nn.Module):
         """Args: grid `(B, T, H, W, C)`. Returns: the same size."""
         plan, (t, h, w) = self.plan, self.plan.size
         qkv = partition(plan.roll(self._pad(self.qkv(grid))), plan.window)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B W, D, N, C / D)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()  # each (B W, D, N, C / D)
         out = F.scaled_dot_product_attention(q, k, v, self.bias(grid.shape[0]).to(q.dtype))
         out = join(out.transpose(1, 2).flatten(2), plan.window, plan.padded_size)
         return self.proj(plan.roll(out, back=True)[:, :t, :h, :w])
