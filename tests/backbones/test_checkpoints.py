@@ -1,8 +1,11 @@
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from stts_lightning import create_model, load_model
 from stts_lightning.backbones import CheckpointError
@@ -152,3 +155,82 @@ def test_a_slot_more_than_the_file_has_is_new(tmp_path: Path) -> None:
     assert "as initialised: selector s2" in model.weights
     with pytest.raises(CheckpointError, match=r"unexpected \[backbone.slots.selectors.t0"):
         create_model("mvit_tiny", "t2_0.5", pretrained=path, **TINY)
+
+
+State = dict[str, torch.Tensor]
+
+
+def prefixed(prefix: str) -> Callable[[torch.nn.Module], State]:
+    return lambda model: {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+
+
+def averaged(model: torch.nn.Module) -> State:
+    return AveragedModel(model).state_dict()
+
+
+WRITTEN: dict[str, Callable[[torch.nn.Module], dict[str, object]]] = {
+    "DataParallel": lambda model: torch.nn.DataParallel(model).state_dict(),
+    "torch.compile": lambda model: torch.compile(model).state_dict(),
+    "DDP of torch.compile": lambda model: torch.nn.DataParallel(torch.compile(model)).state_dict(),
+    "AveragedModel": averaged,
+    "AveragedModel of torch.compile": lambda model: averaged(torch.compile(model)),
+    "DDP of AveragedModel": lambda model: torch.nn.DataParallel(AveragedModel(model)).state_dict(),
+    "LightningModule with model": lambda model: {"state_dict": prefixed("model.")(model)},
+    "LightningModule with net": lambda model: {"state_dict": prefixed("net.")(model)},
+    "LightningModule with a compiled model": lambda model: {"state_dict": prefixed("model._orig_mod.")(model)},
+    "model_state_dict": lambda model: {"epoch": 3, "model_state_dict": model.state_dict(), "loss": 0.5},
+    "model_state_dict of DDP": lambda model: {"model_state_dict": torch.nn.DataParallel(model).state_dict()},
+    "DeepSpeed": lambda model: {"module": model.state_dict(), "optimizer": None, "global_steps": 3},
+    "network": lambda model: {"network": model.state_dict()},
+    "weights": lambda model: {"weights": model.state_dict()},
+    "an average alone": lambda model: {"state_dict_ema": prefixed("module.")(model)},
+}
+
+
+@pytest.mark.parametrize("written", list(WRITTEN))
+@pytest.mark.parametrize("selection", [None, "t0_0.5_s2_0.6"])
+def test_what_training_puts_around_the_weights_is_taken_off(written: str, selection: str | None, tmp_path: Path) -> None:
+    model = create_model("mvit_tiny", selection, **TINY)
+    torch.save(WRITTEN[written](model), tmp_path / "m.pt")
+    again = create_model("mvit_tiny", selection, pretrained=tmp_path / "m.pt", **TINY)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_prefix_that_only_some_weights_carry_stays(tmp_path: Path) -> None:
+    model = create_model("mvit_tiny", **TINY)
+    torch.save({**prefixed("module.")(model), "other": torch.ones(1)}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="belong to none of the known layouts"):
+        create_model("mvit_tiny", pretrained=tmp_path / "m.pt", **TINY)
+    torch.save({"state_dict": {**prefixed("model.")(model), "loss.scale": torch.ones(1)}}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"0 missing \[\], 1 unexpected \[loss.scale\]"):
+        create_model("mvit_tiny", pretrained=tmp_path / "m.pt", **TINY)
+
+
+@pytest.mark.parametrize("other", ["state_dict_ema", "model_ema", "model"])
+def test_of_several_sets_the_plain_one_is_taken_and_the_others_are_named(
+    other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, average = create_model("mvit_tiny", **TINY), create_model("mvit_tiny", **TINY)
+    path = tmp_path / "m.pt"
+    torch.save({other: average.state_dict(), "state_dict": plain.state_dict(), "epoch": torch.tensor(3)}, path)
+    with caplog.at_level(logging.INFO, "stts_lightning"):
+        again = create_model("mvit_tiny", pretrained=path, **TINY)
+    assert torch.equal(again.head.weight, plain.head.weight)
+    assert f"checkpoint {path}: takes the weights under state_dict; there are others under {other}" in caplog.text
+
+
+def test_tensors_beside_an_unusual_wrapper_are_the_weights(tmp_path: Path) -> None:
+    model, other = create_model("mvit_tiny", **TINY), create_model("mvit_tiny", **TINY)
+    torch.save({**model.state_dict(), "weights": other.state_dict()}, tmp_path / "m.pt")
+    again = create_model("mvit_tiny", pretrained=tmp_path / "m.pt", **TINY)
+    assert torch.equal(again.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_published_layouts_are_recognised_under_a_prefix(prefix: str, tmp_path: Path) -> None:
+    from torchvision.models.video import swin3d_t
+
+    theirs = swin3d_t(num_classes=5)
+    torch.save({"model_state_dict": prefixed(prefix)(theirs)}, tmp_path / "m.pt")
+    model = create_model("video_swin_t", pretrained=tmp_path / "m.pt", num_classes=5)
+    assert "torchvision swin3d layout" in model.weights and torch.equal(model.head.weight, theirs.head.weight)

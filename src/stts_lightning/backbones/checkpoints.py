@@ -1,6 +1,7 @@
 """Published weights: read a file, recognise its layout by its keys, and load it so that nothing is left unsaid."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,9 +19,17 @@ from stts_lightning.backbones.registry import Backbone
 from stts_lightning.errors import UserError
 from stts_lightning.selection.spec import SelectionSpec
 
+log = logging.getLogger(__name__)
+
 State = dict[str, Tensor]
 RECIPE = "recipe"
 """Name of the metadata under which a safetensors file of ours tells how its model is built."""
+WRAPPERS = ("state_dict", "model_state", "model")
+"""Keys under which a file holds its weights, the first that there is."""
+LONE_WRAPPERS = ("model_state_dict", "module", "network", "weights", "state_dict_ema", "model_ema")
+"""Further ones, for files with no tensor beside them: what trainers and DeepSpeed write, averages (of timm) last."""
+PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.", "net.", "network.")
+"""What DDP and AveragedModel, torch.compile, DeepSpeed and LightningModules put before the keys of the model in them."""
 
 
 _NO_SLOTS = SelectionSpec()
@@ -131,12 +140,22 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
 
 def recognised(path: Path, content: Mapping[str, Any], model: Mapping[str, Any] | None = None) -> Checkpoint:
     """Weights that were read, with the layout of their keys; the path is to name them. Raises as `read_checkpoint`."""
-    state = {str(k).removeprefix("model."): v for k, v in content.items() if isinstance(v, Tensor)}
+    state = _bare({str(key): value for key, value in content.items() if isinstance(value, Tensor)})
     for layout in LAYOUTS:
         if (layout is OWN and model) or all(key in state for key in layout.signature):
             return Checkpoint(path, layout, state, model)
     names = ", ".join(layout.name for layout in LAYOUTS)
     raise CheckpointError(f"checkpoint {path}: its keys ({_some(content)}) belong to none of the known layouts: {names}")
+
+
+def _bare(state: State) -> State:
+    """Weights without the prefixes that all of them carry. An AveragedModel's count of steps is not one of them."""
+    weights = {key: value for key, value in state.items() if key != "n_averaged"}
+    for prefix in PREFIXES:
+        if weights and all(key.startswith(prefix) for key in weights):
+            return _bare({key.removeprefix(prefix): value for key, value in weights.items()})
+    # A LightningModule's file may hold more than the model: a loss, metrics.
+    return {key.removeprefix("model."): value for key, value in state.items()}
 
 
 def _content(path: Path, trust: bool) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
@@ -164,10 +183,21 @@ def _content(path: Path, trust: bool) -> tuple[Mapping[str, Any], Mapping[str, A
         raise CheckpointError(f"checkpoint {path}: holds a {type(content).__name__}, not a state dict")
     model = content.get("model") if "state_dict" in content else None
     model = model if isinstance(model, Mapping) and "backbone" in model else None  # Else not a recipe of ours.
-    for wrapper in ("state_dict", "model_state", "model"):
-        if isinstance(content.get(wrapper), Mapping):
-            return content[wrapper], model
-    return content, None
+    return _unwrapped(path, content), model
+
+
+def _unwrapped(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weights of a file that may hold more than one set of them: the plain ones, rather than their average."""
+    wrappers = [name for name in (*WRAPPERS, *LONE_WRAPPERS) if _holds_tensors(content.get(name))]
+    if not wrappers or (wrappers[0] in LONE_WRAPPERS and _holds_tensors(content)):
+        return content
+    if others := ", ".join(wrappers[1:]):
+        log.info("checkpoint %s: takes the weights under %s; there are others under %s", path, wrappers[0], others)
+    return content[wrappers[0]]
+
+
+def _holds_tensors(content: Any) -> bool:
+    return isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values())
 
 
 def _is_safetensors(path: Path) -> bool:
