@@ -20,6 +20,7 @@ from stts_lightning.data.annotations import AnnotationError, VideoList, check_fi
 from stts_lightning.data.dataset import Batch, ClipDataset, ClipSpec, Reading, Transform, collate, list_hash
 from stts_lightning.data.demo import DemoSpec, make_demo
 from stts_lightning.data.labels import read_class_names
+from stts_lightning.data.isolation import ASKING, can_isolate
 from stts_lightning.data.manifest import manifest_hash, read_manifest, with_manifest
 from stts_lightning.data.resumable_sampler import EpochOrder, LoaderError, TrainLoader
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
@@ -141,7 +142,7 @@ def begin_worker(worker: int, niceness: int = 0) -> None:
     It lives on when a scheduler asks its whole group to end: the trainer wants its step's batch first. And it gives way to a
     model that runs on the same cores: a thread that a worker holds up holds up all threads of a product.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in ASKING:
         signal.signal(number, signal.SIG_IGN)
     if niceness and hasattr(os, "nice"):
         os.nice(niceness)
@@ -149,8 +150,9 @@ def begin_worker(worker: int, niceness: int = 0) -> None:
 
 def _end_workers() -> None:
     """Before multiprocessing asks those that are left at the end to go, and waits: they do not listen."""
-    with suppress(ValueError):  # torch's handler would take their end for a failure.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if hasattr(signal, "SIGCHLD"):  # Not on Windows.
+        with suppress(ValueError):  # torch's handler would take their end for a failure.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -222,6 +224,8 @@ class VideoDataModule(pl.LightningDataModule):
         self._clip = ClipSpec(frames, stride, 1, sampling)
         self._test_clip = replace(self._clip, views=test_views)
         self._reading = Reading(decoder, on_error, decode_timeout)
+        if decode_timeout is not None:
+            can_isolate()  # Said in the main process, before there are workers.
         self._train_transform = TrainTransform(size, **(train_transform or {}))
         self.copies = self._train_transform.copies
         """Clips of each video of a training batch."""

@@ -2,9 +2,12 @@
 
 decord never returns from some files and dies of others. Each loader's worker therefore has a small process that decodes for
 it (no torch in it), and replaces it when it hangs or dies: the file is then one that cannot be decoded, like any other.
+On Windows, where subprocess hands on no file descriptors, a worker decodes itself.
 """
 
 import contextlib
+import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -12,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stts_lightning.data.decode import DecodeError, Frames, Reader, open_video
+
+log = logging.getLogger(__name__)
+
+HAS_ISOLATION = os.name == "posix"
+"""Whether a child process can be handed a socket: `pass_fds` is for POSIX alone."""
+
+ASKING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+"""Signals by which schedulers announce that they will end a job; Windows has the first alone."""
 
 MEMORY = 8 * 2**30
 """Bytes that the decoding process may address: a broken header can ask for any amount."""
@@ -163,12 +175,23 @@ def decoder_process(decode_timeout: float) -> DecoderProcess:
     return _OF_THIS_PROCESS[key]
 
 
+@cache
+def can_isolate() -> bool:
+    """Whether decoding can have a process of its own here; where not, the main process says so once."""
+    if not HAS_ISOLATION and multiprocessing.parent_process() is None:
+        log.warning(
+            "clip.decode_timeout: has no effect on this system, where workers decode videos themselves; "
+            "a file that a decoder hangs on or dies of stops its worker"
+        )
+    return HAS_ISOLATION
+
+
 @contextmanager
 def open_isolated(path: str | Path, decoder: str, decode_timeout: float | None) -> Iterator[Reader]:
-    """As `open_video`, in a process that may be lost; without a decode_timeout, in this one."""
+    """As `open_video`, in a process that may be lost; in this one without a decode_timeout, or where there is no other way."""
     with (
         open_video(path, decoder)
-        if decode_timeout is None
+        if decode_timeout is None or not can_isolate()
         else decoder_process(decode_timeout).open(Path(path), decoder) as reader
     ):
         yield reader
@@ -212,9 +235,9 @@ def _serve(ours: socket.socket) -> None:
 
 if __name__ == "__main__":
     # Whoever asks the run to end leaves it a step more, which wants its frames.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (*ASKING, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(ImportError, ValueError):
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no limits, macOS not this one.
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

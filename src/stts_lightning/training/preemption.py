@@ -17,15 +17,13 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from stts_lightning.data.isolation import ASKING
 from stts_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
 EXIT_REQUEUE = os.EX_TEMPFAIL if hasattr(os, "EX_TEMPFAIL") else 75
 """Exit status of a run that was asked to end and can go on: what schedulers requeue on."""
-
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals by which schedulers announce that they will end a job."""
 
 
 class SaveError(UserError):
