@@ -4,11 +4,13 @@ import os
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from hydra import compose
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ProgressBar
+from numpy.typing import NDArray
 from omegaconf import DictConfig
 
 from stts_lightning.analysis.flops import count_gflops
@@ -119,8 +121,14 @@ def build_optim(cfg: DictConfig) -> OptimSpec:
     return OptimSpec(**values, betas=(first, second), parts=parts)
 
 
-def build_module(cfg: DictConfig, model: VideoClassifier) -> ClassificationModule:
-    """The LightningModule around a model, which runs as configured. Runs of earlier versions say nothing of how."""
+def build_module(cfg: DictConfig, model: VideoClassifier, labels: NDArray[np.int64] | None = None) -> ClassificationModule:
+    """The LightningModule around a model, which runs as configured. Runs of earlier versions say nothing of how.
+
+    Args:
+        cfg: the configuration.
+        model: with its head.
+        labels: of the training videos, for `class_weights=balanced`.
+    """
     how = str(cfg.get("compile", False)).lower()
     if how not in COMPILE:
         raise ConfigError(f"compile={how}: allowed are {', '.join(COMPILE)}")
@@ -128,7 +136,26 @@ def build_module(cfg: DictConfig, model: VideoClassifier) -> ClassificationModul
     classes = model.num_classes
     values = to_container(cfg.augment) if "augment" in cfg else {}
     augment = BatchAugment(classes, **values) if any(values.values()) else None
-    return ClassificationModule(model, build_optim(cfg), classes, cfg.label_smoothing, augment, how)
+    weights = class_weights(cfg.get("class_weights"), labels, classes)
+    return ClassificationModule(model, build_optim(cfg), classes, cfg.label_smoothing, augment, how, weights)
+
+
+def class_weights(asked: Any, labels: NDArray[np.int64] | None, classes: int) -> list[float] | None:
+    """Weights of the classes in the loss: those asked for; of "balanced" the inverse of how often a class occurs, mean 1.
+
+    Raises:
+        ConfigError: for another word, or where a class has no training video.
+    """
+    if asked is None or not isinstance(asked, str):
+        return None if asked is None else [float(weight) for weight in asked]
+    if asked != "balanced":
+        raise ConfigError(f"class_weights={asked}: allowed are null, balanced, or a list with a weight for each class")
+    if labels is None:
+        return None
+    counts = np.bincount(labels, minlength=classes)
+    if not counts.all():
+        raise ConfigError(f"class_weights=balanced: class {int(np.argmin(counts))} has no training video")
+    return (len(labels) / (classes * counts)).tolist()
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:

@@ -52,21 +52,26 @@ def show(records: Sequence[dict[str, Any]]) -> None:
     """Print the likeliest classes of each video, and of its windows where there are several."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from stts_lightning.analysis.results import printable
 
     table = Table(title="predictions", title_justify="left")
     for name in ("video", "seconds", "classes, the likeliest first"):
         table.add_column(name, overflow="fold")
 
-    def classes(top: Sequence[dict[str, Any]]) -> str:
-        return ", ".join(f"{one['class']} {one['probability']:.1%}" for one in top)
+    # Names of files and classes are no markup, and may be no UTF-8.
+    def classes(top: Sequence[dict[str, Any]]) -> Text:
+        return Text(printable(", ".join(f"{one['class']} {one['probability']:.1%}" for one in top)))
 
     for video in records:
         windows = video.get("windows", [])
-        table.add_row(video["video"], "all" if len(windows) > 1 else "", classes(video["top"]) if windows else "")
+        name = Text(printable(video["video"]))
+        table.add_row(name, "all" if len(windows) > 1 else "", classes(video["top"]) if windows else "")
         for window in windows if len(windows) > 1 else ():
             table.add_row("", f"{window['start']:.1f} - {window['end']:.1f}", classes(window["top"][:2]))
         if "error" in video:
-            table.add_row("", "", f"[red]{video['error']}[/red]")
+            table.add_row("", "", Text(printable(video["error"]), style="red"))
     Console().print(table)
 
 

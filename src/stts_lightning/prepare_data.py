@@ -16,6 +16,7 @@ from stts_lightning.data.checking import Task, work
 from stts_lightning.data.encode import Encoding
 from stts_lightning.data.manifest import Entry, manifest_hash, write_manifest
 from stts_lightning.doctor import check_installation
+from stts_lightning.files import replacing, write_text
 from stts_lightning.progress import counting
 
 TASKS = ("check", "encode")
@@ -52,13 +53,13 @@ def run(tasks: Sequence[Task], jobs: int, timeout: float) -> list[Entry]:
 
 def write_list(file: Path, videos: VideoList, entries: Sequence[Entry]) -> None:
     """A list of what was written, labels as numbers, and the names of the classes beside it."""
-    with file.open("w", newline="", encoding="utf-8") as out:
+    with replacing(file) as part, part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
         writer = csv.writer(out)
         writer.writerow(["path", "label"])
         base = file.parent.absolute()
         pairs = zip(videos.videos, entries, strict=True)
         writer.writerows([Path(entry.path).relative_to(base), video.label] for video, entry in pairs if entry.status == "ok")
-    (file.parent / "classes.txt").write_text("".join(f"{name}\n" for name in videos.classes), encoding="utf-8")
+    write_text(file.parent / "classes.txt", "".join(f"{name}\n" for name in videos.classes))
 
 
 def show(results: dict[str, list[Entry]], manifest: Path) -> None:

@@ -237,15 +237,18 @@ class SweepEnd(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write the report of all jobs of the folder."""
         from stts_lightning.analysis.page import write_report
-        from stts_lightning.analysis.runs import find_runs
+        from stts_lightning.analysis.runs import find_runs, left_out
 
         sweep = Path(config.hydra.sweep.dir)
         jobs = sorted(file.parent for file in sweep.glob(f"*/{JOB}"))
-        failed = [f"{job.name}: {_last_line(job / CONSOLE)}" for job in jobs if not (job / RESULT).is_file()]
+        failed = [job for job in jobs if not (job / RESULT).is_file()]
+        lines = [f"{job.name}: {_last_line(job / CONSOLE)}" for job in failed]
+        broken = [line for line in left_out([sweep]) if not any(line.startswith(f"{job}:") for job in failed)]
         if runs := find_runs([sweep]):
-            log.info("%d of %d jobs have a result; %s", len(jobs) - len(failed), len(jobs), write_report(runs, sweep, failed))
-        for job in failed:
-            log.error("failed: %s", job)
+            page = write_report(runs, sweep, [*lines, *broken])
+            log.info("%d of %d jobs have a result; %s", len(jobs) - len(failed), len(jobs), page)
+        for line in [*lines, *broken]:
+            log.error("failed: %s", line)
         if failed:
             log.error("the same command again repeats these alone")
             raise SystemExit(1)

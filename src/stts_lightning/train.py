@@ -48,7 +48,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         run_config.save_config(cfg)
         run_config.save_classes(cfg, data.classes)
         assembly.fit_head(model, len(data.classes))
-        module = assembly.build_module(cfg, model)
+        module = assembly.build_module(cfg, model, data.splits["train"].labels)
         if module.augment:
             module.augment.check_batch(cfg.loader.batch_size // trainer.world_size)
     info = facts(trainer, module, data)

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from stts_lightning.files import replacing
+
 FILE = "predictions.npz"
 
 
@@ -32,11 +34,9 @@ class Predictions:
     valid: NDArray[np.bool_]
 
     def save(self, path: str | Path) -> None:
-        """Write to one file, by way of a temporary file in the same folder."""
-        path = Path(path)
-        part = path.with_suffix(".part.npz")
-        np.savez_compressed(part, logits=self.logits, label=self.label, video=self.video, valid=self.valid)
-        part.replace(path)
+        """Write to one file, as a whole."""
+        with replacing(path) as part:
+            np.savez_compressed(part, logits=self.logits, label=self.label, video=self.video, valid=self.valid)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -142,7 +142,7 @@ def write_tables(predictions: Predictions, classes: Sequence[str], folder: str |
     with charts.style():
         title = f"{int(table.trace())} of {int(table.sum())} right"
         charts.confusion(table, classes, title).savefig(Path(folder) / "confusion.png", dpi=110)
-    with (Path(folder) / "per_class.csv").open("w", newline="") as file:
+    with (Path(folder) / "per_class.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "videos", "right", "accuracy", "most_taken_for"])
         for name, row, number in zip(classes, table, range(len(classes)), strict=True):

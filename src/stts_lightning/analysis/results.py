@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from stts_lightning.configuration import conf_dir
+from stts_lightning.files import write_json
 from stts_lightning.run_folders import CONFIG
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "decord", "av", "timm", "torchmetrics", "fvcore")
@@ -47,12 +48,8 @@ def printable(text: str) -> str:
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
-    """Write a result as JSON, by way of a temporary file in the same folder."""
-    path = Path(path)
-    part = path.with_suffix(".part")
-    # JSON is ASCII here: the names of files that are no UTF-8 are read back as they were.
-    part.write_text(json.dumps(result, indent=2) + "\n")
-    part.replace(path)
+    """Write a result as JSON. The names of files that are no UTF-8 are read back as they were."""
+    write_json(path, result, indent=2)
 
 
 def read_result(path: str | Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from stts_lightning.data.annotations import AnnotationError, VideoList, check_files, read_folder, read_list
 from stts_lightning.data.dataset import Batch, ClipDataset, ClipSpec, Reading, Transform, collate, list_hash
 from stts_lightning.data.demo import DemoSpec, make_demo
-from stts_lightning.data.labels import read_class_names
 from stts_lightning.data.isolation import ASKING, can_isolate
+from stts_lightning.data.labels import read_class_names
 from stts_lightning.data.manifest import manifest_hash, read_manifest, with_manifest
 from stts_lightning.data.resumable_sampler import EpochOrder, LoaderError, TrainLoader
 from stts_lightning.data.transforms import EvalTransform, TrainTransform

@@ -1,6 +1,7 @@
 """A list of videos as a map-style dataset of clips."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -211,4 +212,4 @@ def collate(items: list[Batch]) -> Batch:
 def list_hash(videos: VideoList) -> str:
     """Twelve hexadecimal digits that tell two lists apart: of file names and labels, in order."""
     text = "\n".join(f"{video.path.name} {video.label}" for video in videos.videos)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]

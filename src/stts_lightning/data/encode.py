@@ -15,6 +15,7 @@ import numpy as np
 
 from stts_lightning.data.readers import FolderReader, Frames, damage, decoded_frames, first_line, frame_files
 from stts_lightning.data.streams import DecodeError, choose_stream, index_file
+from stts_lightning.files import replacing
 
 FOLDER_RATE = 30
 """Frames a second of an encoded frame folder, which says none."""
@@ -75,11 +76,9 @@ def transcode(source: str | Path, target: str | Path, short_side: int, keyframe_
     av: Any = importlib.import_module("av")
     source, target = Path(source), Path(target)
     encoding = Encoding(short_side, keyframe_every, crf)
-    part = target.with_suffix(f".{os.getpid()}.part.mp4")
-    target.parent.mkdir(parents=True, exist_ok=True)
     count, width, height = 0, 0, 0
     errors: list[str] = []
-    try:
+    with replacing(target) as part:
         with _decoding(source, errors) as (frames, rate, promised), av.open(str(part), "w") as output:
             stream: Any = None
             output.metadata["comment"] = _origin(source, encoding)
@@ -102,9 +101,6 @@ def transcode(source: str | Path, target: str | Path, short_side: int, keyframe_
                 output.mux(stream.encode())
         if not count:
             raise DecodeError(f"{source}: {damage(promised, count, errors)}")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
     return damage(promised, count, errors)
 
 
@@ -138,8 +134,7 @@ def write_mp4(path: str | Path, frames: Iterable[Frames], rate: int = 24, keyfra
     """Write RGB frames `(H, W, 3)` uint8 (even sides) as H.264 mp4, by PyAV. A broken-off write leaves no file."""
     av: Any = importlib.import_module("av")
     path = Path(path)
-    part = path.with_suffix(".part.mp4")
-    with av.open(str(part), "w") as container:
+    with replacing(path) as part, av.open(str(part), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(rate), options={"crf": str(crf), "preset": "veryfast"})
         stream.pix_fmt, stream.gop_size, stream.thread_count = "yuv420p", keyframe_every, 1
         for image in frames:
@@ -147,4 +142,3 @@ def write_mp4(path: str | Path, frames: Iterable[Frames], rate: int = 24, keyfra
                 stream.height, stream.width = image.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
-    part.replace(path)

@@ -2,11 +2,13 @@
 
 import csv
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from stts_lightning.data.annotations import AnnotationError, VideoList
+from stts_lightning.files import replacing
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,14 @@ _NUMBERS = ("frames", "promised", "width", "height")
 def write_manifest(file: str | Path, entries: Iterable[Entry]) -> None:
     """Write a manifest as CSV, paths relative to its folder where they lie in it."""
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
     base = file.parent.resolve()
-    part = file.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as out:
+    with replacing(file) as part, part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
         writer = csv.DictWriter(out, COLUMNS)
         writer.writeheader()
         for entry in entries:
             path = Path(entry.path).absolute()
             inside = path.relative_to(base) if path.is_relative_to(base) else path
             writer.writerow(asdict(replace(entry, path=str(inside))))
-    part.replace(file)
 
 
 def read_manifest(file: str | Path) -> dict[Path, Entry]:
@@ -66,7 +65,7 @@ def read_manifest(file: str | Path) -> dict[Path, Entry]:
         raise AnnotationError(f"manifest {file}: does not exist; prepare_data task=check writes it")
     base = file.parent.resolve()
     entries: dict[Path, Entry] = {}
-    with file.open(newline="", encoding="utf-8") as lines:
+    with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
         reader = csv.DictReader(lines)
         if reader.fieldnames is None or list(reader.fieldnames) != COLUMNS:
             raise AnnotationError(f"manifest {file}: its columns are {reader.fieldnames}, expected {COLUMNS}")
@@ -80,7 +79,7 @@ def read_manifest(file: str | Path) -> dict[Path, Entry]:
 def manifest_hash(entries: Iterable[Entry]) -> str:
     """Twelve hexadecimal digits that tell two states of the files apart: of names, status and frames, in order."""
     text = "\n".join(f"{Path(entry.path).name} {entry.status} {entry.frames}" for entry in entries)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
 
 
 def with_manifest(videos: VideoList, manifest: dict[Path, Entry], source: str) -> VideoList:

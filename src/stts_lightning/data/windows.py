@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from stts_lightning.data.annotations import VIDEO_SUFFIXES, AnnotationError, is_hidden
 from stts_lightning.data.dataset import ClipSpec, Transform
 from stts_lightning.data.decode import DecodeError, Frames
-from stts_lightning.data.isolation import open_isolated
+from stts_lightning.data.isolation import can_isolate, open_isolated
 from stts_lightning.data.readers import is_frame_folder
 from stts_lightning.data.sampling import SAMPLINGS
 
@@ -109,6 +109,8 @@ class WindowRule:
     def __post_init__(self) -> None:
         if self.every is not None and self.every <= 0:
             raise ValueError(f"every={self.every}: must be more than 0 seconds")
+        if self.decode_timeout is not None:
+            can_isolate()  # Said in the main process, before there are workers.
 
 
 class WindowDataset(IterableDataset[Window]):

@@ -89,7 +89,7 @@ class SlotBank(nn.Module):
             grid, selection = selector(grid, self.sigma, Noise(self._seeds, block * 2 + number), attention)
             if attention is not None and selector.out_size[0] < attention.shape[1]:
                 # The spatial slot at this place sees what the temporal one left.
-                attention = attention[torch.arange(len(attention), device=attention.device)[:, None], selection.indices]
+                attention = attention[torch.arange(attention.shape[0], device=attention.device)[:, None], selection.indices]
             if kept is not None:
                 kept.append(selection)
         return grid

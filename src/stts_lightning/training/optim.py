@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from stts_lightning.classifier import VideoClassifier
+from stts_lightning.errors import UserError
 
 PARTS = ("selectors", "backbone", "head")
 
@@ -140,10 +142,45 @@ def parameter_groups(model: VideoClassifier, spec: OptimSpec) -> list[dict[str, 
     ]
 
 
+class Schedule(torch.optim.lr_scheduler.LambdaLR):
+    """Learning rates by optimiser step. A checkpoint holds the step alone: the rates are those of the configuration."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to a step, and set its rates."""
+        self.last_epoch = state_dict["last_epoch"]
+        for group, base, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["lr"] = base * factor(self.last_epoch)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state to load, with this optimiser's own rates, decay and betas: those of the configuration, not of the checkpoint.
+
+    Raises:
+        UserError: if its groups are not those of the checkpoint.
+    """
+    theirs = {str(group.get("name")): len(group["params"]) for group in state["param_groups"]}
+    ours = {str(group.get("name")): len(group["params"]) for group in optimizer.param_groups}
+    if theirs != ours:
+        raise UserError(
+            f"resume: the checkpoint's optimiser has the groups {theirs} (parameters in each), this configuration has {ours}; "
+            "which parts are frozen or decay cannot change within a run"
+        )
+    saved = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    groups = [{**own, "params": group["params"]} for group, own in saved]
+    return {**state, "param_groups": groups}
+
+
 def build_optimizer(
     model: VideoClassifier, spec: OptimSpec, total_steps: int, fused: bool = True
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+) -> tuple[torch.optim.AdamW, Schedule]:
     """AdamW over the named groups, and its schedule.
+
+    When a checkpoint is loaded into them, moments and step are the checkpoint's, all settings stay as given here.
 
     Args:
         model: what learns.
@@ -159,4 +196,5 @@ def build_optimizer(
         return lambda step: lr_factor(part, spec, step / max(total_steps, 1))
 
     lambdas = [schedule(spec.part(str(group["name"]).partition("/")[0])) for group in groups]
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas)
+    optimizer.register_load_state_dict_pre_hook(_keep_settings)
+    return optimizer, Schedule(optimizer, lambdas)

@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from stts_lightning.data.isolation import ASKING
 from stts_lightning.errors import UserError
+from stts_lightning.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +37,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write. Raises SaveError where the disk is full or the folder is not to be written in."""
         path = Path(path)
-        part = path.with_name(f".{path.name}.part")
         # By way of memory: torch's writer ends the process where a disk is full.
         content = io.BytesIO()
         torch.save(checkpoint, content)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with replacing(path) as part, part.open("wb") as file:
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            part.replace(path)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink()
             kept = "; the one before it is whole" if path.is_file() else ""
             raise SaveError(f"checkpoint {path}: cannot be written ({error.strerror or error}){kept}") from error
 
