@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from omegaconf import DictConfig
 
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
+from stts_lightning.overrides import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -190,11 +192,12 @@ def main(cfg: DictConfig) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # The profiler, which tells peaks of memory, tells of itself.
     import torch
 
-    from stts_lightning import console
+    from stts_lightning import console, run_config
 
     with console.one_line_errors():
         console.quiet_libraries()
         check(cfg)
+        run_config.check_numbers(cfg)
         with console.as_user_errors():
             rows = list(measured(cfg))
         from stts_lightning.analysis.speed import device_name
@@ -214,4 +217,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = quoted(sys.argv[1:])
     main()

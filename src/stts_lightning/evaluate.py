@@ -29,6 +29,7 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from stts_lightning.training.testing import run_test
 
     with console.as_user_errors():
+        run_config.check_numbers(cfg)
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         model = assembly.build_body(cfg)
         data = assembly.build_data(cfg, model.backbone.clip_size)

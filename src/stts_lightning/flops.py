@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from omegaconf import DictConfig
 
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
+from stts_lightning.overrides import quoted
 
 if TYPE_CHECKING:
     from stts_lightning.classifier import VideoClassifier
@@ -165,11 +167,12 @@ def plot(rows: Sequence[Mapping[str, Any]], file: str) -> None:
 def main(cfg: DictConfig) -> float:
     """Print costs; returns the GFLOPs of the configuration, or of the dearest one, for sweepers."""
     check_installation()
-    from stts_lightning import console
+    from stts_lightning import console, run_config
     from stts_lightning.training.summary import show
 
     with console.one_line_errors():
         console.quiet_libraries()
+        run_config.check_numbers(cfg)
         if cfg.budget is not None:
             rows = affordable(cfg)
             print_many(rows, f"{cfg.backbone.name} within {cfg.budget} GFLOPs a view")
@@ -187,4 +190,5 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = quoted(sys.argv[1:])
     main()

@@ -1,6 +1,10 @@
 """What a command line becomes before Hydra reads it. Light: nothing here imports torch."""
 
+import glob
 import hashlib
+import os
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,8 +27,48 @@ def _with(arguments: Sequence[str], *more: str) -> list[str]:
     return [*arguments[:at], *more, *arguments[at:]]
 
 
+_PLAIN = re.compile(r"[\w./:~@%+*?-]+", re.ASCII)
+
+
+def quoted(arguments: list[str]) -> list[str]:
+    """Arguments with quotes around values that Hydra could not read, where they name files that there are.
+
+    Raises:
+        SystemExit: with a line that says how to quote, for another value that Hydra cannot read.
+    """
+    parser = OverridesParser.create()
+    return [_quoted(argument, parser) for argument in arguments]
+
+
+def _quoted(argument: str, parser: OverridesParser) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals or argument.startswith("-") or not value or _PLAIN.fullmatch(value) or value[0] in "'\"":
+        return argument
+    if os.path.exists(value) or glob.glob(value):
+        return f"{key}={_in_quotes(value)}"
+    try:
+        parser.parse_override(argument)
+    except HydraException as error:
+        print(
+            f"error: {argument}: Hydra cannot read this value; put quotes around it, inside those of the shell: "
+            f'"{key}={_in_quotes(value)}"',
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from error
+    return argument
+
+
+def _in_quotes(value: str) -> str:
+    """A value as Hydra reads it back: a backslash before a quote, and one before an interpolation, are escapes there."""
+    quote = '"' if "'" in value and '"' not in value else "'"
+    text = re.sub(rf"(\\*){quote}", lambda found: 2 * found[1] + "\\" + quote, value).replace("${", "\\${")
+    return quote + re.sub(r"\\+$", lambda found: 2 * found[0], text) + quote
+
+
 def in_run_folder(arguments: list[str]) -> list[str]:
     """Arguments with Hydra's output folder set to the run that `resume=` names, so that a resumed run makes no second one."""
+    # A slot, or how much it keeps, is not in every selection: it is added.
+    arguments = [f"++{a}" if a.startswith("selection.slots.") else a for a in quoted(arguments)]
     run = _value(arguments, "resume")
     if not run or not Path(run).is_dir() or _has_folder(arguments):
         return arguments
@@ -37,6 +81,7 @@ def for_run(arguments: list[str], subfolder: str) -> list[str]:
     A value of the model or its data may belong to an option that only the run or the file knows of: it is added by force
     and judged when that is read. The output goes to a folder in the run that `run=` names.
     """
+    arguments = quoted(arguments)
     run = _value(arguments, "run")
     known_later = ("backbone.", "selection.", "dataset.")
     arguments = [f"++{a}" if a.startswith(known_later) else a for a in arguments]

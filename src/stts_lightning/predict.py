@@ -31,6 +31,7 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
     with console.as_user_errors():
         videos = find_videos(run_config.to_container(cfg)["videos"])
         cfg, checkpoint = run_config.trained_config(cfg, overrides, "predict")
+        run_config.check_numbers(cfg)
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         model = assembly.build_model(cfg)
         rule = assembly.build_windows(cfg, model.backbone.clip_size)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from stts_lightning.data.encode import Encoding
 from stts_lightning.data.manifest import Entry, manifest_hash, write_manifest
 from stts_lightning.doctor import check_installation
 from stts_lightning.files import replacing, write_text
+from stts_lightning.overrides import quoted
 from stts_lightning.progress import counting
 
 TASKS = ("check", "encode")
@@ -104,13 +106,11 @@ def main(cfg: DictConfig) -> None:
     from stts_lightning import console, run_config
 
     with console.one_line_errors(), console.as_user_errors():
+        run_config.check_numbers(cfg)
         values: dict[str, Any] = run_config.to_container(cfg)
         if values["task"] not in TASKS:
             raise run_config.ConfigError(f"task={values['task']}: allowed are {', '.join(TASKS)}")
         encoding = Encoding(values["short_side"], values["keyframe_every"], values["crf"])
-        for key, least in (("short_side", 16), ("keyframe_every", 1), ("crf", 0)):
-            if values[key] < least:
-                raise run_config.ConfigError(f"{key}={values[key]}: must be {least} or more")
         source = instantiate(cfg.dataset)
         source.check, source.manifest = False, None  # What is missing is what is to be found out.
         source.prepare()
@@ -148,4 +148,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = quoted(sys.argv[1:])
     main()

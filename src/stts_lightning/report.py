@@ -1,6 +1,7 @@
 """`python -m stts_lightning.report`: compare run folders; or print a table of the paper beside our costs and accuracies."""
 
 import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from omegaconf import DictConfig
 
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
+from stts_lightning.overrides import quoted
 
 Lines = list[dict[str, str]]
 
@@ -144,4 +146,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = quoted(sys.argv[1:])
     main()

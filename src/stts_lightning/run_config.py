@@ -14,6 +14,7 @@ from yaml import YAMLError
 from stts_lightning.backbones.checkpoints import read_checkpoint
 from stts_lightning.errors import UserError
 from stts_lightning.files import write_text
+from stts_lightning.ranges import check_ranges
 from stts_lightning.run_folders import CONFIG, LAST, changes_of, is_first_process, note_owner, overrides_of
 from stts_lightning.trusted import check_stored
 
@@ -31,6 +32,13 @@ def to_container(node: Any) -> Any:
     except MissingMandatoryValue as error:
         key = str(error).split(": ")[-1].splitlines()[0]
         raise ConfigError(f"{key}: must be given, as in {key}=...") from error
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Raise RangeError for a number out of its range; see `ranges`."""
+    content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    assert isinstance(content, dict)
+    check_ranges({str(key): value for key, value in content.items()})
 
 
 def resumed_config(run: str | Path, overrides: Sequence[str], typed: DictConfig | None = None) -> tuple[DictConfig, Path]:

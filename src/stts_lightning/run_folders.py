@@ -38,6 +38,7 @@ class FolderInUseError(UserError):
 
 def folder_name(text: str, longest: int = 120) -> str:
     """A text as the name of one folder: no slashes, and not too long for a file system."""
+    text = re.sub(r"(^|,)\++", r"\1", text)  # How Hydra is told to add a key.
     name = re.sub(r"[^\w.,=+-]+", "_", text) or "job"
     return name if len(name) <= longest else f"{name[:longest]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

@@ -34,6 +34,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
 
     console.quiet_libraries()
     with console.as_user_errors():
+        run_config.check_numbers(cfg)
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         # Before any data is read or made: an impossible selection or a wrong checkpoint is refused at once.
         model = assembly.build_body(cfg)
