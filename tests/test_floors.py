@@ -10,25 +10,30 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "stts_lightning"
 # What each room may import from the package, besides itself.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
+    "trusted": {"errors"},
+    "ranges": {"errors"},
     "selection": {"errors"},
     "progress": set(),
-    "data": {"errors", "progress"},
+    "data": {"errors", "files", "progress"},
     "backbones": {"errors", "selection"},
     "kernels": {"backbones", "selection"},
-    "classifier": {"errors", "kernels", "backbones", "selection"},
-    "analysis": {"errors", "classifier", "kernels", "backbones", "selection", "data"},
+    "classifier": {"errors", "trusted", "kernels", "backbones", "selection"},
+    "run_folders": {"errors", "files"},
+    "analysis": {"errors", "files", "progress", "run_folders", "classifier", "kernels", "backbones", "selection", "data"},
     # What a run costs and what a test found is analysis' to say; it knows nothing of training.
-    "training": {"errors", "classifier", "kernels", "backbones", "selection", "data", "analysis", "progress"},
+    "training": {
+        "errors", "files", "run_folders", "classifier", "kernels", "backbones", "selection", "data", "analysis", "progress",
+    },
     "overrides": set(),
     "configuration": {"selection"},
     "doctor": set(),
-    "run_folders": set(),
-    "run_config": {"errors", "backbones"},
+    "run_config": {"errors", "files", "ranges", "run_folders", "trusted", "backbones"},
     "console": {"errors", "run_config"},
-    "sweeps": {"analysis", "run_folders"},
+    "sweeps": {"errors", "analysis", "run_folders"},
     "__main__": set(),
     "assembly": {"run_config", "classifier", "backbones", "selection", "data", "training", "analysis"},
-}
+}  # fmt: skip
 DOORS = {"train", "evaluate", "predict", "flops", "benchmark", "report", "export", "prepare_data"}
 BANNED_NAMES = {"utils", "helpers", "common", "core", "misc", "components"}
 

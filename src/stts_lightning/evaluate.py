@@ -25,6 +25,7 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from stts_lightning.analysis.evaluation import check_question, score
     from stts_lightning.analysis.speed import clips_per_second
     from stts_lightning.training.callbacks import FailureLog
+    from stts_lightning.training.partial import fingerprint
     from stts_lightning.training.summary import facts, rows, show
     from stts_lightning.training.testing import run_test
 
@@ -44,7 +45,7 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     info = facts(trainer, module, data)
     if trainer.is_global_zero:
         show(rows(info))
-    predictions = run_test(trainer, module, data, folder)
+    predictions = run_test(trainer, module, data, folder, f"{fingerprint(Path(cfg.pretrained))} {model.recipe} {cfg.seed}")
     if predictions is None:  # Not the first process.
         raise SystemExit(0)
     failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]

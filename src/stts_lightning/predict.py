@@ -24,6 +24,7 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
 
     from stts_lightning import assembly, console, run_config
     from stts_lightning.data.windows import find_videos
+    from stts_lightning.training.partial import fingerprint, question
     from stts_lightning.training.predicting import Predictor, WindowData, run_predict
 
     console.quiet_libraries()
@@ -43,7 +44,8 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
         data = WindowData(videos, rule, assembly.build_loader(cfg))
     quiet = not trainer.is_global_zero
     predictor = Predictor(folder, videos, classes, cfg.top, cfg.overlay_windows if cfg.overlay else 0, quiet)
-    records = run_predict(trainer, module, data, predictor)
+    asked = question(fingerprint(checkpoint), rule, classes, cfg.top, cfg.overlay, cfg.overlay_windows, *map(fingerprint, videos))
+    records = run_predict(trainer, module, data, predictor, asked)
     if records is None:  # Not the first process.
         raise SystemExit(0)
     return records

@@ -27,6 +27,8 @@ JOB, RESULT, CONFIG, LAST = "job.json", "result.json", "config.yaml", "checkpoin
 LOCK, OWNER = ".lock", ".owner.json"
 OUTPUTS = (RESULT, CONFIG, JOB, "classes.txt", "checkpoints", "panels", "test", "metrics.csv", "report.html")
 """What a run writes into its folder."""
+EXIT_REQUEUE = os.EX_TEMPFAIL if hasattr(os, "EX_TEMPFAIL") else 75
+"""Exit status of a command that was asked to end and can resume: what schedulers requeue on."""
 _DECISION = "STTS_CAN_RESUME"
 _LOCKS: list[FileLock] = []
 """Held until the process ends, however it does."""

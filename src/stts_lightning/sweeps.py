@@ -28,14 +28,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from stts_lightning.errors import UserError
-from stts_lightning.run_folders import JOB, LAST, RESULT, lock, note_owner, overrides_of
+from stts_lightning.run_folders import EXIT_REQUEUE, JOB, LAST, RESULT, lock, note_owner, overrides_of
 
 log = logging.getLogger(__name__)
 
 PARENT = "STTS_SWEEP_PROCESS"
 _GRACE = 60.0
 CONSOLE = "console.log"
-EXIT_REQUEUE = 75  # As in training.preemption, which needs torch.
 # Of a launcher or a former process group; a job that inherits them joins the wrong one.
 INHERITED = re.compile(
     r"(LOCAL_RANK|NODE_RANK|GROUP_RANK|RANK|WORLD_SIZE|MASTER_\w+|TORCHELASTIC_\w+|PL_GLOBAL_SEED|STTS_CAN_RESUME"

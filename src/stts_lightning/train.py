@@ -13,7 +13,7 @@ from stts_lightning import sweeps
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.overrides import for_sweep, in_run_folder
-from stts_lightning.run_folders import can_resume, claim, let_lightning_launch, lock
+from stts_lightning.run_folders import LAST, can_resume, claim, let_lightning_launch, lock
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     from stts_lightning.analysis.speed import clips_per_second
     from stts_lightning.training.callbacks import FailureLog
     from stts_lightning.training.loggers import log_config, log_summary
+    from stts_lightning.training.partial import fingerprint
     from stts_lightning.training.preemption import LastCheckpoint
     from stts_lightning.training.summary import StartTable, facts, rows
     from stts_lightning.training.testing import run_test
@@ -65,13 +66,15 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     trainer.callbacks.append(StartTable(lines))  # type: ignore[attr-defined]
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     kept = next((c.metrics for c in trainer.callbacks if isinstance(c, LastCheckpoint)), {})  # type: ignore[attr-defined]
-    last = {f"last/{name}": value for name, value in kept.items()}
-    predictions = run_test(trainer, module, data, Path(cfg.run_dir) / "test") if cfg.test else None
+    last_metrics = {f"last/{name}": value for name, value in kept.items()}
+    last = Path(cfg.run_dir) / LAST
+    weights = f"{fingerprint(last)} {trainer.global_step}" if last.is_file() else ""
+    predictions = run_test(trainer, module, data, Path(cfg.run_dir) / "test", weights) if cfg.test else None
     tested = score(predictions) if predictions else {}
     failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]
     result = {
         **tested,
-        **last,
+        **last_metrics,
         **info,
         **(clips_per_second(model, trainer.strategy.root_device) if trainer.is_global_zero else {}),
         "experiment": cfg.get("experiment_name"),  # A run of an earlier version has none.

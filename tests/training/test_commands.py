@@ -123,8 +123,7 @@ def test_two_processes_test_each_video_once(place: Path, finished: Path) -> None
     """11 videos on 2 processes are 11, with the figures of one process."""
     lines = (place / "data/demo/val.csv").read_text().splitlines()
     (place / "data/demo/eleven.csv").write_text("\n".join(lines[-11:]) + "\n")
-    data = ["dataset=list", "dataset.train=null", "dataset.val=data/demo/eleven.csv", "dataset.classes=classes.txt"]
-    (place / "classes.txt").write_text("\n".join(f"c{i}" for i in range(8)))
+    data = ["dataset=list", "dataset.train=null", "dataset.val=data/demo/eleven.csv", "dataset.classes=runs/full/classes.txt"]
     found = []
     for name, trainer in (("one", []), ("two", ["trainer=ddp", "trainer.devices=2", "trainer.precision=32-true"])):
         run = [f"hydra.run.dir=runs/{name}", "clip.short_side=72", "clip.stride=2", "clip.test_views=2"]

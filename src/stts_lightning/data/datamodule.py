@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -159,9 +159,15 @@ def _end_workers() -> None:
 
 
 class UnpaddedDistributedSampler(DistributedSampler[int]):
-    """Every item exactly once over all processes: item i goes to process i mod their number; nothing is repeated."""
+    """Every item exactly once over all processes; nothing is repeated.
 
-    def __init__(self, dataset: ClipDataset) -> None:
+    Args:
+        dataset: of the items.
+        without: numbers of items that are left out.
+    """
+
+    def __init__(self, dataset: ClipDataset, without: Collection[int] = ()) -> None:
+        self.items = [item for item in range(len(dataset)) if item not in without]
         together = dist.is_available() and dist.is_initialized()
         super().__init__(
             dataset,
@@ -172,11 +178,11 @@ class UnpaddedDistributedSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Numbers of this process's items."""
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+        return iter(self.items[self.rank :: self.num_replicas])
 
     def __len__(self) -> int:
         """How many those are."""
-        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+        return len(self.items[self.rank :: self.num_replicas])
 
 
 class VideoDataModule(pl.LightningDataModule):
@@ -234,6 +240,8 @@ class VideoDataModule(pl.LightningDataModule):
         self.splits: dict[str, VideoList] = {}
         self._known: dict[str, Any] = {}
         self._train_loader: TrainLoader | None = None
+        self.tested_before: Collection[int] = ()
+        """Numbers of videos that the test leaves out: an ended test has their logits."""
         self._resumed: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
@@ -299,13 +307,23 @@ class VideoDataModule(pl.LightningDataModule):
         if (videos := len(self.splits[split])) < devices:
             raise LoaderError(f"data set {self.source.name}: {videos} videos of {split} cannot be shared by {devices} devices")
 
-    def _eval_loader(self, clip: ClipSpec, transform: Transform) -> DataLoader[Batch]:
+    def test_question(self) -> str:
+        """What a test's logits follow from, besides the model: the list, the clips and how they are cut and read."""
+        return f"{list_hash(self.tested)} {len(self.tested)} {self._test_clip} {vars(self._test_transform)} {self._reading}"
+
+    def _eval_loader(self, clip: ClipSpec, transform: Transform, without: Collection[int] = ()) -> DataLoader[Batch]:
         options = self.loader
         dataset = ClipDataset(self.splits["val"], clip, transform, train=False, reading=self._reading)
         self._check_shared("val")
         key = "batch_size" if options.eval_batch_size is None else "eval_batch_size"
         size = self.per_device(options.eval_batch_size or options.batch_size, key)
-        return DataLoader(dataset, batch_size=size, sampler=UnpaddedDistributedSampler(dataset), **self._workers())
+        return DataLoader(dataset, batch_size=size, sampler=UnpaddedDistributedSampler(dataset, without), **self._workers())
+
+    def _left_out(self) -> Collection[int]:
+        """Videos that were tested before, but for a few where the rest would leave a process without any."""
+        devices = self.trainer.world_size if self.trainer else 1
+        short = devices - (len(self.tested) - len(self.tested_before))
+        return set(sorted(self.tested_before)[max(short, 0) :])
 
     def train_dataloader(self) -> TrainLoader:
         """Random clips of the training videos."""
@@ -333,4 +351,4 @@ class VideoDataModule(pl.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """V clips of each validation video."""
-        return self._eval_loader(self._test_clip, self._test_transform)
+        return self._eval_loader(self._test_clip, self._test_transform, self._left_out())

@@ -1,7 +1,7 @@
 """Any videos, without labels, as windows over time."""
 
 import glob
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -122,14 +122,18 @@ class WindowDataset(IterableDataset[Window]):
 
     at_once = 4
 
-    def __init__(self, videos: Sequence[Path], rule: WindowRule, rank: int = 0, processes: int = 1) -> None:
-        self.videos, self.rule, self.rank, self.processes = list(videos), rule, rank, processes
+    def __init__(
+        self, videos: Sequence[Path], rule: WindowRule, rank: int = 0, processes: int = 1, without: Collection[int] = ()
+    ) -> None:
+        self.videos, self.rule = list(videos), rule
+        self.numbers = [number for number in range(len(self.videos)) if number not in without][rank::processes]
+        """Of the videos of this process."""
 
     def __iter__(self) -> Iterator[Window]:
         """Windows of this worker's videos, in order."""
         worker = get_worker_info()
         worker_id, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        for video in range(self.rank, len(self.videos), self.processes)[worker_id::workers]:
+        for video in self.numbers[worker_id::workers]:
             yield from self._of(video)
 
     def _of(self, video: int) -> Iterator[Window]:

@@ -1,9 +1,9 @@
 """Prediction: labels over time of any videos, and pictures of what was kept, under any number of processes."""
 
-import json
 import logging
+import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,16 @@ from torch.utils.data import DataLoader
 from stts_lightning.analysis.kept import Kept, trace
 from stts_lightning.analysis.overlay import contact_sheet, film
 from stts_lightning.analysis.results import printable
-from stts_lightning.data.datamodule import LoaderOptions
+from stts_lightning.data.datamodule import LoaderOptions, begin_worker
 from stts_lightning.data.encode import write_mp4
 from stts_lightning.data.windows import Window, WindowBatch, WindowDataset, WindowRule, collate_windows
+from stts_lightning.files import write_json
 from stts_lightning.kernels import prepacked_weights
 from stts_lightning.progress import counting
+from stts_lightning.run_folders import EXIT_REQUEUE
 from stts_lightning.selection.selector import Selection
 from stts_lightning.training.module import ClassificationModule
+from stts_lightning.training.partial import Asked, PartialResults, listening, read_records, write_records
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +37,24 @@ class WindowData(pl.LightningDataModule):
     def __init__(self, videos: Sequence[Path], rule: WindowRule, loader: LoaderOptions) -> None:
         super().__init__()
         self.videos, self.rule, self.options = list(videos), rule, loader
+        self.done: Collection[int] = ()
+        """Numbers of videos that need no windows: they were predicted before."""
 
     def predict_dataloader(self) -> DataLoader[WindowBatch]:
         """Windows of this process's videos."""
         assert self.trainer is not None
         processes = self.trainer.world_size
-        dataset = WindowDataset(self.videos, self.rule, self.trainer.global_rank, processes)
+        dataset = WindowDataset(self.videos, self.rule, self.trainer.global_rank, processes, self.done)
         size = self.options.eval_batch_size or self.options.batch_size
         workers = min(self.options.num_workers, -(-len(self.videos) // processes))
         timeout = self.options.timeout if workers else 0
         return DataLoader(  # type: ignore[arg-type]
-            dataset, max(size // processes, 1), num_workers=workers, collate_fn=collate_windows, timeout=timeout
+            dataset,
+            max(size // processes, 1),
+            num_workers=workers,
+            collate_fn=collate_windows,
+            timeout=timeout,
+            worker_init_fn=begin_worker,
         )
 
 
@@ -75,7 +85,7 @@ def overlay_names(videos: Sequence[Path]) -> list[str]:
 
 
 class Predictor(pl.Callback):
-    """Gathers labels of windows and videos, and draws overlays; each process leaves its share in a file of its own.
+    """Gathers labels of windows and videos, and draws overlays; videos are written as they are finished.
 
     Args:
         folder: of the outcome.
@@ -86,6 +96,8 @@ class Predictor(pl.Callback):
         quiet: show no progress.
     """
 
+    every_seconds = 10.0
+
     def __init__(
         self, folder: Path, videos: Sequence[Path], classes: Sequence[str], top: int, overlays: int, quiet: bool
     ) -> None:
@@ -93,13 +105,13 @@ class Predictor(pl.Callback):
         self.chances: dict[int, list[torch.Tensor]] = defaultdict(list)
         self.drawn: dict[int, list[tuple[np.ndarray, Kept, str, float]]] = defaultdict(list)
         self.lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        self.done: dict[int, dict[str, Any]] = {}
+        self.finished: dict[int, dict[str, Any]] = {}
+        """Videos that are not written yet."""
+        self.written = time.monotonic()
+        self.partial: PartialResults | None = None
+        self.asked = Asked()
         self.overlay_names = overlay_names(self.videos)
         self.quiet, self.shown = quiet, ExitStack()
-
-    def part(self, rank: int) -> Path:
-        """Where a process leaves its share."""
-        return self.folder / f"predictions_of_rank_{rank}.json"
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the progress of the first process's videos."""
@@ -122,6 +134,11 @@ class Predictor(pl.Callback):
             if window.failure or window.number == window.of - 1:
                 self._finish(window)
                 self.one_more()
+        if self.asked or time.monotonic() - self.written > self.every_seconds:
+            self._write()
+        if self.asked:
+            log.warning("asked to end: %s holds the videos that are done; the same command goes on", self.folder)
+            raise SystemExit(EXIT_REQUEUE)
 
     def _take(self, window: Window, chances: torch.Tensor, kept: list[Selection], sizes: dict[str, Any], row: int) -> None:
         best = ranked(chances, self.classes, self.top)
@@ -145,7 +162,7 @@ class Predictor(pl.Callback):
             record |= {"top": ranked(torch.stack(chances).mean(0), self.classes, self.top), "windows": windows}
         if drawn := self.drawn.pop(video, []):
             record |= self._draw(video, drawn)
-        self.done[video] = record
+        self.finished[video] = record
 
     def _draw(self, video: int, drawn: list[tuple[np.ndarray, Kept, str, float]]) -> dict[str, Any]:
         folder = self.folder / "overlays"
@@ -163,10 +180,16 @@ class Predictor(pl.Callback):
         return {"overlay": [f"overlays/{name}.png", f"overlays/{name}.mp4"]}
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave this process's share."""
+        """Write what is left."""
         self.shown.close()
-        self.part(trainer.global_rank).write_text(json.dumps(self.done))
+        self._write()
         trainer.strategy.barrier("predictions")
+
+    def _write(self) -> None:
+        self.written = time.monotonic()
+        if self.finished and self.partial:
+            write_records(self.partial, {str(video): record for video, record in self.finished.items()})
+            self.finished.clear()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the terminal back."""
@@ -174,24 +197,41 @@ class Predictor(pl.Callback):
 
 
 def run_predict(
-    trainer: pl.Trainer, module: ClassificationModule, data: WindowData, predictor: Predictor
+    trainer: pl.Trainer, module: ClassificationModule, data: WindowData, predictor: Predictor, asked: str = ""
 ) -> list[dict[str, Any]] | None:
     """Predict all videos; `predictions.json` in the predictor's folder holds what is returned.
+
+    A prediction that was ended goes on with the videos that are left.
+
+    Args:
+        trainer: runs it.
+        module: the model.
+        data: the videos.
+        predictor: gathers.
+        asked: what tells the question from others; empty predicts all videos anew.
 
     Returns:
         On the first process a dictionary a video, in the order asked: video, top (class and probability, over all windows),
         windows (start, end and top of each), overlay (files), error (where it did not decode, or broke off). None on others.
     """
     predictor.folder.mkdir(parents=True, exist_ok=True)
+    partial = predictor.partial = PartialResults(predictor.folder / "partial", asked)
+    if trainer.is_global_zero:
+        if not asked:
+            partial.clear()
+        partial.open()
+    trainer.strategy.barrier("partial results")
+    data.done = {int(number) for number in read_records(partial)}
+    if data.done and trainer.is_global_zero:
+        log.info("%d of %d videos were predicted before; it goes on", len(data.done), len(predictor.videos))
     trainer.callbacks.append(predictor)  # type: ignore[attr-defined]
-    with prepacked_weights():
-        trainer.predict(module, data, return_predictions=False)
+    with listening() as predictor.asked, prepacked_weights():
+        if len(data.done) < len(predictor.videos):
+            trainer.predict(module, data, return_predictions=False)
     if not trainer.is_global_zero:
         return None
-    records: dict[str, Any] = {}
-    for rank in range(trainer.world_size):
-        records |= json.loads(predictor.part(rank).read_text())
-        predictor.part(rank).unlink()
+    records = read_records(partial)
     everything = [records[str(number)] for number in range(len(predictor.videos))]
-    (predictor.folder / "predictions.json").write_text(json.dumps(everything, indent=1) + "\n")
+    write_json(predictor.folder / "predictions.json", everything)
+    partial.clear()
     return everything

@@ -20,11 +20,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from stts_lightning.data.isolation import ASKING
 from stts_lightning.errors import UserError
 from stts_lightning.files import replacing
+from stts_lightning.run_folders import EXIT_REQUEUE
 
 log = logging.getLogger(__name__)
-
-EXIT_REQUEUE = os.EX_TEMPFAIL if hasattr(os, "EX_TEMPFAIL") else 75
-"""Exit status of a run that was asked to end and can go on: what schedulers requeue on."""
 
 
 class SaveError(UserError):

@@ -1,5 +1,7 @@
 """The test: logits of every view of every video, each exactly once whatever the number of processes, kept on disk."""
 
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,55 +12,107 @@ from stts_lightning.analysis.evaluation import FILE, Predictions, write_tables
 from stts_lightning.data.datamodule import VideoDataModule
 from stts_lightning.data.dataset import Batch
 from stts_lightning.kernels import prepacked_weights
+from stts_lightning.run_folders import EXIT_REQUEUE
 from stts_lightning.training.module import ClassificationModule
+from stts_lightning.training.partial import Asked, PartialResults, listening, question
+
+log = logging.getLogger(__name__)
 
 
 class _Collect(pl.Callback):
-    """Keeps a process's share of the predictions and leaves it in a file of its own."""
+    """Writes a process's predictions as they come: every few seconds, at the end, and when it is asked to end."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    every_seconds = 10.0
+
+    def __init__(self, partial: PartialResults, asked: Asked) -> None:
+        self.partial, self.asked = partial, asked
         self.parts: list[Predictions] = []
-
-    def file(self, rank: int) -> Path:
-        return self.folder / f"predictions_of_rank_{rank}.npz"
+        self.written = time.monotonic()
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         values = (outputs, batch.label, batch.video, batch.valid)
         self.parts.append(Predictions(*(value.cpu().numpy() for value in values)))
+        if self.asked or time.monotonic() - self.written > self.every_seconds:
+            self._write()
+        if self.asked:
+            log.warning("asked to end: %s holds what is done; the same command goes on", self.partial.folder)
+            raise SystemExit(EXIT_REQUEUE)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = ("logits", "label", "video", "valid")
-        joined = Predictions(*(np.concatenate([getattr(part, name) for part in self.parts]) for name in names))
-        joined.save(self.file(trainer.global_rank))
-        self.parts.clear()
+        self._write()
         trainer.strategy.barrier("predictions")
 
+    def _write(self) -> None:
+        self.written = time.monotonic()
+        if self.parts:
+            _joined(self.parts).save(self.partial.new_piece(".npz"))
+            self.parts.clear()
 
-def run_test(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModule, folder: str | Path) -> Predictions | None:
+
+def _joined(parts: list[Predictions]) -> Predictions:
+    names = ("logits", "label", "video", "valid")
+    return Predictions(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def _each_once(parts: list[Predictions]) -> list[Predictions]:
+    """Predictions without videos that an earlier part has: a few may be tested again when a test goes on."""
+    seen: set[int] = set()
+    kept: list[Predictions] = []
+    for part in parts:
+        new = np.array([video not in seen for video in part.video.tolist()], bool)
+        seen.update(part.video.tolist())
+        kept.append(Predictions(part.logits[new], part.label[new], part.video[new], part.valid[new]))
+    return kept
+
+
+def run_test(
+    trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModule, folder: str | Path, model: str = ""
+) -> Predictions | None:
     """Test a model and keep `predictions.npz`, `per_class.csv` and `confusion.csv` in a folder that all processes share.
+
+    A test that was ended goes on with the videos that are left.
+
+    Args:
+        trainer: runs it.
+        module: the model.
+        data: its test videos.
+        folder: of the outcome.
+        model: what tells the weights from others; empty tests all videos anew.
 
     Returns:
         The predictions on the first process, None on the others.
     """
-    collect = _Collect(Path(folder))
-    collect.folder.mkdir(parents=True, exist_ok=True)
-    trainer.callbacks.append(collect)  # type: ignore[attr-defined]
-    try:
-        with prepacked_weights():
-            trainer.test(module, data, verbose=False)
-    finally:
-        trainer.callbacks.remove(collect)  # type: ignore[attr-defined]
-    if not trainer.is_global_zero:
-        return None
-    files = [collect.file(rank) for rank in range(trainer.world_size)]
+    folder = Path(folder)
     # A share of 1.0 is all; the integer 1, equal to it, is one batch.
     limited = isinstance(trainer.limit_test_batches, int) or trainer.limit_test_batches != 1.0
-    whole = Predictions.merged([Predictions.load(file) for file in files], None if limited else len(data.tested))
-    whole.save(collect.folder / FILE)
-    write_tables(whole, data.classes, collect.folder)
-    for file in files:
-        file.unlink()
+    asked = question(model, data.test_question(), trainer.precision, trainer.limit_test_batches)
+    partial = PartialResults(folder / "partial", asked)
+    if trainer.is_global_zero:
+        if limited or not model:
+            partial.clear()
+        partial.open()
+    trainer.strategy.barrier("partial results")
+    done = set[int]().union(*(Predictions.load(piece).video.tolist() for piece in partial.pieces(".npz")))
+    data.tested_before = done
+    if done and trainer.is_global_zero:
+        log.info("%d of %d videos were tested before; the test goes on", len(done), len(data.tested))
+    with listening() as ending:
+        collect = _Collect(partial, ending)
+        trainer.callbacks.append(collect)  # type: ignore[attr-defined]
+        try:
+            if len(done) < len(data.tested):
+                with prepacked_weights():
+                    trainer.test(module, data, verbose=False)
+        finally:
+            trainer.callbacks.remove(collect)  # type: ignore[attr-defined]
+            data.tested_before = set()
+    if not trainer.is_global_zero:
+        return None
+    parts = _each_once([Predictions.load(piece) for piece in partial.pieces(".npz")])
+    whole = Predictions.merged(parts, None if limited else len(data.tested))
+    whole.save(folder / FILE)
+    write_tables(whole, data.classes, folder)
+    partial.clear()
     return whole
