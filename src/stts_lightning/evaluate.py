@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.overrides import for_run
-from stts_lightning.run_folders import let_lightning_launch
+from stts_lightning.run_folders import RESULT, let_lightning_launch
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,9 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         data.prepare_data()
         data.setup("test")
         if Path(cfg.pretrained).parent.name == "checkpoints":
-            run_config.check_classes(Path(cfg.pretrained).parent.parent, data.classes)
+            trained = Path(cfg.pretrained).parent.parent
+            run_config.check_classes(trained, data.classes)
+            warn_of_another_list(trained, data.summary())
         assembly.fit_head(model, len(data.classes))
         module = assembly.build_module(cfg, model)
     info = facts(trainer, module, data)
@@ -51,6 +53,18 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]
     measured = clips_per_second(model, trainer.strategy.root_device)
     return {**score(predictions, cfg.views, cfg.missing), **info, **measured, "undecodable_files": failures}
+
+
+def warn_of_another_list(run: Path, data: dict[str, Any]) -> None:
+    """Say so where a run was tested on a list of the same name and other videos or labels."""
+    from stts_lightning.analysis.results import read_result
+
+    before = read_result(run).get("dataset", {}) if (run / RESULT).is_file() else {}
+    if before.get("name") == data["name"] and before.get("val_hash") != data["val_hash"]:
+        log.warning(
+            "the test list of %s is not the one that the run was tested on (hash %s, was %s)",
+            data["name"], data["val_hash"], before.get("val_hash"),
+        )  # fmt: skip
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> float:

@@ -50,12 +50,12 @@ class Range:
         )
 
     def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
         if math.isinf(self.high):
-            bounds = f"above {self.low:g}" if self.above else f"of {self.low:g} or more"
+            bounds = f"be above {self.low:g}" if self.above else f"be {self.low:g} or more"
         else:
-            bounds = f"{'above' if self.above else 'from'} {self.low:g} {'to below' if self.below else 'to'} {self.high:g}"
-        return " or ".join([f"{kind} {bounds}", *(f"{value:g}" for value in self.also)])
+            bounds = f"lie in {'(' if self.above else '['}{self.low:g}, {self.high:g}{')' if self.below else ']'}"
+        kind = ", a whole number" if self.whole else ""
+        return f"{bounds}{kind}{''.join(f', or {value:g}' for value in self.also)}"
 
 
 COUNT = Range(1, whole=True)
@@ -176,7 +176,7 @@ def check_ranges(content: Mapping[str, Any]) -> None:
             continue
         allowed = range_of(key)
         if allowed is not None and not allowed.holds(value):
-            raise RangeError(f"{key}={value}: must be {allowed}")
+            raise RangeError(f"{key}={value}: must {allowed}")
         if allowed is None and isinstance(value, float) and not math.isfinite(value):
             raise RangeError(f"{key}={value}: must be a finite number")
     values = dict(leaves(content))

@@ -77,7 +77,7 @@ def test_run_killed_within_an_epoch_resumes_identically(place: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     output = finish(start(place, "killed"))
-    assert "runs/killed holds this run, unfinished: it goes on" in output and "(resumed after" in output
+    assert "runs/killed holds this run, unfinished: it resumes" in output and "(resumed after" in output
     check_is_whole(place, "killed")
     assert "(resumed after" not in finish(start(place, "killed", "trainer.max_epochs=1", "test=false")), (
         "another command begins anew"

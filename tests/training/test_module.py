@@ -179,7 +179,7 @@ def test_a_checkpoint_holds_the_undecodable_files_of_all_processes(monkeypatch: 
     failed = [Failure(name, f"{name}: cannot be decoded") for name in ("a.mp4", "b.mp4")]
     failures.on_train_batch_end(built, None, None, SimpleNamespace(failures=failed[:1], notes=()), 0)  # type: ignore[arg-type]
     assert not failures.counts, "not every step is waited for the other process"
-    monkeypatch.setattr(callbacks, "gathered", lambda _, own: [own, failed])
+    monkeypatch.setattr(callbacks, "gathered", lambda _, own: [own, (failed, [])])
     failures.on_save_checkpoint(built, module(), checkpoint)  # type: ignore[arg-type]
     assert checkpoint["callbacks"][failures.state_key] == {"counts": {"a.mp4": 2, "b.mp4": 1}}
 

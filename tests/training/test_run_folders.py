@@ -95,8 +95,7 @@ def test_options_of_the_optimiser_are_applied_on_resume_with_what_follows_from_t
     [
         ("selection.slots.t0.ratio=0.9", r"selection.slots.t0.ratio was 0.5 and would be 0.9; a run keeps its model"),
         ("backbone.frames=8", r"backbone.frames was 16 and would be 8; a run keeps its model"),
-        ("optim.nothing=1", r"Could not override 'optim.nothing'"),
-        ("optim.lr=nan", r"optim.lr=nan: must be a number of 0 or more"),
+        ("optim.lr=nan", r"optim.lr=nan: must be 0 or more"),
         ("dataset.val=3", r"the val list was .*, and is .*; a resumed run keeps its lists"),
     ],
 )
@@ -250,7 +249,7 @@ def test_a_prediction_that_is_ended_goes_on_and_gives_the_same(place: Path, copy
     ended("predict", place, predict, folder / "partial", signal.SIGUSR1)
     assert not (folder / "predictions.json").exists()
     done = door("predict", place, *predict)
-    assert "of 16 videos were predicted before; it goes on" in done.stdout
+    assert re.search(r"[1-9]\d* of \d+ videos were predicted before; it goes on", done.stdout)
     door("predict", place, *predict, "hydra.run.dir=runs/predicted")
     one, two = (json.loads((f / "predictions.json").read_text()) for f in (folder, place / "runs/predicted"))
     assert one == two and len(one) == 16

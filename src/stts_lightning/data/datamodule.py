@@ -338,12 +338,26 @@ class VideoDataModule(pl.LightningDataModule):
         return self._train_loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training stands in its epoch."""
-        return self._train_loader.state_dict() if self._train_loader else {}
+        """Where the training stands in its epoch, and which lists it is about."""
+        return {**self._train_loader.state_dict(), "lists": self._hashes()} if self._train_loader else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the training's loader go on from there. Lightning would tell the loader itself too late."""
-        self._resumed = state_dict
+        """Let the training's loader go on from there. Lightning would tell the loader itself too late.
+
+        Raises:
+            LoaderError: if a list is not the one that the run began with.
+        """
+        self._resumed = dict(state_dict)
+        before, now = self._resumed.pop("lists", {}), self._hashes()  # A run of an earlier version says nothing of lists.
+        for split, value in before.items():
+            if now.get(split) != value:
+                raise LoaderError(
+                    f"resume: the {split} list was {value}, and is {now.get(split)} (hashes of names and labels); "
+                    "a resumed run keeps its lists"
+                )
+
+    def _hashes(self) -> dict[str, str]:
+        return {split: list_hash(videos) for split, videos in self.splits.items()}
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The centre clip of each validation video."""

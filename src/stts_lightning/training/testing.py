@@ -87,7 +87,7 @@ def run_test(
     folder = Path(folder)
     # A share of 1.0 is all; the integer 1, equal to it, is one batch.
     limited = isinstance(trainer.limit_test_batches, int) or trainer.limit_test_batches != 1.0
-    asked = question(model, data.test_question(), trainer.precision, trainer.limit_test_batches)
+    asked = question(model, data.test_question() if model else "", trainer.precision, trainer.limit_test_batches)
     partial = PartialResults(folder / "partial", asked)
     if trainer.is_global_zero:
         if limited or not model:
