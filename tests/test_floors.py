@@ -20,7 +20,9 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"backbones", "selection"},
     "classifier": {"errors", "trusted", "kernels", "backbones", "selection"},
     "run_folders": {"errors", "files"},
-    "analysis": {"errors", "files", "progress", "configuration", "run_folders", "classifier", "kernels", "backbones", "selection", "data"},
+    "analysis": {
+        "errors", "files", "progress", "configuration", "run_folders", "classifier", "kernels", "backbones", "selection", "data",
+    },
     # What a run costs and what a test found is analysis' to say; it knows nothing of training.
     "training": {
         "errors", "files", "run_folders", "classifier", "kernels", "backbones", "selection", "data", "analysis", "progress",

@@ -27,7 +27,7 @@ def _with(arguments: Sequence[str], *more: str) -> list[str]:
     return [*arguments[:at], *more, *arguments[at:]]
 
 
-_PLAIN = re.compile(r"[\w./:~@%+*?-]+", re.ASCII)
+_PLAIN = re.compile(r"[\w./:@%+*?-]+", re.ASCII)
 
 
 def quoted(arguments: list[str]) -> list[str]:

@@ -44,7 +44,8 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
         data = WindowData(videos, rule, assembly.build_loader(cfg))
     quiet = not trainer.is_global_zero
     predictor = Predictor(folder, videos, classes, cfg.top, cfg.overlay_windows if cfg.overlay else 0, quiet)
-    asked = question(fingerprint(checkpoint), rule, classes, cfg.top, cfg.overlay, cfg.overlay_windows, *map(fingerprint, videos))
+    shown = (classes, cfg.top, cfg.overlay, cfg.overlay_windows)
+    asked = question(fingerprint(checkpoint), rule.question(), *shown, *map(fingerprint, videos))
     records = run_predict(trainer, module, data, predictor, asked)
     if records is None:  # Not the first process.
         raise SystemExit(0)

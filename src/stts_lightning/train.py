@@ -29,7 +29,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
     from stts_lightning.training.callbacks import FailureLog
     from stts_lightning.training.loggers import log_config, log_summary
     from stts_lightning.training.partial import fingerprint
-    from stts_lightning.training.preemption import LastCheckpoint
+    from stts_lightning.training.preemption import LastCheckpoint, WholeCheckpointIO
     from stts_lightning.training.summary import StartTable, facts, rows
     from stts_lightning.training.testing import run_test
 
@@ -46,6 +46,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         data.setup()
         if resume:
             run_config.check_classes(Path(cfg.run_dir), data.classes)
+            data.check_lists(WholeCheckpointIO().load_checkpoint(resume, "cpu", True).get(type(data).__qualname__, {}))
         # Only now is it known to be a run: what was refused leaves an earlier configuration as it is.
         run_config.save_config(cfg)
         run_config.save_classes(cfg, data.classes)

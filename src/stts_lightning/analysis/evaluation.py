@@ -38,6 +38,10 @@ class Predictions:
         with replacing(path) as part:
             np.savez_compressed(part, logits=self.logits, label=self.label, video=self.video, valid=self.valid)
 
+    def only(self, chosen: NDArray[np.bool_]) -> Self:
+        """Those of some videos."""
+        return type(self)(self.logits[chosen], self.label[chosen], self.video[chosen], self.valid[chosen])
+
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote, given the file or its folder. Raises FileNotFoundError."""

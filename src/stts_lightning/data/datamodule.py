@@ -342,14 +342,17 @@ class VideoDataModule(pl.LightningDataModule):
         return {**self._train_loader.state_dict(), "lists": self._hashes()} if self._train_loader else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the training's loader go on from there. Lightning would tell the loader itself too late.
+        """Let the training's loader go on from there. Lightning would tell the loader itself too late."""
+        self._resumed = {key: value for key, value in state_dict.items() if key != "lists"}
+
+    def check_lists(self, state_dict: dict[str, Any]) -> None:
+        """Compare the lists with those of a checkpoint; one of an earlier version says nothing of them.
 
         Raises:
             LoaderError: if a list is not the one that the run began with.
         """
-        self._resumed = dict(state_dict)
-        before, now = self._resumed.pop("lists", {}), self._hashes()  # A run of an earlier version says nothing of lists.
-        for split, value in before.items():
+        now = self._hashes()
+        for split, value in state_dict.get("lists", {}).items():
             if now.get(split) != value:
                 raise LoaderError(
                     f"resume: the {split} list was {value}, and is {now.get(split)} (hashes of names and labels); "

@@ -112,6 +112,11 @@ class WindowRule:
         if self.decode_timeout is not None:
             can_isolate()  # Said in the main process, before there are workers.
 
+    def question(self) -> str:
+        """What windows follow from, besides the video."""
+        pictures = None if self.pictures is None else vars(self.pictures)
+        return f"{self.clip} {vars(self.transform)} {self.every} {pictures} {self.decoder}"
+
 
 class WindowDataset(IterableDataset[Window]):
     """Windows of videos, a video after the other; a worker, and a process, takes every so manieth video.

@@ -47,7 +47,11 @@ class _Collect(pl.Callback):
     def _write(self) -> None:
         self.written = time.monotonic()
         if self.parts:
-            _joined(self.parts).save(self.partial.new_piece(".npz"))
+            whole = _joined(self.parts)
+            # NaN ends the test with an error; what had it is to be tested again.
+            sound = np.isfinite(whole.logits).reshape(len(whole.video), -1).all(1)
+            if sound.any():
+                whole.only(sound).save(self.partial.new_piece(".npz"))
             self.parts.clear()
 
 
@@ -63,7 +67,7 @@ def _each_once(parts: list[Predictions]) -> list[Predictions]:
     for part in parts:
         new = np.array([video not in seen for video in part.video.tolist()], bool)
         seen.update(part.video.tolist())
-        kept.append(Predictions(part.logits[new], part.label[new], part.video[new], part.valid[new]))
+        kept.append(part.only(new))
     return kept
 
 
@@ -108,6 +112,8 @@ def run_test(
         finally:
             trainer.callbacks.remove(collect)  # type: ignore[attr-defined]
             data.tested_before = set()
+            if trainer.is_global_zero and not partial.pieces(".npz"):
+                partial.clear()
     if not trainer.is_global_zero:
         return None
     parts = _each_once([Predictions.load(piece) for piece in partial.pieces(".npz")])
