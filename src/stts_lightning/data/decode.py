@@ -111,7 +111,7 @@ class Contents(NamedTuple):
     samples: dict[int, NDArray[np.uint8]]
 
 
-SAMPLED, AROUND, SAMPLE_SIDE = 6, 4, 48
+SAMPLED, AROUND, SAMPLE_SIDE = 10, 4, 48
 
 
 def sampled_frames(count: int) -> list[int]:

@@ -87,7 +87,7 @@ class PyAVReader:
         self.note = note
         self._path = path
         self._index = index_file(path)
-        self._keys = self._index.keys
+        self._seeks = len(self._index.keys) > 0
         # One for all frames: a frame's own would be set up again for each.
         self._converter = importlib.import_module("av.video.reformatter").VideoReformatter()
         self._container: Any = None
@@ -120,15 +120,18 @@ class PyAVReader:
         return self._last[1]
 
     def _decode(self, number: int) -> Any:
-        key = next((key for key in reversed(self._keys) if key.number <= number), None)
-        if key and (key.number > self._next or number < self._next):
-            try:
+        key = self._index.key_before(number) if self._seeks else None
+        try:
+            if key and (key.number > self._next or number < self._next):
                 self._seek(key)
-                return self._forward(number)
-            except DecodeError:
-                self._keys = ()  # A seek in this file cannot be trusted.
-        if number < self._next or not self._keys:
-            self._restart()
+            elif number < self._next:
+                self._restart()
+            return self._forward(number)
+        except DecodeError:
+            if not self._sought:
+                raise
+        self._seeks = False  # A seek in this file cannot be trusted.
+        self._restart()
         return self._forward(number)
 
     def _forward(self, number: int) -> Any:

@@ -7,7 +7,7 @@ import importlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,7 @@ SEEKABLE_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm"})
 """Containers with an index of key frames, by which PyAV seeks exactly."""
 
 
-@dataclass(frozen=True)
-class KeyFrame:
+class KeyFrame(NamedTuple):
     """A frame at which decoding can begin.
 
     Attributes:
@@ -48,14 +47,19 @@ class FrameIndex:
         count: packets that show a frame: those that an edit list cuts away, and hidden ones, do not. Of a file that is cut
             short what its header promises.
         pts: when each is shown, `(count,)` in order of display; empty where packets do not say.
-        keys: key frames, in order of display; empty where a seek is not exact.
+        keys: `(keys, 3)`, of each key frame what `KeyFrame` says, in order of display; empty where a seek is not exact.
         inexact: why decord would give wrong frames; empty if it is exact.
     """
 
     count: int
     pts: NDArray[np.int64]
-    keys: tuple[KeyFrame, ...]
+    keys: NDArray[np.int64]
     inexact: str
+
+    def key_before(self, number: int) -> KeyFrame | None:
+        """The last key frame at or before a frame; None if there is none to seek to."""
+        at = int(np.searchsorted(self.keys[:, 0], number, side="right")) - 1
+        return None if at < 0 else KeyFrame(*self.keys[at].tolist())
 
 
 def choose_stream(container: Any) -> Any:
@@ -99,25 +103,26 @@ def index_frames(container: Any, stream: Any) -> FrameIndex:
     packets = [packet for packet in everything if not packet[3]]
     names = set(container.format.name.split(","))
     count = len(packets)
-    none = np.empty(0, np.int64)
+    no_times, no_keys = np.empty(0, np.int64), np.empty((0, 3), np.int64)
     # The header of an AVI file may count frames that the encoder held back at the end.
     if stream.frames - len(everything) > (0 if "mp4" in names else max(3, stream.frames // 100)):
-        return FrameIndex(stream.frames, none, (), "the file is cut short")
+        return FrameIndex(stream.frames, no_times, no_keys, "the file is cut short")
     if not names & DECORD_CONTAINERS:
         container_name = container.format.name.partition(",")[0]
-        return FrameIndex(count, none, (), f"decord seeks wrongly in {container_name} files")
-    if any(packet[0] is None for packet in packets):
-        return FrameIndex(count, none, (), "its packets have no time stamps")
-    pts = np.array([p[0] for p in packets], np.int64)
+        return FrameIndex(count, no_times, no_keys, f"decord seeks wrongly in {container_name} files")
+    if not count or any(packet[0] is None for packet in packets):
+        return FrameIndex(count, no_times, no_keys, "its packets have no time stamps")
+    pts = np.array([packet[0] for packet in packets], np.int64)
     order = np.sort(pts)
     if (np.diff(order) <= 0).any():
-        return FrameIndex(count, none, (), "two frames have one time stamp")
-    at = [(i, p) for i, p in enumerate(packets) if p[2]]
+        return FrameIndex(count, no_times, no_keys, "two frames have one time stamp")
     # The index of an mp4 file is by time of decoding, that of a Matroska file by time of display.
-    by_dts = "mp4" in names
-    keys = [KeyFrame(int(np.searchsorted(order, p[0])), p[0], p[1] if by_dts and p[1] is not None else p[0]) for _, p in at]
-    open_gop = any(key.number != i for key, (i, _) in zip(keys, at, strict=True))
-    keys = sorted(keys, key=lambda key: key.number) if names & SEEKABLE_CONTAINERS else []
+    by_dts = "mp4" in names and all(packet[1] is not None for packet in packets)
+    seeks = np.array([packet[1] for packet in packets], np.int64) if by_dts else pts
+    at = np.flatnonzero([packet[2] for packet in packets])
+    numbers = np.searchsorted(order, pts[at])
+    open_gop = bool((numbers != at).any())
+    keys = np.stack([numbers, pts[at], seeks[at]], axis=1)[np.argsort(numbers)] if names & SEEKABLE_CONTAINERS else no_keys
     if len(container.streams.video) > 1:
         inexact = "it has several video streams"
     elif len(packets) < len(everything):
@@ -128,7 +133,7 @@ def index_frames(container: Any, stream: Any) -> FrameIndex:
         inexact = "its frame rate is uneven"
     else:
         inexact = ""
-    return FrameIndex(count, order, tuple(keys), inexact)
+    return FrameIndex(count, order, keys, inexact)
 
 
 def _hides_frame(packet: Any) -> bool:
@@ -145,9 +150,19 @@ def _is_uneven(pts: NDArray[np.int64]) -> bool:
 def index_file(path: Path) -> FrameIndex:
     """The frames of a file's video stream. Raises DecodeError if it has none, and what PyAV raises."""
     av: Any = importlib.import_module("av")
-    # Otherwise opening decodes a frame, which takes most of the time.
-    with av.open(str(path), options={"skip_frame": "all"}) as container:
+    with av.open(str(path), options=_QUICK | (_MP4_QUICK if _is_mp4(path) else {})) as container:
         return index_frames(container, choose_stream(container))
+
+
+# Otherwise opening decodes a frame, which takes most of the time.
+_QUICK = {"skip_frame": "all"}
+# The header of an mp4 file says all; other files need to be looked into.
+_MP4_QUICK = {"probesize": "32", "analyzeduration": "0"}
+
+
+def _is_mp4(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8)[4:] == b"ftyp"
 
 
 def is_transport_stream(path: Path) -> bool:

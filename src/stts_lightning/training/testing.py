@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+from numpy.typing import NDArray
 
 from stts_lightning.analysis.evaluation import FILE, Predictions, write_tables
 from stts_lightning.data.datamodule import VideoDataModule
@@ -49,7 +50,7 @@ class _Collect(pl.Callback):
         if self.parts:
             whole = _joined(self.parts)
             # NaN ends the test with an error; what had it is to be tested again.
-            sound = np.isfinite(whole.logits).reshape(len(whole.video), -1).all(1)
+            sound: NDArray[np.bool_] = np.isfinite(whole.logits).all((1, 2))  # type: ignore[assignment]
             if sound.any():
                 whole.only(sound).save(self.partial.new_piece(".npz"))
             self.parts.clear()
