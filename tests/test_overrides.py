@@ -6,7 +6,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from stts_lightning.overrides import in_run_folder, quoted
+from stts_lightning.overrides import for_hydra, in_run_folder
 
 NAMES = [
     "drinking (31)",
@@ -46,7 +46,7 @@ def test_names_of_files_reach_hydra_as_they_are(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     Path(name).touch()
     for value in (name, str(tmp_path / name)):
-        (argument,) = quoted([f"{key}={value}"])
+        (argument,) = for_hydra([f"{key}={value}"])
         override = OverridesParser.create().parse_override(argument)
         read = OmegaConf.create({"value": override.value()})
         if value == "null":  # Hydra's own word.
@@ -69,13 +69,13 @@ def test_other_arguments_are_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
         "d={a: 1}",
         "e=",
     ]
-    assert quoted(arguments) == arguments
+    assert for_hydra(arguments) == arguments
 
 
 @pytest.mark.parametrize("argument", ["videos=no such (1).mp4", "videos=nothing, [here", "x=a(b"])
 def test_values_that_hydra_cannot_read_are_refused_and_quoted(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        quoted([argument])
+        for_hydra([argument])
     key, _, value = argument.partition("=")
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.overrides import for_run
-from stts_lightning.run_folders import RESULT, let_lightning_launch
+from stts_lightning.run_folders import RESULT, let_lightning_launch, lock
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> float:
 
     console.quiet_libraries()
     folder = Path(cfg.run_dir)
+    lock(folder)
     if cfg.predictions:
         if not (Path(cfg.predictions) / FILE).is_file():
             raise run_config.ConfigError(f"predictions={cfg.predictions}: there is no {FILE} in it; give the folder of a test")

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
-from stts_lightning.overrides import quoted
+from stts_lightning.overrides import for_hydra
 
 if TYPE_CHECKING:
     from stts_lightning.classifier import VideoClassifier
@@ -190,5 +190,5 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = quoted(sys.argv[1:])
+    sys.argv[1:] = for_hydra(sys.argv[1:])
     main()

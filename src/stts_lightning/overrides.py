@@ -30,14 +30,16 @@ def _with(arguments: Sequence[str], *more: str) -> list[str]:
 _PLAIN = re.compile(r"[\w./:@%+*?-]+", re.ASCII)
 
 
-def quoted(arguments: list[str]) -> list[str]:
-    """Arguments with quotes around values that Hydra could not read, where they name files that there are.
+def for_hydra(arguments: list[str]) -> list[str]:
+    """Arguments as Hydra reads them: names of existing files in quotes, and slots added to selections that lack them.
 
     Raises:
         SystemExit: with a line that says how to quote, for another value that Hydra cannot read.
     """
     parser = OverridesParser.create()
-    return [_quoted(argument, parser) for argument in arguments]
+    arguments = [_quoted(argument, parser) for argument in arguments]
+    # A slot, or how much it keeps, is not a key of every selection.
+    return [f"++{argument}" if argument.startswith("selection.slots.") else argument for argument in arguments]
 
 
 def _quoted(argument: str, parser: OverridesParser) -> str:
@@ -67,8 +69,7 @@ def _in_quotes(value: str) -> str:
 
 def in_run_folder(arguments: list[str]) -> list[str]:
     """Arguments with Hydra's output folder set to the run that `resume=` names, so that a resumed run makes no second one."""
-    # A slot, or how much it keeps, is not in every selection: it is added.
-    arguments = [f"++{a}" if a.startswith("selection.slots.") else a for a in quoted(arguments)]
+    arguments = for_hydra(arguments)
     run = _value(arguments, "resume")
     if not run or not Path(run).is_dir() or _has_folder(arguments):
         return arguments
@@ -81,7 +82,7 @@ def for_run(arguments: list[str], subfolder: str) -> list[str]:
     A value of the model or its data may belong to an option that only the run or the file knows of: it is added by force
     and judged when that is read. The output goes to a folder in the run that `run=` names.
     """
-    arguments = quoted(arguments)
+    arguments = for_hydra(arguments)
     run = _value(arguments, "run")
     known_later = ("backbone.", "selection.", "dataset.")
     arguments = [f"++{a}" if a.startswith(known_later) else a for a in arguments]

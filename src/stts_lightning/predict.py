@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.overrides import for_run
-from stts_lightning.run_folders import let_lightning_launch
+from stts_lightning.run_folders import let_lightning_launch, lock
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
 
     console.quiet_libraries()
     folder = Path(cfg.run_dir)
+    lock(folder)
     with console.as_user_errors():
         videos = find_videos(run_config.to_container(cfg)["videos"])
         cfg, checkpoint = run_config.trained_config(cfg, overrides, "predict")

@@ -18,7 +18,7 @@ from stts_lightning.data.encode import Encoding
 from stts_lightning.data.manifest import Entry, manifest_hash, write_manifest
 from stts_lightning.doctor import check_installation
 from stts_lightning.files import replacing, write_text
-from stts_lightning.overrides import quoted
+from stts_lightning.overrides import for_hydra
 from stts_lightning.progress import counting
 
 TASKS = ("check", "encode")
@@ -148,5 +148,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = quoted(sys.argv[1:])
+    sys.argv[1:] = for_hydra(sys.argv[1:])
     main()

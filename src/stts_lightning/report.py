@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
-from stts_lightning.overrides import quoted
+from stts_lightning.overrides import for_hydra
 
 Lines = list[dict[str, str]]
 
@@ -146,5 +146,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = quoted(sys.argv[1:])
+    sys.argv[1:] = for_hydra(sys.argv[1:])
     main()

@@ -30,7 +30,7 @@ OUTPUTS = (RESULT, CONFIG, JOB, "classes.txt", "checkpoints", "panels", "test", 
 EXIT_REQUEUE = os.EX_TEMPFAIL if hasattr(os, "EX_TEMPFAIL") else 75
 """Exit status of a command that was asked to end and can resume: what schedulers requeue on."""
 _DECISION = "STTS_CAN_RESUME"
-_LOCKS: list[FileLock] = []
+_LOCKS: dict[Path, FileLock] = {}
 """Held until the process ends, however it does."""
 
 
@@ -97,7 +97,7 @@ def lock(folder: Path) -> None:
     Raises:
         FolderInUseError: if another process has it: names it.
     """
-    if not is_first_process():
+    if not is_first_process() or folder.resolve() in _LOCKS:
         return
     folder.mkdir(parents=True, exist_ok=True)
     held = FileLock(folder / LOCK)
@@ -112,7 +112,7 @@ def lock(folder: Path) -> None:
     except (OSError, NotImplementedError) as error:
         log.warning("%s cannot be locked (%s): do not start two runs in it", folder, error)
         return
-    _LOCKS.append(held)
+    _LOCKS[folder.resolve()] = held
     since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
     write_json(folder / OWNER, {"process": os.getpid(), "user": _user(), "host": socket.gethostname(), "since": since})
 
