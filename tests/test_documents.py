@@ -3,7 +3,12 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from stts_lightning import create_model
+from stts_lightning.data.decode import write_mp4
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -14,7 +19,14 @@ def blocks(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_python_of_a_page_runs_as_written(page: Path) -> None:
+def test_python_of_a_page_runs_as_written(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = create_model("mvit_tiny", None, 3)
+    checkpoint = tmp_path / "runs" / "RUN" / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    torch.save({"state_dict": model.state_dict(), "model": dict(model.recipe)}, checkpoint)
+    (checkpoint.parent.parent / "classes.txt").write_text("walk\nrun\nsit\n")
+    write_mp4(tmp_path / "video.mp4", np.zeros((48, 72, 96, 3), np.uint8))
+    monkeypatch.chdir(tmp_path)
     for code in blocks(page):
         exec(compile(code, str(page), "exec"), {"__name__": "page"})
 

@@ -1,0 +1,45 @@
+"""Clips of one video, for use from Python."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stts_lightning.data.decode import open_video
+from stts_lightning.data.sampling import SAMPLINGS
+from stts_lightning.data.transforms import EvalTransform
+
+
+def read_clips(
+    path: str | Path,
+    clip_size: Sequence[int],
+    views: int = 5,
+    crops: int = 1,
+    stride: int = 4,
+    sampling: str = "slowfast",
+    short_side: int | str | None = None,
+) -> Tensor:
+    """Read the clips of a test from a video; a model averages their softmax.
+
+    Args:
+        path: a file, or a folder with a picture for each frame.
+        clip_size: frames, height and width of a clip: `model.backbone.clip_size`.
+        views: clips, spread over the video.
+        crops: crops of each clip, 1 or 3.
+        stride: source frames from one frame of a clip to the next; see `Sampling`.
+        sampling: a name of `SAMPLINGS`.
+        short_side: of the resized frames; see `EvalTransform`.
+
+    Returns:
+        `(views * crops, 3, T, H, W)` uint8, the crops of a clip one after the other.
+
+    Raises:
+        DecodeError: if the video does not decode: names it.
+    """
+    frames, *size = clip_size
+    with open_video(path) as video:
+        indices = SAMPLINGS[sampling](frames, stride).views(len(video), views, video.rate)
+        pixels = torch.from_numpy(video.frames(indices.ravel())).permute(0, 3, 1, 2)
+    clips = EvalTransform(size, short_side, crops)(pixels).unflatten(1, (views, frames))  # (crops, views, T, 3, H, W)
+    return clips.permute(1, 0, 3, 2, 4, 5).flatten(0, 1).contiguous()
