@@ -137,7 +137,7 @@ RANGES: dict[str, Range] = {
     "num_classes": COUNT,
     "overlay_windows": INDEX,
     "rounds": Range(2, whole=True),
-    "seconds": POSITIVE,
+    "seconds": NOT_NEGATIVE,
     "short_side": Range(16, whole=True),
     "size": COUNT,
     "stride": COUNT,

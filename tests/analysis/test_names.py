@@ -20,6 +20,7 @@ from stts_lightning.data.manifest import Entry
 from stts_lightning.data.windows import Window, WindowBatch
 from stts_lightning.prepare_data import show
 from stts_lightning.report import compare
+from stts_lightning.training.partial import PartialResults, read_records
 from stts_lightning.training.predicting import Predictor, overlay_names
 
 LATIN = os.fsdecode(b"caf\xe9")
@@ -113,11 +114,12 @@ def test_predictions_of_odd_names_are_written_and_read_back(tmp_path: Path) -> N
         world_size=1, global_rank=0, is_global_zero=True, strategy=SimpleNamespace(barrier=lambda _: None)
     )
     module: Any = SimpleNamespace(model=SimpleNamespace(slots=SimpleNamespace(selectors={})))
+    predictor.partial = PartialResults(tmp_path / "partial", "")
     predictor.on_predict_start(trainer, module)
     windows = tuple(Window(number, 0, 1, 0.0, 1.0, None, None, "") for number in range(2))
     predictor.on_predict_batch_end(trainer, module, (torch.zeros(2, 1, 2), []), WindowBatch(windows, None), 0)
     predictor.on_predict_end(trainer, module)
-    found = json.loads(predictor.part(0).read_text())
+    found = read_records(predictor.partial)
     assert [found[number]["video"] for number in "01"] == [str(video) for video in videos]
     assert {one["class"] for one in found["0"]["top"]} == {"[red]", LATIN}
 
