@@ -58,7 +58,7 @@ def resumed_config(run: str | Path, overrides: Sequence[str], typed: DictConfig 
     for needed in (file, checkpoint):
         if not needed.is_file():
             raise ConfigError(f"resume={run}: there is no {needed}; give the folder of a run that wrote a checkpoint")
-    overrides = [override for override in overrides if not override.startswith(("resume=", "trust="))]
+    overrides = _lasting(overrides)
     trust = bool(typed.trust) if typed is not None else False
     cfg = _load(file, trust, typed)
     OmegaConf.set_struct(cfg, True)
@@ -68,13 +68,24 @@ def resumed_config(run: str | Path, overrides: Sequence[str], typed: DictConfig 
                 f"resume={run}: {key} was {OmegaConf.select(cfg, key)} and would be {value}; a run keeps its model. "
                 f"A new run can start from this one's weights: pretrained={checkpoint}"
             )
-        OmegaConf.update(cfg, key, value, force_add=True)
-    if overrides:
-        note_owner(run, overrides_of(run) or [], [*changes_of(run), *overrides])
-    # The CSV logger starts its file anew; what it wrote so far is kept under another name.
-    if is_first_process() and (metrics := run / "metrics.csv").is_file():
-        metrics.rename(run / f"metrics_{len(list(run.glob('metrics*.csv')))}.csv")
+        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     return cfg, checkpoint
+
+
+def begin_resumed(run: Path, overrides: Sequence[str]) -> None:
+    """Note, in a run's folder, with what it is resumed. Call it when nothing can be refused any more."""
+    if not is_first_process():
+        return
+    if changes := _lasting(overrides):
+        note_owner(run, overrides_of(run) or [], [*changes_of(run), *changes])
+    # The CSV logger starts its file anew; what it wrote so far is kept under another name.
+    if (metrics := run / "metrics.csv").is_file():
+        metrics.rename(run / f"metrics_{len(list(run.glob('metrics*.csv')))}.csv")
+
+
+def _lasting(overrides: Sequence[str]) -> list[str]:
+    """Overrides that are about the run, not about how it is resumed."""
+    return [override for override in overrides if not override.startswith(("resume=", "trust="))]
 
 
 FIXED = ("backbone.", "selection.slots", "selection.scorer", "selection.selector")

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,14 @@ from stts_lightning.run_folders import LAST, can_resume, claim, let_lightning_la
 log = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig, resume: Path | None) -> float | None:
-    """Train, test and write the result of one configuration."""
+def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> float | None:
+    """Train, test and write the result of one configuration.
+
+    Args:
+        cfg: the configuration.
+        resume: a checkpoint of it to resume from.
+        changes: the overrides with which a run is resumed.
+    """
     import lightning.pytorch as pl
 
     from stts_lightning import assembly, console, run_config
@@ -47,6 +54,7 @@ def run(cfg: DictConfig, resume: Path | None) -> float | None:
         if resume:
             run_config.check_classes(Path(cfg.run_dir), data.classes)
             data.check_lists(WholeCheckpointIO().load_checkpoint(resume, "cpu", True).get(type(data).__qualname__, {}))
+            run_config.begin_resumed(Path(cfg.run_dir), changes)
         # Only now is it known to be a run: what was refused leaves an earlier configuration as it is.
         run_config.save_config(cfg)
         run_config.save_classes(cfg, data.classes)
@@ -104,19 +112,20 @@ def main(cfg: DictConfig) -> Any:
     # Imported late: --help and a misspelt key are answered without waiting for torch.
     from stts_lightning import console, run_config
 
-    checkpoint = None
+    checkpoint, changes = None, []
     with console.one_line_errors():
         overrides, folder = list(HydraConfig.get().overrides.task), Path(cfg.run_dir)
         if cfg.resume:
             lock(Path(cfg.resume))
             cfg, checkpoint = run_config.resumed_config(cfg.resume, overrides, cfg)
+            changes = overrides
         elif can_resume(folder, overrides):
             lock(folder)
             log.info("%s holds this run, unfinished: it resumes", folder)
             cfg, checkpoint = run_config.resumed_config(folder, [], cfg)
         else:
             claim(folder, overrides)
-        return run(cfg, checkpoint)
+        return run(cfg, checkpoint, changes)
 
 
 if __name__ == "__main__":

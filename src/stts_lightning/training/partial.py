@@ -13,6 +13,8 @@ from typing import Any
 from stts_lightning.data.isolation import ASKING
 from stts_lightning.files import write_text
 
+STAMP = "question"
+
 
 def question(*parts: Any) -> str:
     """A short text that tells two questions apart, of anything that has a text."""
@@ -37,18 +39,23 @@ class PartialResults:
         self.folder, self.asked = folder, asked
 
     def open(self) -> None:
-        """Make the folder, empty unless it holds pieces of this question."""
-        stamp = self.folder / "question"
-        if not stamp.is_file() or stamp.read_text() != self.asked:
+        """Make the folder, empty unless it holds pieces of this question. For the first process."""
+        if not self._is_of_question():
             self.clear()
-            write_text(stamp, self.asked)
+            write_text(self.folder / STAMP, self.asked)
+
+    def _is_of_question(self) -> bool:
+        stamp = self.folder / STAMP
+        return stamp.is_file() and stamp.read_text() == self.asked
 
     def new_piece(self, suffix: str) -> Path:
         """A name for one more piece, of this process alone."""
         return self.folder / f"{uuid.uuid4().hex[:12]}{suffix}"
 
     def pieces(self, suffix: str) -> list[Path]:
-        """Those that are whole."""
+        """Those of this question that are whole. Another process may not have removed others yet."""
+        if not self._is_of_question():
+            return []
         return sorted(path for path in self.folder.glob(f"*{suffix}") if path.name[0] != ".")
 
     def clear(self) -> None:
