@@ -73,7 +73,7 @@ def show(results: dict[str, list[Entry]], manifest: Path) -> None:
     # Names of files are no markup, and may be no UTF-8.
     console = Console(soft_wrap=True)
     table = Table(title=Text(printable(str(manifest))), title_justify="left")
-    for name in ("split", "listed", "found", "decodable", "decord cannot", "with warnings"):
+    for name in ("split", "listed", "found", "decodable", "by PyAV", "with warnings"):
         table.add_column(name, justify="left" if name == "split" else "right")
     for split, entries in results.items():
         good = [entry for entry in entries if entry.status == "ok"]
@@ -86,13 +86,18 @@ def show(results: dict[str, list[Entry]], manifest: Path) -> None:
         )
         table.add_row(Text(split), *map(str, numbers))
     console.print(table)
-    bad = [entry for entries in results.values() for entry in entries if entry.status != "ok"]
-    for entry in bad[:20]:
-        path = os.path.relpath(entry.path)
-        shown = entry.path if path.startswith("..") else path
-        console.print(printable(f"{entry.status}: {shown} {entry.warning}"), markup=False, highlight=False)
-    if len(bad) > 20:
-        console.print(f"and {len(bad) - 20} more; all of them stand in the manifest")
+    everything = [entry for entries in results.values() for entry in entries]
+    for odd in (
+        [entry for entry in everything if entry.status != "ok"],
+        [entry for entry in everything if entry.status == "ok" and entry.warning],
+    ):
+        for entry in odd[:20]:
+            path = os.path.relpath(entry.path)
+            shown = entry.path if path.startswith("..") else path
+            status = f"decoded by {entry.decoder}" if entry.status == "ok" else entry.status
+            console.print(printable(f"{status}: {shown} {entry.warning}"), markup=False, highlight=False)
+        if len(odd) > 20:
+            console.print(f"and {len(odd) - 20} more; the manifest lists all of them")
     found = manifest_hash(entry for entries in results.values() for entry in entries)
     print(printable(f"manifest {found}: {manifest}"))
 

@@ -46,8 +46,8 @@ def _decord_or_exact(path: Path) -> Reader:
         return DecordReader(path)
     except ImportError:
         raise
-    except Exception as error:  # decord raises many kinds.
-        return PyAVReader(path, f"decord cannot open it ({first_line(error)})")
+    except Exception:  # decord raises many kinds; what it says differs from file to file.
+        return PyAVReader(path, "decord cannot open it")
 
 
 DECODERS: dict[str, Callable[[Path], Reader]] = {"decord": _decord_or_exact, "pyav": PyAVReader}
