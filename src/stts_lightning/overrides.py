@@ -6,15 +6,22 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 
 def _value(arguments: Sequence[str], key: str) -> str:
-    """What a command line gives for a key, unquoted; empty if nothing."""
-    return next((a.removeprefix(f"{key}=").strip("'\"") for a in arguments if a.startswith(f"{key}=")), "")
+    """What a command line gives for a key, as Hydra reads it; empty if nothing, or if Hydra cannot read it."""
+    argument = next((a for a in arguments if a.startswith(f"{key}=")), "")
+    with suppress(HydraException, OmegaConfBaseException):
+        if argument:
+            return str(OmegaConf.create({"value": OverridesParser.create().parse_override(argument).value()}).value or "")
+    return ""
 
 
 def _has_folder(arguments: Sequence[str]) -> bool:
@@ -46,7 +53,8 @@ def _quoted(argument: str, parser: OverridesParser) -> str:
     key, equals, value = argument.partition("=")
     if not equals or argument.startswith("-") or not value or _PLAIN.fullmatch(value) or value[0] in "'\"":
         return argument
-    if os.path.exists(value) or glob.glob(value):
+    # Square brackets are a list of values as well: they are no pattern here.
+    if os.path.exists(value) or (re.search(r"[*?]", value) and glob.glob(value)):
         return f"{key}={_in_quotes(value)}"
     try:
         parser.parse_override(argument)
@@ -73,7 +81,7 @@ def in_run_folder(arguments: list[str]) -> list[str]:
     run = _value(arguments, "resume")
     if not run or not Path(run).is_dir() or _has_folder(arguments):
         return arguments
-    return _with(arguments, f"hydra.run.dir='{run}'", "hydra.output_subdir=null")
+    return _with(arguments, f"hydra.run.dir={_in_quotes(run)}", "hydra.output_subdir=null")
 
 
 def for_run(arguments: list[str], subfolder: str) -> list[str]:
@@ -88,7 +96,7 @@ def for_run(arguments: list[str], subfolder: str) -> list[str]:
     arguments = [f"++{a}" if a.startswith(known_later) else a for a in arguments]
     if not run or not Path(run).is_dir() or _has_folder(arguments):
         return arguments
-    return _with(arguments, f"hydra.run.dir='{run}/{subfolder}'")
+    return _with(arguments, f"hydra.run.dir={_in_quotes(f'{run}/{subfolder}')}")
 
 
 def for_sweep(arguments: list[str]) -> list[str]:

@@ -115,6 +115,8 @@ def main(cfg: DictConfig) -> None:
         values: dict[str, Any] = run_config.to_container(cfg)
         if values["task"] not in TASKS:
             raise run_config.ConfigError(f"task={values['task']}: allowed are {', '.join(TASKS)}")
+        if not isinstance(values["splits"], list) or not values["splits"]:
+            raise run_config.ConfigError(f"splits={values['splits']}: must be a list, as [train,val] or [val]")
         encoding = Encoding(values["short_side"], values["keyframe_every"], values["crf"])
         source = instantiate(cfg.dataset)
         source.check, source.manifest = False, None  # What is missing is what is to be found out.

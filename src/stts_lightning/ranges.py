@@ -162,6 +162,13 @@ def leaves(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(value, f"{key}.{name}" if key else str(name))
 
 
+def _at(content: Any, key: str) -> Any:
+    """What containers hold under a full key; None if nothing."""
+    for name in key.split("."):
+        content = content.get(name) if isinstance(content, Mapping) else None
+    return content
+
+
 def check_ranges(content: Mapping[str, Any]) -> None:
     """Refuse a configuration with a number out of its range.
 
@@ -171,6 +178,9 @@ def check_ranges(content: Mapping[str, Any]) -> None:
     Raises:
         RangeError: for the first such number.
     """
+    for key in RANGES:
+        if isinstance(value := _at(content, key), list | Mapping):
+            raise RangeError(f"{key}={value}: must {RANGES[key]}")
     for key, value in leaves(content):
         if value is None or value == "???":
             continue

@@ -16,9 +16,11 @@ from stts_lightning.errors import UserError
 from stts_lightning.files import write_text
 from stts_lightning.ranges import check_ranges
 from stts_lightning.run_folders import CONFIG, LAST, changes_of, is_first_process, note_owner, overrides_of
-from stts_lightning.trusted import check_stored
+from stts_lightning.trusted import REFERENCE, check_stored
 
 CLASSES = "classes.txt"
+NEEDED = ("backbone", "selection", "dataset", "clip", "loader")
+"""Groups that the configuration of every run has."""
 
 
 class ConfigError(UserError):
@@ -59,6 +61,8 @@ def resumed_config(run: str | Path, overrides: Sequence[str], typed: DictConfig 
         if not needed.is_file():
             raise ConfigError(f"resume={run}: there is no {needed}; give the folder of a run that wrote a checkpoint")
     overrides = _lasting(overrides)
+    if removed := next((override for override in overrides if override.startswith("~")), None):
+        raise ConfigError(f"resume={run}: {removed}: a resumed run keeps its keys; set one to null instead")
     trust = bool(typed.trust) if typed is not None else False
     cfg = _load(file, trust, typed)
     OmegaConf.set_struct(cfg, True)
@@ -69,6 +73,8 @@ def resumed_config(run: str | Path, overrides: Sequence[str], typed: DictConfig 
                 f"A new run can start from this one's weights: pretrained={checkpoint}"
             )
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+    if not trust:  # Of the overrides that the folder notes as well.
+        check_stored(_whole(cfg), str(run), None if typed is None else _whole(typed))
     return cfg, checkpoint
 
 
@@ -157,7 +163,7 @@ def _stored(file: Path, trust: bool, typed: DictConfig) -> DictConfig | None:
     if not recipe:
         return None
     if not trust:
-        check_stored(recipe, f"checkpoint {file}", to_container(typed.selection))
+        check_stored(recipe, f"checkpoint {file}", _whole(typed))
     selection = recipe.pop("selection")
     recipe.pop("num_classes")
     return OmegaConf.create({"backbone": {"name": recipe.pop("backbone"), **recipe}, "selection": selection})
@@ -172,20 +178,25 @@ def _load(file: Path, trust: bool, typed: DictConfig | None) -> DictConfig:
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: is no configuration of a run")
     stored = {str(key): value for key, value in content.items()}
+    if missing := [key for key in NEEDED if not isinstance(stored.get(key), dict)]:
+        raise ConfigError(f"{file}: lacks {', '.join(missing)}; it is not the configuration that a run wrote")
     if not trust:
         check_stored(stored, str(file), None if typed is None else _whole(typed))
     folder = str(file.parent.resolve())
     if (before := stored.get("run_dir")) and before != folder:  # Of an earlier version, which stored absolute paths.
-        stored = _with_folder(stored, str(before), "${run_dir}")
+        stored = _with_folder(stored, str(before), REFERENCE)
+    stored = _with_text(stored, REFERENCE, folder)
     stored |= {"run_dir": folder, "trust": trust}
     if "patience" in stored.get("clip", {}):
         stored["clip"]["decode_timeout"] = stored["clip"].pop("patience")
-    return OmegaConf.create(stored)
+    cfg = OmegaConf.create(stored)
+    assert isinstance(cfg, DictConfig)
+    return cfg
 
 
 def _whole(cfg: DictConfig) -> dict[str, Any]:
     """A configuration as plain containers, whether all of its values are given or not."""
-    content = OmegaConf.to_container(cfg, resolve=False)
+    content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 
@@ -201,6 +212,15 @@ def _with_folder(content: Any, folder: str, name: str) -> Any:
     return content
 
 
+def _with_text(content: Any, before: str, after: str) -> Any:
+    """Containers in which texts begin otherwise."""
+    if isinstance(content, dict):
+        return {key: _with_text(value, before, after) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_with_text(value, before, after) for value in content]
+    return after + content.removeprefix(before) if isinstance(content, str) and content.startswith(before) else content
+
+
 def save_config(cfg: DictConfig) -> None:
     """Write the resolved configuration into the run's folder, for all later commands.
 
@@ -211,7 +231,7 @@ def save_config(cfg: DictConfig) -> None:
         content.pop(key, None)
     folder = str(content.pop("run_dir"))
     if is_first_process():
-        content = _with_folder(content, folder, "${run_dir}")
+        content = _with_folder(content, folder, REFERENCE)
         write_text(Path(folder) / CONFIG, OmegaConf.to_yaml(OmegaConf.create(content)))
 
 

@@ -82,7 +82,12 @@ def changes_of(folder: Path) -> list[str]:
 
 def _job(folder: Path) -> dict[str, Any]:
     file = folder / JOB
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); remove it, if the run is to begin anew") from error
 
 
 def note_owner(folder: Path, overrides: Sequence[str], resumed_with: Sequence[str] = ()) -> None:

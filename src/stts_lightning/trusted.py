@@ -55,6 +55,10 @@ def named_classes(content: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+REFERENCE = "${run_dir}"
+"""The one reference to another value that a stored configuration may hold, at the start of a text."""
+
+
 def check_stored(content: Mapping[str, Any], source: str, also: Mapping[str, Any] | None = None) -> None:
     """Refuse a stored configuration that would build what is not allowed.
 
@@ -67,6 +71,12 @@ def check_stored(content: Mapping[str, Any], source: str, also: Mapping[str, Any
         TrustError: names key and class.
     """
     typed = set(named_classes(also or {}).values())
+    for key, name, value in _walk(content):
+        # What a reference becomes is known only when it is read: it could name any class.
+        if isinstance(value, str) and "${" in value.removeprefix(REFERENCE):
+            raise TrustError(f"{source}: {key}={value} refers to another value; a stored configuration holds values alone")
+        if name in ("_partial_", "_args_"):
+            raise TrustError(f"{source}: {key}={value} is not allowed in a stored configuration")
     for key, target in named_classes(content).items():
         if target not in ALLOWED and target not in typed:
             raise TrustError(

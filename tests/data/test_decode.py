@@ -71,10 +71,13 @@ def test_a_packet_that_does_not_decode_costs_its_frame_alone(clips: Path) -> Non
     with pytest.raises(DecodeError), open_video(clips / "decord_corrupted.mp4", "decord") as reader:
         reader.frames(np.arange(len(reader)))
     with open_video(clips / "decord_corrupted.mp4", "pyav") as reader:
-        assert reader.frames(np.arange(49)).shape == (49, 720, 1280, 3)
-    last = pytest.raises(DecodeError, match="frame 49 does not decode, of 50 promised")
-    with last, open_video(clips / "decord_corrupted.mp4", "pyav") as reader:
-        reader.frames(np.arange(50))
+        frames = reader.frames(np.arange(50))
+    held = [number for number in range(1, 50) if np.array_equal(frames[number], frames[number - 1])]
+    assert len(held) == 1, "the damaged frame is the one before it"
+    # The others are the same, in whatever order they are asked for.
+    for number in (49, held[0], held[0] + 1, 3):
+        with open_video(clips / "decord_corrupted.mp4", "pyav") as reader:
+            assert np.array_equal(reader.frames(np.array([number]))[0], frames[number])
 
 
 def test_missing_file_and_unknown_decoder(tmp_path: Path) -> None:

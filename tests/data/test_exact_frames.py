@@ -178,3 +178,22 @@ def test_a_broken_picture_is_named(tmp_path: Path) -> None:
     (folder / "img_2.jpg").write_bytes(b"no picture")
     with pytest.raises(DecodeError, match=r"img_2\.jpg is no picture"), open_video(folder) as reader:
         reader.frames(np.array([1]))
+
+
+def test_frames_that_lack_what_they_refer_to_are_not_promised(files: dict[str, Path], tmp_path: Path) -> None:
+    """A copy that begins at a key frame within open GOPs: the frames shown before it cannot be decoded."""
+    import av
+
+    source = files["H.264, open GOP, mp4"]
+    with av.open(str(source)) as old, av.open(str(tmp_path / "cut.mkv"), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        packets = [packet for packet in old.demux(old.streams.video[0]) if packet.pts is not None]
+        first = [number for number, packet in enumerate(packets) if packet.is_keyframe][3]
+        for packet in packets[first:]:
+            packet.stream = stream
+            new.mux(packet)
+    for decoder in DECODERS:
+        with open_video(tmp_path / "cut.mkv", decoder) as reader:
+            numbers = read(reader, list(range(len(reader))))
+            assert numbers == list(range(numbers[0], 120)) and numbers[0] >= 36
+    assert examine(tmp_path / "cut.mkv").frames == len(numbers)

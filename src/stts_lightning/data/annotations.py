@@ -197,7 +197,7 @@ def _check_repeats(file: Path, videos: Videos) -> None:
 
 def check_files(videos: VideoList, source: str) -> None:
     """Raise AnnotationError if a listed video does not exist: names the first and counts them."""
-    missing = [video.path for video in videos.videos if not video.path.exists()]
+    missing = [video.path for video in videos.videos if not (video.path.is_file() or is_frame_folder(video.path))]
     if missing:
         raise AnnotationError(f"{source}: {len(missing)} of {len(videos)} listed videos do not exist, first {missing[0]}")
 

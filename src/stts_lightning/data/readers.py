@@ -122,9 +122,9 @@ class PyAVReader:
     def _decode(self, number: int) -> Any:
         key = self._index.key_before(number) if self._seeks else None
         try:
-            if key and (key.number > self._next or number < self._next):
+            if key and number != self._held[0] and (key.number > self._next or number < self._next):
                 self._seek(key)
-            elif number < self._next:
+            elif number < self._next and number != self._held[0]:
                 self._restart()
             return self._forward(number)
         except DecodeError:
@@ -135,14 +135,34 @@ class PyAVReader:
         return self._forward(number)
 
     def _forward(self, number: int) -> Any:
-        """Decode up to a frame. Frames are counted from the start, and by their time stamps after a seek."""
-        for frame in self._decoded:
-            if self._sought and (self._next >= len(self) or frame.pts != self._index.pts[self._next] or frame.is_corrupt):
+        """Decode up to a frame. Frames are known by their time stamps, or else counted from the start.
+
+        A damaged frame that others follow is the one before it, as a player shows it.
+        """
+        before, frame = self._held
+        if before == number:
+            return frame
+        for decoded in self._decoded:
+            at = self._number(decoded)
+            if self._sought and (at != self._next or decoded.is_corrupt):
                 raise DecodeError("frames after a seek are not those of the index")
-            self._next += 1
-            if self._next > number:
-                return frame
+            if at < self._next:
+                continue
+            before, frame = self._held
+            self._held, self._next = (at, decoded), at + 1
+            if at == number:
+                return decoded
+            if at > number:
+                return decoded if frame is None else frame
         raise DecodeError(f"frame {self._next} does not decode, of {len(self)} promised")
+
+    def _number(self, frame: Any) -> int:
+        """Of a decoded frame; that of the next one where time stamps do not say."""
+        pts = self._index.pts
+        if frame.pts is None or not len(pts):
+            return self._next
+        at = int(np.searchsorted(pts, frame.pts))
+        return at if at < len(pts) and pts[at] == frame.pts else self._next
 
     def _restart(self) -> None:
         """Open the file anew: a seek to the start is not exact in every container."""
@@ -167,6 +187,8 @@ class PyAVReader:
         self._decoded: Iterator[Any] = decoded_frames(self._container, self._stream, [])
         self._next, self._sought = number, sought
         self._last: tuple[int, Frames] = (-1, np.empty(0, np.uint8))
+        self._held: tuple[int, Any] = (-1, None)
+        """The frame decoded last, and its number."""
 
     def _picture(self, frame: Any) -> Frames:
         image = self._converter.reformat(frame, *self._size, format="rgb24").to_ndarray()

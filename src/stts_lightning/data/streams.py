@@ -4,6 +4,7 @@ Packets are read without decoding them, which takes one or two milliseconds for 
 """
 
 import importlib
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -100,13 +101,12 @@ def index_frames(container: Any, stream: Any) -> FrameIndex:
         for p in container.demux(stream)
         if p.size
     ]
-    packets = [packet for packet in everything if not packet[3]]
+    packets = [packet for packet in _without_leading(everything) if not packet[3]]
     names = set(container.format.name.split(","))
     count = len(packets)
     no_times, no_keys = np.empty(0, np.int64), np.empty((0, 3), np.int64)
-    # The header of an AVI file may count frames that the encoder held back at the end.
-    if stream.frames - len(everything) > (0 if "mp4" in names else max(3, stream.frames // 100)):
-        return FrameIndex(stream.frames, no_times, no_keys, "the file is cut short")
+    if (promised := _promised(container, stream)) > len(everything):
+        return FrameIndex(promised, no_times, no_keys, "the file is cut short")
     if not names & DECORD_CONTAINERS:
         container_name = container.format.name.partition(",")[0]
         return FrameIndex(count, no_times, no_keys, f"decord seeks wrongly in {container_name} files")
@@ -125,7 +125,7 @@ def index_frames(container: Any, stream: Any) -> FrameIndex:
     keys = np.stack([numbers, pts[at], seeks[at]], axis=1)[np.argsort(numbers)] if names & SEEKABLE_CONTAINERS else no_keys
     if len(container.streams.video) > 1:
         inexact = "it has several video streams"
-    elif len(packets) < len(everything):
+    elif len(packets) < len(everything):  # Of an edit list, hidden, or before the first key frame.
         inexact = "it holds frames that are not shown"
     elif open_gop:
         inexact = "frames before a key frame are decoded after it (open GOP)"
@@ -134,6 +134,30 @@ def index_frames(container: Any, stream: Any) -> FrameIndex:
     else:
         inexact = ""
     return FrameIndex(count, order, keys, inexact)
+
+
+def _promised(container: Any, stream: Any) -> int:
+    """Frames that a file's header has and the file may lack; 0 where it does not say.
+
+    An edit list leaves frames out of the index of an mp4 file. The count in an AVI file's header is often wrong, but its size
+    is not.
+    """
+    if "mp4" in container.format.name:
+        return len(stream.index_entries)
+    if container.format.name == "avi":
+        with open(container.name, "rb") as file:
+            size = int.from_bytes(file.read(8)[4:], "little") + 8
+            return stream.frames if size > file.seek(0, os.SEEK_END) else 0
+    return 0
+
+
+def _without_leading(packets: list[Any]) -> list[Any]:
+    """Packets from the first key frame on, without the frames shown before it: what those refer to is not in the file."""
+    first = next((number for number, packet in enumerate(packets) if packet[2]), 0)
+    rest = packets[first:]
+    if not rest or any(packet[0] is None for packet in rest):
+        return rest
+    return [packet for packet in rest if packet[0] >= rest[0][0]]
 
 
 def _hides_frame(packet: Any) -> bool:

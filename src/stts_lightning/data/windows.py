@@ -58,6 +58,8 @@ def find_videos(asked: str | Path | Sequence[str | Path]) -> list[Path]:
         AnnotationError: for a name behind which there is no video.
     """
     files: list[Path] = []
+    if not asked:
+        raise AnnotationError("videos=[]: give at least one file, folder or pattern")
     for name in [asked] if isinstance(asked, str | Path) else asked:
         path = Path(name)
         if path.is_file() or is_frame_folder(path):
