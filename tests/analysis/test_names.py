@@ -115,6 +115,7 @@ def test_predictions_of_odd_names_are_written_and_read_back(tmp_path: Path) -> N
     )
     module: Any = SimpleNamespace(model=SimpleNamespace(slots=SimpleNamespace(selectors={})))
     predictor.partial = PartialResults(tmp_path / "partial", "")
+    predictor.partial.open()
     predictor.on_predict_start(trainer, module)
     windows = tuple(Window(number, 0, 1, 0.0, 1.0, None, None, "") for number in range(2))
     predictor.on_predict_batch_end(trainer, module, (torch.zeros(2, 1, 2), []), WindowBatch(windows, None), 0)

@@ -102,11 +102,46 @@ def test_frame_folders_in_lists_and_class_folders(tmp_path: Path) -> None:
         ("path,label\na.mp4,0,x,y\nb.mp4\n", r"line 3: expected path,label"),
         ("path,label,split\na.mp4,0,train\nb.mp4,1,val\n", r"line 3: split 'val' after 'train'"),
         ("path,frames,label\na,many,0\n", r"line 2: frames='many' is no number"),
+        ("path,label,set\na.mp4,0,train\nb.mp4,1,test\n", r"line 3: split 'test' after 'train'"),
+        ("label,youtube_id,time_start,time_end,split\nx,a,0,10,train\ny,b,0,10,val\n", r"line 3: split 'val' after 'train'"),
+        ("path,label,label\na.mp4,0,1\n", r"column 'label' is there twice"),
+        ("path,start,end,label\na.mp4,0,5,0\n", r"column 'end': parts of videos are not supported"),
+        ("path,label\na.mp4,run;walk\n", r"line 2: several labels \(run;walk\)"),
+        ("path,label\na.mp4,run|walk\n", r"line 2: several labels \(run\|walk\)"),
+        ('path,label\na.mp4,"[0, 2]"\n', r"line 2: several labels \(\[0, 2\]\)"),
+        ('a.mp4 "run\n', r"line 1: expected 'path label'"),
     ],
 )
 def test_labels_and_columns_that_would_shift_classes_are_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(AnnotationError, match=message):
         read_list(write(tmp_path / "list.csv", text))
+
+
+def test_numbers_beside_names_say_how_classes_are_numbered(tmp_path: Path) -> None:
+    videos = read_list(write(tmp_path / "list.csv", "path,label,label_id\na.mp4,walk,0\nb.mp4,run,1\n"))
+    assert [v.label for v in videos.videos] == [0, 1]
+    assert read_list(write(tmp_path / "list.txt", 'a.mp4 "riding a bike"\n')).classes == ("riding a bike",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": {"annotations": {"label": "x"}}, "a": {"annotations": {"label": "y"}}}', "'a' is there twice"),
+        (
+            '{"a": {"annotations": {"label": "x"}, "subset": "train"}, "b": {"annotations": {"label": "x"}, "subset": "val"}}',
+            "entry 2: split 'val' after 'train'",
+        ),
+    ],
+)
+def test_json_that_would_lose_videos_or_mix_splits_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(AnnotationError, match=message):
+        read_list(write(tmp_path / "list.json", text))
+
+
+def test_a_listed_folder_without_pictures_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(AnnotationError, match="1 of 1 listed videos do not exist"):
+        check_files(read_list(write(tmp_path / "list.txt", "a 10 0\n")), "list")
 
 
 def test_several_labels_in_json_are_refused(tmp_path: Path) -> None:

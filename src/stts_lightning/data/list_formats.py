@@ -3,10 +3,10 @@
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stts_lightning.errors import UserError
 
@@ -15,7 +15,10 @@ VIDEO_SUFFIXES = frozenset(
     for name in "mp4 avi mkv mov webm m4v mpg mpeg 3gp 3g2 ts mts m2ts wmv asf flv f4v ogv vob divx m2v gif".split()  # noqa: SIM905
 )
 PATH_COLUMNS = tuple("path video_path filename file_name file video video_name clip name video_id id".split())  # noqa: SIM905
-LABEL_COLUMNS = ("label", "class", "label_id", "class_id", "target", "category", "class_name", "action", "labels")
+# Numbers before names: a list that has both says how names are numbered.
+LABEL_COLUMNS = tuple("label_id class_id label_idx target label class category class_name action labels".split())  # noqa: SIM905
+SPLIT_COLUMNS = ("split", "subset", "set")
+PART_COLUMNS = frozenset("start end start_time end_time time_start time_end start_frame end_frame".split())  # noqa: SIM905
 FRAME_COLUMNS = ("frames", "num_frames", "total_frames", "n_frames")
 
 
@@ -79,9 +82,26 @@ def _cells(line: str, delimiter: str) -> list[str]:
     return next(csv.reader([line], delimiter=delimiter), [""])
 
 
+class _Split:
+    """Refuses a file that holds several splits: training and test would share videos."""
+
+    def __init__(self, file: Path, what: str) -> None:
+        self.file, self.what, self.name = file, what, ""
+
+    def check(self, number: int, name: str) -> None:
+        """One row's split. Raises AnnotationError if another came before."""
+        self.name = self.name or name
+        if name != self.name:
+            raise AnnotationError(
+                f"list file {self.file}, {self.what} {number}: split {name!r} after {self.name!r}; give each split its own file"
+            )
+
+
 def _kinetics_rows(file: Path, header: Sequence[str], delimiter: str, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
+    split = _Split(file, "line")
     for number, line in lines:
         row = dict(zip(header, _cells(line, delimiter), strict=False))
+        split.check(number, row.get("split", "").strip())
         try:
             start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
             yield Row(number, f"{row['youtube_id']}_{start:06d}_{end:06d}.mp4", row["label"])
@@ -93,9 +113,16 @@ def _named_rows(
     file: Path, header: Sequence[str], delimiter: str, path: str, label: str, lines: Iterable[tuple[int, str]]
 ) -> Iterator[Row]:
     """Rows under a header. Columns that it does not need are left aside."""
+    if parts := sorted(PART_COLUMNS & set(header)):
+        raise AnnotationError(
+            f"list file {file}: column {parts[0]!r}: parts of videos are not supported; cut the videos, or remove the column"
+        )
+    if header.count(path) > 1 or header.count(label) > 1:
+        raise AnnotationError(f"list file {file}: column {path if header.count(path) > 1 else label!r} is there twice")
     at_path, at_label = header.index(path), header.index(label)
     at_frames = next((header.index(name) for name in FRAME_COLUMNS if name in header), None)
-    at_split, split = (header.index("split") if "split" in header else None), ""
+    at_split = next((header.index(name) for name in SPLIT_COLUMNS if name in header), None)
+    split = _Split(file, "line")
     for number, line in lines:
         cells = [cell.strip() for cell in _cells(line, delimiter)]
         if len(cells) > len(header) == 2:  # A path with commas and no quotes around it.
@@ -103,31 +130,33 @@ def _named_rows(
         if len(cells) != len(header):
             raise AnnotationError(f"list file {file}, line {number}: expected {delimiter.join(header)}, found {line!r}")
         if at_split is not None:
-            split = split or cells[at_split]
-            if cells[at_split] != split:
-                raise AnnotationError(
-                    f"list file {file}, line {number}: split {cells[at_split]!r} after {split!r}; give each split its own file"
-                )
+            split.check(number, cells[at_split])
         frames = None
         if at_frames is not None:
             if not cells[at_frames].isdecimal():
                 raise AnnotationError(f"list file {file}, line {number}: {header[at_frames]}={cells[at_frames]!r} is no number")
             frames = int(cells[at_frames])
+        _check_one_label(file, number, cells[at_path], cells[at_label])
         yield Row(number, cells[at_path], cells[at_label], frames)
 
 
 def _bare_row(file: Path, number: int, line: str) -> Row:
     """A row without a header: `path label`, `path,label`, or of a frame folder `path frames label`."""
     row = _split(line)
-    if row is None:
+    if row is None or row[1].count('"') % 2:
         raise AnnotationError(f"list file {file}, line {number}: expected 'path label' or 'path,label', found {line!r}")
     path, label, frames = row
-    if re.fullmatch(r"\d+([\s,;|]+\d+)+", label):
+    _check_one_label(file, number, path, label)
+    return Row(number, path, label, frames)
+
+
+def _check_one_label(file: Path, number: int, path: str, label: str) -> None:
+    """Refuse several labels: numbers after each other, anything between `;` or `|`, and lists."""
+    if re.fullmatch(r"\d+([\s,]+\d+)+|.*[;|].*|\[.*\]", label):
         raise AnnotationError(
             f"list file {file}, line {number}: several labels ({label}) for {path}; a video has one label "
             "(multi-label data sets are not supported)"
         )
-    return Row(number, path, label, frames)
 
 
 _ENDS_WITH_SUFFIX = re.compile(rf"\.(?:{'|'.join(suffix[1:] for suffix in VIDEO_SUFFIXES)})[\"']?(?=[\s,])", re.IGNORECASE)
@@ -144,7 +173,8 @@ def _split(line: str) -> tuple[str, str, int | None] | None:
             label = ",".join(cell.strip() for cell in labels)
             # A class's name may hold commas between quotes alone: else columns without a header would become names.
             return (path.strip(), label, None) if len(labels) == 1 or re.fullmatch(r"\d+(,\d+)+", label) else None
-        return (path.strip(), rest, None) if rest else None
+        quoted = len(rest) > 1 and rest[0] == rest[-1] == '"'
+        return (path.strip(), rest[1:-1] if quoted else rest, None) if rest else None
     delimiter = next((d for d in "\t," if d in line), None)
     cells = [cell.strip() for cell in (_cells(line, delimiter) if delimiter else line.split())]
     if len(cells) == 3 and cells[1].isdecimal() and cells[2]:
@@ -158,14 +188,16 @@ def _split(line: str) -> tuple[str, str, int | None] | None:
 
 def _json_rows(file: Path) -> Iterator[Row]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_each_once(file))
     except json.JSONDecodeError as error:
         raise AnnotationError(f"list file {file}: not JSON ({error})") from error
     except UnicodeDecodeError as error:
         raise AnnotationError(f"list file {file}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
     try:
         if isinstance(content, dict):
+            split = _Split(file, "entry")
             for number, (name, entry) in enumerate(content.items(), 1):
+                split.check(number, str(entry.get("subset", "")))
                 start, end = (int(float(s)) for s in entry["annotations"].get("segment", (0, 0)))
                 clip = f"{name}_{start:06d}_{end:06d}.mp4" if end else f"{name}.mp4"
                 yield Row(number, clip, _one_label(file, number, entry["annotations"]["label"]))
@@ -175,6 +207,20 @@ def _json_rows(file: Path) -> Iterator[Row]:
                 yield Row(number, f"{entry['id']}.webm", label.replace("[", "").replace("]", ""))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AnnotationError(f"list file {file}: neither Kinetics' nor Something-Something's JSON ({error!r})") from error
+
+
+def _each_once(file: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """For JSON: objects whose keys are all different. Of two equal ones the first would be lost without a word."""
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise AnnotationError(f"list file {file}: {twice!r} is there twice")
+        return content
+
+    return checked
 
 
 def _one_label(file: Path, number: int, label: object) -> str:
