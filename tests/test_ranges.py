@@ -115,6 +115,12 @@ def test_numbers_at_the_edge_are_taken(override: str) -> None:
         run_config.check_numbers(compose("train", [override, "run_dir=x", "experiment_name=null"]))
 
 
+@pytest.mark.parametrize("content", [{"every": [1]}, {"optim": {"lr": [0.1]}}, {"seed": {"a": 1}}], ids=str)
+def test_lists_are_no_numbers(content: dict) -> None:
+    with pytest.raises(RangeError, match="must "):
+        check_ranges(content)
+
+
 def test_other_numbers_must_be_finite() -> None:
     check_ranges({"callbacks": {"mine": {"x": 3.0, "y": None, "z": "nan"}}})
     with pytest.raises(RangeError, match=r"callbacks\.mine\.x=nan: must be a finite number"):

@@ -24,8 +24,8 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from stts_lightning import assembly, console, run_config
     from stts_lightning.analysis.evaluation import check_question, score
     from stts_lightning.analysis.speed import clips_per_second
+    from stts_lightning.files import fingerprint
     from stts_lightning.training.callbacks import FailureLog
-    from stts_lightning.training.partial import fingerprint
     from stts_lightning.training.summary import facts, rows, show
     from stts_lightning.training.testing import run_test
 

@@ -34,3 +34,12 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: Any, indent: int = 1) -> None:
     """Write JSON as a whole."""
     write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def fingerprint(file: Path) -> str:
+    """What tells a file from another one, or from itself before a change: path, size and time."""
+    try:
+        status = file.stat()
+    except OSError:
+        return f"{file} is missing"
+    return f"{file.absolute()} {status.st_size} {status.st_mtime_ns}"

@@ -24,7 +24,8 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
 
     from stts_lightning import assembly, console, run_config
     from stts_lightning.data.windows import find_videos
-    from stts_lightning.training.partial import fingerprint, question
+    from stts_lightning.files import fingerprint
+    from stts_lightning.training.partial import question
     from stts_lightning.training.predicting import Predictor, WindowData, run_predict
 
     console.quiet_libraries()

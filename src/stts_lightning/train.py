@@ -33,9 +33,9 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
     from stts_lightning.analysis.evaluation import score
     from stts_lightning.analysis.results import commit, versions, write_result
     from stts_lightning.analysis.speed import clips_per_second
+    from stts_lightning.files import fingerprint
     from stts_lightning.training.callbacks import FailureLog
     from stts_lightning.training.loggers import log_config, log_summary
-    from stts_lightning.training.partial import fingerprint
     from stts_lightning.training.preemption import LastCheckpoint, WholeCheckpointIO
     from stts_lightning.training.summary import StartTable, facts, rows
     from stts_lightning.training.testing import run_test

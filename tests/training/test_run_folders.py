@@ -195,6 +195,61 @@ def test_a_run_folder_that_somebody_sent_runs_no_code(place: Path, copy: Path) -
     assert not (place / "was_run").exists()
 
 
+TRICKS = [
+    {"callbacks": {"x": "${oc.create:{_target_: evil.Source}}"}},
+    {"dataset": "${oc.create:{_target_: evil.Source}}"},
+    {"selection": {"slots": {"t0": "${oc.create:{selector: evil.Source, ratio: 0.5}}"}}},
+    {"selection": {"slots": {"t0": {"ratio": 0.5, "selector": "${evil}"}}}, "evil": "evil.Source"},
+    {"dataset": {"_target_": "stts_lightning.data.datamodule.FolderSource", "root": "${oc.env:HOME}"}},
+    {"dataset": {"_target_": "stts_lightning.data.datamodule.FolderSource", "_partial_": True, "root": "x"}},
+    {"trainer": {"plugins": ["${run_dir}/${evil}"]}, "evil": "x"},
+]
+
+
+@pytest.mark.parametrize("trick", TRICKS, ids=str)
+def test_references_in_a_stored_configuration_are_refused(place: Path, trick: dict) -> None:
+    with pytest.raises(TrustError, match="refers to another value|is not allowed|is not a class"):
+        check_stored(trick, "run")
+
+
+def test_overrides_that_a_run_folder_notes_run_no_code(place: Path, copy: Path) -> None:
+    (place / "evil.py").write_text("from pathlib import Path\nPath('was_run').touch()\nclass Source: pass\n")
+    job = json.loads((copy / "job.json").read_text())
+    value = "${oc.select:evil${trainer.max_epochs},lightning.pytorch.callbacks.Timer}"
+    job["overrides"] += [f'+callbacks.x={{_target_:"{value}"}}', "+evil2=evil.Source"]
+    (copy / "job.json").write_text(json.dumps(job))
+    done = command(place, f"resume={copy}", "trainer.max_epochs=2", base=[], check=False)
+    assert done.returncode == 2 and "callbacks.x._target_=evil.Source is not a class" in done.stderr
+    assert not (place / "was_run").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.yaml", "", "lacks backbone, selection"),
+        ("config.yaml", "a: [", "cannot be read"),
+        ("config.yaml", "- 1", "is no configuration of a run"),
+        ("job.json", "{", "job.json: cannot be read"),
+    ],
+)
+def test_broken_run_folders_are_one_line(place: Path, copy: Path, file: str, text: str, message: str) -> None:
+    (copy / file).write_text(text)
+    done = command(place, f"resume={copy}", "trainer.max_epochs=2", base=[], check=False)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_run_folders_may_have_any_name(place: Path) -> None:
+    for name in ("it's (1), a=b", "[x] 日本"):
+        shutil.copytree(place / "runs/one", place / name, dirs_exist_ok=True)
+        done = door("evaluate", place, f"run={name}", "trainer.accelerator=cpu", "loader.num_workers=0")
+        assert (place / name / "evaluation/evaluation.json").is_file(), done.stdout
+
+
+def test_a_resumed_run_keeps_its_keys(place: Path, copy: Path) -> None:
+    done = command(place, f"resume={copy}", "~callbacks.last", base=[], check=False)
+    assert done.returncode == 2 and "a resumed run keeps its keys; set one to null instead" in done.stderr
+
+
 def test_a_recipe_in_a_checkpoint_imports_no_selector_of_its_own(tmp_path: Path) -> None:
     model = create_model("mvit_tiny", "t0_0.5", 3)
     recipe = {**model.recipe, "selection": {"slots": {"t0": {"ratio": 0.5, "selector": "antigravity.Selector"}}}}

@@ -1,5 +1,6 @@
 """The LightningDataModule: sources of videos in, loaders of clips out."""
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,7 @@ from stts_lightning.data.labels import read_class_names
 from stts_lightning.data.manifest import manifest_hash, read_manifest, with_manifest
 from stts_lightning.data.resumable_sampler import EpochOrder, LoaderError, TrainLoader
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
+from stts_lightning.files import fingerprint
 
 
 class Source(ABC):
@@ -308,8 +310,11 @@ class VideoDataModule(pl.LightningDataModule):
             raise LoaderError(f"data set {self.source.name}: {videos} videos of {split} cannot be shared by {devices} devices")
 
     def test_question(self) -> str:
-        """What a test's logits follow from, besides the model: the list, the clips and how they are cut and read."""
-        return f"{list_hash(self.tested)} {len(self.tested)} {self._test_clip} {vars(self._test_transform)} {self._reading}"
+        """What a test's logits follow from, besides the model: the files, the clips and how they are cut and read."""
+        files = hashlib.sha256()
+        for video in self.tested.videos:
+            files.update(os.fsencode(f"{fingerprint(video.path)} {video.label}\n"))
+        return f"{files.hexdigest()} {self._test_clip} {vars(self._test_transform)} {self._reading}"
 
     def _eval_loader(self, clip: ClipSpec, transform: Transform, without: Collection[int] = ()) -> DataLoader[Batch]:
         options = self.loader

@@ -21,12 +21,6 @@ def question(*parts: Any) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def fingerprint(file: Path) -> str:
-    """What tells a file from another one, or from itself before a change: path, size and time."""
-    status = file.stat()
-    return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
-
-
 class PartialResults:
     """A folder of pieces, which all processes write to, for one question. Pieces of another question are removed.
 
