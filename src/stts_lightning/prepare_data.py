@@ -4,6 +4,7 @@ import csv
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from stts_lightning.configuration import conf_dir
 from stts_lightning.data.annotations import AnnotationError, VideoList
 from stts_lightning.data.checking import Task, work
 from stts_lightning.data.encode import Encoding
-from stts_lightning.data.manifest import Entry, manifest_hash, write_manifest
+from stts_lightning.data.manifest import Entry, manifest_hash, read_manifest, write_manifest
 from stts_lightning.doctor import check_installation
 from stts_lightning.files import replacing, write_text
 from stts_lightning.overrides import for_hydra
@@ -62,6 +63,21 @@ def write_list(file: Path, videos: VideoList, entries: Sequence[Entry]) -> None:
         pairs = zip(videos.videos, entries, strict=True)
         writer.writerows([Path(entry.path).relative_to(base), video.label] for video, entry in pairs if entry.status == "ok")
     write_text(file.parent / "classes.txt", "".join(f"{name}\n" for name in videos.classes))
+
+
+def with_earlier_warnings(entries: Sequence[Entry], manifest: Path) -> list[Entry]:
+    """Entries with what an earlier encoding said of files that were not written anew: their sources are not decoded again."""
+    try:
+        earlier, written = read_manifest(manifest), manifest.stat().st_mtime_ns
+    except AnnotationError:  # There is none, or it is of another version.
+        return list(entries)
+    kept: list[Entry] = []
+    for entry in entries:
+        path = Path(entry.path)
+        before = earlier.get(path.absolute())
+        same = before is not None and path.is_file() and path.stat().st_mtime_ns <= written
+        kept.append(replace(entry, warning=before.warning) if before and same and not entry.warning else entry)
+    return kept
 
 
 def show(results: dict[str, list[Entry]], manifest: Path) -> None:
@@ -141,6 +157,7 @@ def main(cfg: DictConfig) -> None:
                 tasks = [Task(video.path) for video in videos.videos]
             results[split] = run(tasks, jobs, timeout)
             if encode:
+                results[split] = with_earlier_warnings(results[split], manifest)
                 write_list(out / f"{split}.csv", videos, results[split])
                 written = {Path(entry.path) for entry in results[split]}
                 if others := sum(file.absolute() not in written for file in (out / split).rglob("*.mp4")):

@@ -164,3 +164,32 @@ def test_lists_of_an_encoding_can_be_trained_on(folder: Path) -> None:
     back = read_list(folder / "out" / "val.csv")
     assert [video.label for video in back.videos] == [0, 1] and back.classes == ("a", "b")
     assert all(video.path.is_file() for video in back.videos)
+
+
+@pytest.mark.reference
+def test_an_encoding_that_is_run_again_keeps_its_warnings(shared: Path, tmp_path: Path) -> None:
+    from stts_lightning.prepare_data import with_earlier_warnings
+
+    task = Task(shared / "data" / "clips" / "decord_corrupted.mp4", tmp_path / "x.mp4", Encoding(96, 12, 16))
+    (first,) = work([task], 1, 60.0)
+    assert "49 frames decode, 50 promised" in first.warning
+    write_manifest(tmp_path / "manifest.csv", [first])
+    again = work([task], 1, 60.0)
+    assert not again[0].warning
+    assert with_earlier_warnings(again, tmp_path / "manifest.csv")[0].warning == first.warning
+    os.utime(tmp_path / "x.mp4", ns=(2**62, 2**62))  # Written anew.
+    assert not with_earlier_warnings(again, tmp_path / "manifest.csv")[0].warning
+
+
+def test_targets_follow_the_sources_path(tmp_path: Path) -> None:
+    from stts_lightning.data.annotations import Video, VideoList, Videos
+    from stts_lightning.prepare_data import targets
+
+    def names(*paths: str) -> list[str]:
+        videos = VideoList(Videos(Video(tmp_path / path, 0) for path in paths), ("a",))
+        return [str(path.relative_to(tmp_path / "out")) for path in targets(videos, tmp_path / "out")]
+
+    assert names("x/v.avi", "y/v.avi", "z/v_1.avi", "y/v.mp4") == ["x/v.avi.mp4", "y/v.avi.mp4", "z/v_1.avi.mp4", "y/v.mp4"]
+    assert names("x/v.mp4", "x/v.mp4") == ["v.mp4", "v.mp4"]
+    with pytest.raises(AnnotationError, match="would both be written to"):
+        names("x/v.avi", "x/v.avi.mp4")
