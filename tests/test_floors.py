@@ -11,8 +11,9 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "stts_lightning"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
-    "trusted": {"errors"},
-    "ranges": {"errors"},
+    "containers": set(),
+    "trusted": {"containers", "errors"},
+    "ranges": {"containers", "errors"},
     "selection": {"errors"},
     "progress": set(),
     "data": {"errors", "files", "progress"},
@@ -21,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "classifier": {"errors", "trusted", "kernels", "backbones", "selection"},
     "run_folders": {"errors", "files"},
     "analysis": {
-        "errors", "files", "progress", "configuration", "run_folders", "classifier", "kernels", "backbones", "selection", "data",
+        "containers", "errors", "files", "progress", "configuration", "run_folders", "classifier", "kernels", "backbones",
+        "selection", "data",
     },
     # What a run costs and what a test found is analysis' to say; it knows nothing of training.
     "training": {
@@ -30,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "overrides": set(),
     "configuration": {"selection"},
     "doctor": set(),
-    "run_config": {"errors", "files", "ranges", "run_folders", "trusted", "backbones"},
+    "run_config": {"containers", "errors", "files", "ranges", "run_folders", "trusted", "backbones"},
     "console": {"errors", "run_config"},
     "sweeps": {"errors", "analysis", "run_folders"},
     "__main__": set(),

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from stts_lightning import run_config
 from stts_lightning.configuration import conf_dir
-from stts_lightning.ranges import RangeError, check_ranges, leaves, range_of
+from stts_lightning.containers import leaves
+from stts_lightning.ranges import RangeError, check_ranges, range_of
 
 CONF = Path(__file__).parents[1] / "conf"
 COMMANDS = ("train", "evaluate", "predict", "export", "flops", "benchmark", "prepare_data")

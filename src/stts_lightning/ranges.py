@@ -1,11 +1,12 @@
 """Which numbers a configuration may hold, key by key. Checked when it is read: later, a wrong one looks like a bad result."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from stts_lightning.containers import leaves
 from stts_lightning.errors import UserError
 
 
@@ -153,15 +154,6 @@ def range_of(key: str) -> Range | None:
     return RANGES.get(key) or next((allowed for pattern, allowed in RANGES.items() if fnmatchcase(key, pattern)), None)
 
 
-def leaves(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """All values of containers, by full key; those of a list by their number."""
-    if not isinstance(content, Mapping | list):
-        yield key, content
-        return
-    for name, value in content.items() if isinstance(content, Mapping) else enumerate(content):
-        yield from leaves(value, f"{key}.{name}" if key else str(name))
-
-
 def _at(content: Any, key: str) -> Any:
     """What containers hold under a full key; None if nothing."""
     for name in key.split("."):
@@ -182,7 +174,7 @@ def check_ranges(content: Mapping[str, Any]) -> None:
         if isinstance(value := _at(content, key), list | Mapping):
             raise RangeError(f"{key}={value}: must {RANGES[key]}")
     for key, value in leaves(content):
-        if value is None or value == "???":
+        if value is None or value == "???" or isinstance(value, Mapping | list):
             continue
         allowed = range_of(key)
         if allowed is not None and not allowed.holds(value):

@@ -12,6 +12,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from stts_lightning.backbones.checkpoints import read_checkpoint
+from stts_lightning.containers import leaves
 from stts_lightning.errors import UserError
 from stts_lightning.files import write_text
 from stts_lightning.ranges import check_ranges
@@ -105,18 +106,10 @@ def _changes(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
     name = HydraConfig.get().job.config_name or "train"
     before = [*(overrides_of(run) or []), *changes_of(run)]
     try:
-        old, new = (_flat(to_container(compose(name, given))) for given in (before, [*before, *overrides]))
+        old, new = (dict(leaves(to_container(compose(name, given)), lists=False)) for given in (before, [*before, *overrides]))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"resume={run}: {str(error).splitlines()[0]}") from error
     return {key: value for key, value in new.items() if key not in old or old[key] != value}
-
-
-def _flat(content: Any, key: str = "") -> dict[str, Any]:
-    """Leaves of containers by full key. Lists are leaves."""
-    if not isinstance(content, dict) or not content:
-        return {key: content}
-    parts = (_flat(value, f"{key}.{name}" if key else str(name)) for name, value in content.items())
-    return {name: value for part in parts for name, value in part.items()}
 
 
 def trained_config(cfg: DictConfig, overrides: list[str], door: str) -> tuple[DictConfig, Path]:
@@ -185,7 +178,7 @@ def _load(file: Path, trust: bool, typed: DictConfig | None) -> DictConfig:
     folder = str(file.parent.resolve())
     if (before := stored.get("run_dir")) and before != folder:  # Of an earlier version, which stored absolute paths.
         stored = _with_folder(stored, str(before), REFERENCE)
-    stored = _with_text(stored, REFERENCE, folder)
+    stored = _with_folder(stored, REFERENCE, folder)
     stored |= {"run_dir": folder, "trust": trust}
     if "patience" in stored.get("clip", {}):
         stored["clip"]["decode_timeout"] = stored["clip"].pop("patience")
@@ -201,24 +194,15 @@ def _whole(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _with_folder(content: Any, folder: str, name: str) -> Any:
-    """Containers in which a folder, and paths below it, are written by name."""
+def _with_folder(content: Any, before: str, after: str) -> Any:
+    """Containers in which a folder, and paths below it, are written otherwise."""
     if isinstance(content, dict):
-        return {key: _with_folder(value, folder, name) for key, value in content.items()}
+        return {key: _with_folder(value, before, after) for key, value in content.items()}
     if isinstance(content, list):
-        return [_with_folder(value, folder, name) for value in content]
-    if isinstance(content, str) and (content == folder or content.startswith(f"{folder}/")):
-        return name + content[len(folder) :]
+        return [_with_folder(value, before, after) for value in content]
+    if isinstance(content, str) and (content == before or content.startswith(f"{before}/")):
+        return after + content.removeprefix(before)
     return content
-
-
-def _with_text(content: Any, before: str, after: str) -> Any:
-    """Containers in which texts begin otherwise."""
-    if isinstance(content, dict):
-        return {key: _with_text(value, before, after) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_with_text(value, before, after) for value in content]
-    return after + content.removeprefix(before) if isinstance(content, str) and content.startswith(before) else content
 
 
 def save_config(cfg: DictConfig) -> None:

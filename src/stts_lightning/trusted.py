@@ -1,8 +1,9 @@
 """What a configuration from a file may build: a run folder that somebody sent must not run code of its choice."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from stts_lightning.containers import leaves
 from stts_lightning.errors import UserError
 
 _OURS = "stts_lightning"
@@ -37,22 +38,13 @@ class TrustError(UserError):
     """A stored configuration that would build a class which is not on the list of allowed ones."""
 
 
-def _walk(content: Any, key: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Full key, last part of the key and value of everything in a configuration."""
-    pairs = content.items() if isinstance(content, Mapping) else enumerate(content) if isinstance(content, list | tuple) else ()
-    for name, value in pairs:
-        full = f"{key}.{name}" if key else str(name)
-        yield full, str(name), value
-        yield from _walk(value, full)
-
-
 def named_classes(content: Mapping[str, Any]) -> dict[str, str]:
     """What a configuration would import, by key: targets of Hydra, and selectors given by a dotted path."""
-    return {
-        key: str(value)
-        for key, name, value in _walk(content)
-        if name == "_target_" or (name == "selector" and isinstance(value, str) and "." in value)
-    }
+    return {key: str(value) for key, value in leaves(content) if _imports(key.rpartition(".")[2], value)}
+
+
+def _imports(name: str, value: Any) -> bool:
+    return name == "_target_" or (name == "selector" and isinstance(value, str) and "." in value)
 
 
 REFERENCE = "${run_dir}"
@@ -71,11 +63,11 @@ def check_stored(content: Mapping[str, Any], source: str, also: Mapping[str, Any
         TrustError: names key and class.
     """
     typed = set(named_classes(also or {}).values())
-    for key, name, value in _walk(content):
+    for key, value in leaves(content):
         # What a reference becomes is known only when it is read: it could name any class.
         if isinstance(value, str) and "${" in value.removeprefix(REFERENCE):
             raise TrustError(f"{source}: {key}={value} refers to another value; a stored configuration holds values alone")
-        if name in ("_partial_", "_args_"):
+        if not {"_partial_", "_args_"}.isdisjoint(key.split(".")):
             raise TrustError(f"{source}: {key}={value} is not allowed in a stored configuration")
     for key, target in named_classes(content).items():
         if target not in ALLOWED and target not in typed:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from stts_lightning.configuration import conf_dir
+from stts_lightning.containers import leaves
 from stts_lightning.files import write_json
 from stts_lightning.run_folders import CONFIG
 
@@ -58,14 +59,11 @@ def read_result(path: str | Path) -> dict[str, Any]:
     return json.loads((path / "result.json" if path.is_dir() else path).read_text(encoding="utf-8"))
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Leaves of a configuration by full key, values as they are typed on a command line."""
-    if isinstance(value, dict) and value:
-        for name, below in value.items():
-            yield from _flat(below, f"{key}.{name}" if key else str(name))
-    else:
-        words = {None: "null", True: "true", False: "false"}
-        yield key, words[value] if value is None or isinstance(value, bool) else printable(str(value))
+def _flat(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Values of a configuration by full key, as they are typed on a command line."""
+    words = {None: "null", True: "true", False: "false"}
+    for name, value in leaves(content, key, lists=False):
+        yield name, words[value] if value is None or isinstance(value, bool) else printable(str(value))
 
 
 @cache

@@ -212,7 +212,7 @@ def _table_size(rows: int, wanted: tuple[int, ...], window: Sequence[int] | None
 
 
 def _stretched(table: Tensor, stored: tuple[int, int, int], wanted: tuple[int, ...]) -> Tensor:
-    """A bias table `(rows, D)` of `made` offsets in time, height and width, for `wanted` ones."""
+    """A bias table `(rows, D)` of `stored` offsets in time, height and width, for `wanted` ones."""
     x = table.view(*stored, -1).permute(0, 3, 1, 2)  # (T, D, H, W)
     if stored[1:] != wanted[1:]:
         x = F.interpolate(x, wanted[1:], mode="bicubic")

@@ -147,7 +147,8 @@ def _examine_file(path: Path) -> Contents:
     errors: list[str] = []
     samples: dict[int, NDArray[np.uint8]] = {}
     try:
-        around = {n + i for n in sampled_frames(index_file(path).count) for i in range(-AROUND, AROUND + 1)}
+        shown = index_file(path).count
+        around = {n + i for n in sampled_frames(shown) for i in range(-AROUND, AROUND + 1)}
         with av.open(str(path)) as container:
             stream = choose_stream(container)
             notes += [text for text in [describe_choice(container, stream)] if text]
@@ -165,8 +166,8 @@ def _examine_file(path: Path) -> Contents:
             if len(sizes) > 1:
                 changes = ", ".join(f"{w}x{h} at frame {first}" for (w, h), first in list(sizes.items())[:4])
                 notes.append(f"the picture size changes ({changes}); all get the first size")
-            # Frames that an edit list cuts away are promised too.
-            promised = promised and frames if index_file(path).count == frames else promised
+            if frames == shown:  # A header promises frames that an edit list cuts away as well.
+                promised = frames if promised else 0
     except (DecodeError, av.FFmpegError, OSError, ValueError) as error:
         errors.append(first_line(error))
     warning = "; ".join(text for text in (*notes, damage(promised, frames, errors)) if text)

@@ -120,11 +120,13 @@ class PyAVReader:
         return self._last[1]
 
     def _decode(self, number: int) -> Any:
+        if number == self._held[0]:
+            return self._held[1]
         key = self._index.key_before(number) if self._seeks else None
         try:
-            if key and number != self._held[0] and (key.number > self._next or number < self._next):
+            if key and (key.number > self._next or number < self._next):
                 self._seek(key)
-            elif number < self._next and number != self._held[0]:
+            elif number < self._next:
                 self._restart()
             return self._forward(number)
         except DecodeError:
@@ -139,21 +141,18 @@ class PyAVReader:
 
         A damaged frame that others follow is the one before it, as a player shows it.
         """
-        before, frame = self._held
-        if before == number:
-            return frame
         for decoded in self._decoded:
             at = self._number(decoded)
             if self._sought and (at != self._next or decoded.is_corrupt):
                 raise DecodeError("frames after a seek are not those of the index")
             if at < self._next:
                 continue
-            before, frame = self._held
+            before = self._held[1]
             self._held, self._next = (at, decoded), at + 1
             if at == number:
                 return decoded
             if at > number:
-                return decoded if frame is None else frame
+                return decoded if before is None else before
         raise DecodeError(f"frame {self._next} does not decode, of {len(self)} promised")
 
     def _number(self, frame: Any) -> int:
