@@ -108,7 +108,8 @@ def _claim(folder: Path, overrides: list[str]) -> None:
         )
         raise SystemExit(2)
     folder.mkdir(parents=True, exist_ok=True)
-    note_owner(folder, overrides)
+    if before is None:  # Else it is noted, with what the job was resumed with since.
+        note_owner(folder, overrides)
 
 
 def _command(hc: HydraConf, folder: Path, overrides: list[str]) -> list[str]:
