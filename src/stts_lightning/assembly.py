@@ -24,6 +24,7 @@ from stts_lightning.run_config import ConfigError, to_container
 from stts_lightning.training.augment import BatchAugment
 from stts_lightning.training.module import ClassificationModule
 from stts_lightning.training.optim import OptimSpec, PartSpec
+from stts_lightning.training.precision import CAST_WEIGHTS, CastWeights
 from stts_lightning.training.preemption import WholeCheckpointIO
 
 
@@ -158,6 +159,19 @@ def class_weights(asked: Any, labels: NDArray[np.int64] | None, classes: int) ->
     return (len(labels) / (classes * counts)).tolist()
 
 
+def check_trainable(cfg: DictConfig) -> None:
+    """Refuse to train weights that are held in half precision: updates below a 256th of a weight would be rounded away.
+
+    Raises:
+        ConfigError: names the precisions that train.
+    """
+    if cfg.trainer.precision in CAST_WEIGHTS:
+        raise ConfigError(
+            f"trainer.precision={cfg.trainer.precision}: holds the weights themselves in half precision, which is for evaluate and "
+            "predict; allowed for training are 32-true, bf16-mixed, 16-mixed"
+        )
+
+
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
     """Lightning's Trainer with the configured callbacks and loggers; keys under `trainer` are its arguments.
 
@@ -171,6 +185,8 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     callbacks = [instantiate(node) for node in cfg.callbacks.values() if node]
     loggers = [instantiate(node) for node in cfg.logger.values() if node]
     plugins: list[Any] = [WholeCheckpointIO()]
+    if values.get("precision") in CAST_WEIGHTS:
+        plugins.append(CastWeights(values.pop("precision")))
     if SLURMEnvironment.detect():
         try:
             plugins.append(SLURMEnvironment(auto_requeue=False))  # callbacks.last sees to signals.

@@ -43,6 +43,7 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
     console.quiet_libraries()
     with console.as_user_errors():
         run_config.check_numbers(cfg)
+        assembly.check_trainable(cfg)
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         # Before any data is read or made: an impossible selection or a wrong checkpoint is refused at once.
         model = assembly.build_body(cfg)

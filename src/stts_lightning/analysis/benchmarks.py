@@ -31,8 +31,8 @@ from stts_lightning.selection.topk import ESTIMATORS, Estimator, Exact
 
 Row = dict[str, Any]
 
-PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
-"""By name: what autocast works in."""
+PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16, "bf16-true": torch.bfloat16}
+"""By name: what autocast works in, or with "-true" what the weights are held in."""
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,8 @@ class WindowAttention(nn.Module):
     def bias(self, batch: int) -> Tensor:
         """What is added to the attention's logits: `(1, D, N, N)`, or `(B * W, D, N, N)` where some pairs are masked."""
         regions, n = self.plan.regions, math.prod(self.plan.window)
-        bias = self.relative_position_bias_table[self.plan.bias_index].view(1, n, n, -1).permute(0, 3, 1, 2)
+        # Contiguous: a GPU's fused attention takes no other layout of a bias.
+        bias = self.relative_position_bias_table[self.plan.bias_index].view(1, n, n, -1).permute(0, 3, 1, 2).contiguous()
         if regions is None:
             return bias
         apart = regions[:, None, :, None] != regions[:, None, None]  # (W, 1, N, N)
