@@ -128,11 +128,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """Args: x `(B, 1 + N, C)`, the class token first. Returns: `(B, 1 + N', C')`; see `PooledAttention.forward`."""
         attended, weights = self.attn(self.norm1(x), need_weights)
-        x = self.pool_skip(x) + self.drop_path(attended)
+        return self.feed_forward(self.pool_skip(x) + self.drop_path(attended)), weights
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half: `(B, 1 + N', C)` -> `(B, 1 + N', C')`."""
         normed = self.norm2(x)
         # Where the width changes, the residual path starts from the normed tokens, as in the published models.
         skip = x if isinstance(self.proj, nn.Identity) else self.proj(normed)
-        return skip + self.drop_path(self.mlp(normed)), weights
+        return skip + self.drop_path(self.mlp(normed))
 
     def pool_skip(self, x: Tensor) -> Tensor:
         """Max-pooling of the residual path where queries are pooled: `(B, 1 + N, C)` -> `(B, 1 + N', C)`."""

@@ -139,11 +139,15 @@ class WindowAttention(nn.Module):
         out = join(out.transpose(1, 2).flatten(2), plan.window, plan.padded_size)
         return self.proj(plan.roll(out, back=True)[:, :t, :h, :w])
 
+    def relative_bias(self) -> Tensor:
+        """The learned bias for each pair of a window's tokens, `(D, N, N)`, from the table."""
+        n = math.prod(self.plan.window)
+        # Contiguous: a GPU's fused attention takes no other layout.
+        return self.relative_position_bias_table[self.plan.bias_index].view(n, n, -1).permute(2, 0, 1).contiguous()
+
     def bias(self, batch: int) -> Tensor:
         """What is added to the attention's logits: `(1, D, N, N)`, or `(B * W, D, N, N)` where some pairs are masked."""
-        regions, n = self.plan.regions, math.prod(self.plan.window)
-        # Contiguous: a GPU's fused attention takes no other layout of a bias.
-        bias = self.relative_position_bias_table[self.plan.bias_index].view(1, n, n, -1).permute(0, 3, 1, 2).contiguous()
+        regions, bias = self.plan.regions, self.relative_bias().unsqueeze(0)
         if regions is None:
             return bias
         apart = regions[:, None, :, None] != regions[:, None, None]  # (W, 1, N, N)
