@@ -33,7 +33,7 @@ def benchmarked(file: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(file.read_text())
-        if content["what"] == "table7":
+        if content["what"] == "table7" and content["rows"]:
             return content
     except (ValueError, KeyError, TypeError):
         pass

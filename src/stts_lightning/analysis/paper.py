@@ -228,10 +228,12 @@ def speeds(row: Row, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         rows: of `beside_speed`; each batch, precision and way to compile makes two columns.
     """
     columns: dict[str, str] = {"x unpruned, paper": f"{speedup(row):.2f}"}
-    for one in rows:
+    for one in rows:  # A benchmark that was stopped has no row of some models in its last columns.
+        compiled = "" if one["compile"] == "false" else f", compiled: {one['compile']}"
+        name = f"ours: batch {one['batch']}, {one['precision']}{compiled}"
+        columns.setdefault(f"{SPEED}, {name}", "")
+        columns.setdefault(f"x unpruned, {name}", "")
         if one["model"] == model_of(row):
-            how = "" if one["compile"] == "false" else f", compiled: {one['compile']}"
-            name = f"ours: batch {one['batch']}, {one['precision']}{how}"
             speed, ratio = one.get("videos_per_second"), one.get("over_unpruned")
             columns[f"{SPEED}, {name}"] = f"{speed:.1f}" if speed else str(one.get("remark", ""))
             columns[f"x unpruned, {name}"] = f"{ratio:.2f}" if ratio else ""
