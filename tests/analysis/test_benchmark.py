@@ -157,7 +157,7 @@ def test_training_steps_see_whole_numbers_and_new_noise(monkeypatch: pytest.Monk
     monkeypatch.setattr(one.model.slots, "seed_noise", lambda given: seeds.append(given))
     (row,) = training([one], plan(2))
     assert set(seen) == {torch.uint8} and seeds[:2] == [[0, 1], [2, 3]] and all(isinstance(s, int) for s in seeds[0])
-    assert 0 < row["selectors_time"] and row.get("remark") is None and "output_difference" not in row
+    assert row["selectors_time"] > 0 and row.get("remark") is None and "output_difference" not in row
     assert Noise.of(seeds[0]).seeds is not None
 
 
