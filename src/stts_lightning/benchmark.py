@@ -1,22 +1,26 @@
 """`python -m stts_lightning.benchmark`: how fast models, the operator and loading are, in turns beside their peers."""
 
 import csv
-import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
+from stts_lightning.files import replacing, write_json
 from stts_lightning.overrides import for_hydra
 
 if TYPE_CHECKING:
     import torch
+
+    from stts_lightning.analysis import benchmarks
 
 Row = dict[str, Any]
 
@@ -25,9 +29,13 @@ COLUMNS: dict[str, Mapping[str, tuple[str, str]]] = {
         "model": ("model", ""),
         "batch": ("batch", "d"),
         "precision": ("precision", ""),
+        "tf32": ("TF32", ""),
         "compile": ("compiled", ""),
+        "kernels": ("kernels", ""),
         "ms": ("ms", ".1f"),
         "spread": ("quartiles", ""),
+        "device_ms": ("device, ms", ".2f"),
+        "bound_by": ("bound by", ""),
         "clips_per_second": ("clips/s", ".2f"),
         "gflops": ("GFLOPs", ".2f"),
         "share_of_peak": ("of peak", ".0%"),
@@ -35,9 +43,34 @@ COLUMNS: dict[str, Mapping[str, tuple[str, str]]] = {
         "over_unpruned": ("x unpruned", ".2f"),
         "of_ideal": ("of ideal", ".2f"),
         "memory_mib": ("MiB", ".0f"),
+        "graphs_mib": ("graphs keep, MiB", ".0f"),
         "selectors_time": ("selectors: time", ".2%"),
         "selectors_memory": ("memory", ".2%"),
-        "difference": ("logits differ", ".0e"),
+        "difference": ("logits differ from ours", ".0e"),
+        "output_difference": ("from float32", ".1%"),
+        "remark": ("remark", ""),
+    },
+    "table7": {
+        "model": ("model", ""),
+        "batch": ("batch", "d"),
+        "precision": ("precision", ""),
+        "tf32": ("TF32", ""),
+        "compile": ("compiled", ""),
+        "kernels": ("kernels", ""),
+        "gflops": ("GFLOPs a view", ".2f"),
+        "ms": ("ms", ".1f"),
+        "spread": ("quartiles", ""),
+        "device_ms": ("device, ms", ".2f"),
+        "bound_by": ("bound by", ""),
+        "views": ("views a video", "d"),
+        "videos_per_second": ("videos/s", ".2f"),
+        "paper_videos_per_second": ("paper (8 GPUs)", ".1f"),
+        "over_unpruned": ("x unpruned", ".2f"),
+        "paper_over_unpruned": ("paper", ".2f"),
+        "of_ideal": ("of ideal", ".2f"),
+        "memory_mib": ("MiB", ".0f"),
+        "output_difference": ("from float32", ".1%"),
+        "remark": ("remark", ""),
     },
     "operator": {
         "model": ("slot", ""),
@@ -48,7 +81,10 @@ COLUMNS: dict[str, Mapping[str, tuple[str, str]]] = {
         "samples": ("samples", "d"),
         "ms": ("ms", ".2f"),
         "spread": ("quartiles", ""),
+        "device_ms": ("device, ms", ".2f"),
+        "bound_by": ("bound by", ""),
         "memory_mib": ("MiB", ".1f"),
+        "remark": ("remark", ""),
     },
     "loader": {
         "decoder": ("decoder", ""),
@@ -62,6 +98,12 @@ COLUMNS: dict[str, Mapping[str, tuple[str, str]]] = {
         "cores": ("cores the device needs", ".1f"),
     },
 }
+
+SAME = ("batch", "precision", "tf32", "compile", "kernels", "samples", "views")
+"""Columns that go to the title where all rows have the same."""
+
+SAID = ("model", "decoder", "estimator", "batch", "precision", "compile", "ms", "device_ms", "clips_per_second", "memory_mib")
+"""What is printed of a row as soon as it is measured, besides its remark."""
 
 
 def chosen_device(name: str) -> "torch.device":
@@ -98,10 +140,13 @@ def check(cfg: DictConfig) -> None:
         if wrong := [value for value in values if str(value) not in allowed]:
             raise ConfigError(f"{key}={wrong[0]}: allowed are {', '.join(allowed)}")
 
-    among("what", [cfg.what], ["forward", "training", "operator", "loader"])
-    among("precision", names(cfg.precision), list(PRECISIONS))
+    among("what", [cfg.what], ["forward", "training", "operator", "loader", "table7"])
+    among("precision", names(cfg.precision or []), list(PRECISIONS))
     among("compile", names(cfg.compile), COMPILE)
-    if any(batch < 1 for batch in cfg.batch):
+    weights = [name for name in names(cfg.precision or []) if name.endswith("-true")]
+    if cfg.what == "training" and weights:
+        raise ConfigError(f"precision={weights[0]}: holds the weights in bfloat16, which is for tests; what=training takes bf16")
+    if any(batch < 1 for batch in cfg.batch or []):
         raise ConfigError(f"batch={list(cfg.batch)}: must be 1 or more")
     if cfg.rounds < 2:
         raise ConfigError(f"rounds={cfg.rounds}: must be 2 or more")
@@ -117,20 +162,41 @@ def measured(cfg: DictConfig) -> Iterator[Row]:
     import torch
 
     from stts_lightning.analysis import benchmarks
+    from stts_lightning.run_config import ConfigError
 
     if cfg.what == "loader":
         yield from loaded(cfg)
         return
     device = chosen_device(cfg.device)
+    if "tf32" in names(cfg.precision or []) and device.type != "cuda":
+        raise ConfigError(f"precision=tf32: device {device} has no TF32")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    plan = benchmarks.Plan(device, cfg.batch, names(cfg.precision), names(cfg.compile), cfg.seconds, cfg.rounds)
+    gpu = device.type == "cuda"
+    # As many clips as keep a GPU at work; and as `trainer=gpu` trains.
+    batches = cfg.batch or [32 if gpu and cfg.what == "table7" else 1]
+    precisions = names(cfg.precision or ["bf16" if gpu and cfg.what == "training" else "32"])
+    plan = benchmarks.Plan(device, batches, precisions, names(cfg.compile), cfg.seconds, cfg.rounds)
+    if cfg.what == "table7":
+        yield from table7(plan)
+        return
     measure: dict[str, Callable[..., Iterator[Row]]] = {
         "forward": benchmarks.forward,
         "training": benchmarks.training,
         "operator": benchmarks.operator,
     }
     yield from measure[cfg.what]([benchmarks.entrant(text, device) for text in cfg.models], plan)
+
+
+def table7(plan: "benchmarks.Plan") -> Iterator[Row]:
+    """Rows of the paper's Table 7, with videos a second: a video is as many clips as a test takes of it."""
+    from stts_lightning import assembly
+    from stts_lightning.analysis import benchmarks, paper
+
+    rows = {paper.model_of(row): row for row in paper.TABLES[7].rows}
+    views = {name: assembly.experiment_cost(str(row.experiment)).views for name, row in rows.items()}
+    for row in benchmarks.forward([benchmarks.entrant(name, plan.device) for name in rows], plan):
+        yield paper.beside_speed(row, rows[row["model"]], views[row["model"]])
 
 
 def loaded(cfg: DictConfig) -> Iterator[Row]:
@@ -151,35 +217,50 @@ def loaded(cfg: DictConfig) -> Iterator[Row]:
 def cell(row: Row, key: str, form: str) -> str:
     """A figure as the table shows it."""
     if key == "spread":
-        return f"{row['ms_low']:.1f}-{row['ms_high']:.1f}"
+        return f"{row['ms_low']:.1f}-{row['ms_high']:.1f}" if "ms_low" in row else ""
     value = row.get(key)
     return "" if value is None else format(value, form)
 
 
+def line(row: Row, kind: str) -> str:
+    """A row in a line, to be read while the others are measured."""
+    known = [(key, COLUMNS[kind][key]) for key in SAID if key in COLUMNS[kind] and row.get(key) is not None]
+    said = [f"{name} {cell(row, key, form)}".removeprefix("model ") for key, (name, form) in known]
+    return ", ".join(said) + (f": {row['remark']}" if row.get("remark") else "")
+
+
+def table(rows: Sequence[Row], kind: str) -> tuple[str, list[dict[str, str]]]:
+    """Rows as lines of texts by column: empty columns are left out, and what is the same in all is said once, in words."""
+    columns = {key: head for key, head in COLUMNS[kind].items() if any(cell(row, key, head[1]) for row in rows)}
+    same = [key for key in SAME if key in columns and len({row.get(key) for row in rows}) == 1]
+    said = [f"{columns[key][0]}: {cell(rows[0], key, columns[key][1])}" for key in same]
+    lines = [{name: cell(row, key, form) for key, (name, form) in columns.items() if key not in same} for row in rows]
+    return ", ".join(said), lines
+
+
 def show(rows: Sequence[Row], kind: str, title: str) -> None:
-    """A table with a line for each row; what is the same in all goes to the title, empty columns are left out."""
+    """Print a table with a line for each row."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    columns = {key: head for key, head in COLUMNS[kind].items() if key == "spread" or any(r.get(key) is not None for r in rows)}
-    for key in ("batch", "precision", "compile", "samples"):
-        if key in columns and len({row[key] for row in rows}) == 1:
-            title += f", {columns.pop(key)[0]}: {rows[0][key]}"
-    table = Table(title=title, title_justify="left")
-    for name, form in columns.values():
-        table.add_column(name, justify="right" if form else "left", no_wrap=not form)
-    for row in rows:
-        table.add_row(*(cell(row, key, form) for key, (_, form) in columns.items()))
+    same, lines = table(rows, kind)
+    shown = Table(title=Text(f"{title}, {same}" if same else title), title_justify="left")
+    numbers = {name for name, form in COLUMNS[kind].values() if form}
+    for name in lines[0]:
+        shown.add_column(Text(name), justify="right" if name in numbers else "left", no_wrap=name not in numbers)
+    for texts in lines:
+        shown.add_row(*map(Text, texts.values()))
     screen = Console()
-    (screen if screen.width >= 120 else Console(width=150)).print(table)
+    (screen if screen.width >= 120 else Console(width=150)).print(shown)
 
 
 def write(rows: Sequence[Row], facts: Mapping[str, Any], json_file: str | None, csv_file: str | None) -> None:
-    """Write all figures, with what they were measured on."""
+    """Write all figures so far, with what they were measured on: each file as a whole, so that it can be read at any time."""
     if json_file:
-        Path(json_file).write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+        write_json(json_file, {**facts, "rows": rows})
     if csv_file:
-        with Path(csv_file).open("w", newline="") as file:
+        with replacing(csv_file) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
             writer.writeheader()
             writer.writerows(rows)
@@ -199,21 +280,33 @@ def main(cfg: DictConfig) -> None:
         check(cfg)
         run_config.check_numbers(cfg)
         with console.as_user_errors():
-            rows = list(measured(cfg))
-        from stts_lightning.analysis.speed import device_name
+            from stts_lightning.analysis.speed import device_name
 
-        kind = cfg.what if cfg.what in COLUMNS else "models"
-        device = torch.device("cpu") if kind == "loader" else chosen_device(cfg.device)
-        facts = {"what": cfg.what, "device": device_name(device), "torch": torch.__version__}
-        peaks = dict.fromkeys(f"{r['peak_tflops']:.2f} in {r['precision']}" for r in rows if "peak_tflops" in r)
+            kind = cfg.what if cfg.what in COLUMNS else "models"
+            device = torch.device("cpu") if kind == "loader" else chosen_device(cfg.device)
+            facts = {
+                "what": cfg.what,
+                "device": device_name(device),
+                "torch": torch.__version__,
+                "command": shlex.join(["python", "-m", "stts_lightning.benchmark", *HydraConfig.get().overrides.task]),
+            }
+            # Where `report paper_table=7` looks for it.
+            json_file = cfg.json or (f"{cfg.paths.runs}/table7.json" if kind == "table7" else None)
+            rows: list[Row] = []
+            for row in measured(cfg):
+                rows.append(row)
+                print(line(row, kind), flush=True)
+                write(rows, {**facts, "complete": False}, json_file, cfg.csv)
+        write(rows, {**facts, "complete": True}, json_file, cfg.csv)
+        peaks = dict.fromkeys(f"{r['peak_tflops']:.2f} in {r['precision']}" for r in rows if r.get("peak_tflops"))
         title = f"{cfg.what}, {facts['device']}, torch {facts['torch']}"
         show(rows, kind, title + (f"; matrix peak, TFLOP/s: {', '.join(peaks)}" if peaks else ""))
-        write(rows, facts, cfg.json, cfg.csv)
-        if cfg.plot and kind == "models":
+        figures = [row for row in rows if row.get("clips_per_second")]
+        if cfg.plot and kind in ("models", "table7") and figures:
             from stts_lightning.analysis import charts
 
             with charts.style():
-                charts.speeds(rows, title).savefig(cfg.plot, dpi=130)
+                charts.speeds(figures, title).savefig(cfg.plot, dpi=130)
 
 
 if __name__ == "__main__":

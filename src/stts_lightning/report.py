@@ -1,9 +1,11 @@
 """`python -m stts_lightning.report`: compare run folders; or print a table of the paper beside our costs and accuracies."""
 
 import csv
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -23,10 +25,25 @@ def change(value: float, published: float | None, tera: bool) -> str:
     return f"{text} ({value / published - 1:+.1%})"
 
 
-def paper_table(number: int, roots: Sequence[Path]) -> tuple[str, Lines]:
-    """Title and lines of a table, a dictionary by column each."""
+def benchmarked(file: Path) -> dict[str, Any] | None:
+    """What `benchmark what=table7` wrote; None where there is no such file. Raises ConfigError for another file."""
+    from stts_lightning import run_config
+
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        if content["what"] == "table7" and content["rows"]:
+            return content
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise run_config.ConfigError(f"benchmark={file}: is not what benchmark what=table7 wrote")
+
+
+def paper_table(number: int, roots: Sequence[Path], benchmark: Path | None = None) -> tuple[str, Lines]:
+    """Title and lines of a table, a dictionary by column each; Table 7 with the speeds that a benchmark wrote."""
     from stts_lightning import assembly, run_config
-    from stts_lightning.analysis.paper import TABLES, measured
+    from stts_lightning.analysis.paper import TABLES, measured, speeds
     from stts_lightning.analysis.runs import find_runs
 
     if number not in TABLES:
@@ -34,6 +51,7 @@ def paper_table(number: int, roots: Sequence[Path]) -> tuple[str, Lines]:
     table = TABLES[number]
     results = [run.result for run in find_runs(root for root in roots if root.is_dir())]
     tera = table.unit == "TFLOPs"
+    speed = benchmarked(benchmark) if number == 7 and benchmark else None
     lines: Lines = []
     for row in table.rows:
         line = {"configuration": row.label, **dict(row.notes)}
@@ -47,10 +65,17 @@ def paper_table(number: int, roots: Sequence[Path]) -> tuple[str, Lines]:
             top1 = "; ".join(map(str, measured(results, row.experiment, cost.backbone)))
         line |= {"official code": official, "ours": ours}
         line["top-1, paper"] = "" if row.top1 is None else f"{row.top1:.1f}"
+        if number == 7:
+            line |= speeds(row, speed["rows"] if speed else [])
         lines.append({**line, "top-1, ours": top1, "experiment": row.experiment or ""})
     # A column without any entry says nothing.
     named = [name for name in lines[-1] if any(line[name] for line in lines) or name == "top-1, ours"]
-    return f"Table {number}: {table.title} ({table.data})", [{name: line.get(name, "") for name in named} for line in lines]
+    title = f"Table {number}: {table.title} ({table.data})"
+    if speed:
+        title += f"; ours: {speed['device']}, torch {speed['torch']}, {speed['rows'][0]['views']} views a video"
+    elif number == 7:
+        title += "; ours: python -m stts_lightning.benchmark what=table7"
+    return title, [{name: line.get(name, "") for name in named} for line in lines]
 
 
 def show(title: str, lines: Lines) -> None:
@@ -114,9 +139,9 @@ def compare(roots: Sequence[Path], out: Path) -> None:
     print(printable(f"{count} runs; {page}; figures and tables: {out / 'report'}"))
 
 
-def print_paper_table(number: int, roots: Sequence[Path], into: str | None, csv_file: str | None) -> None:
+def print_paper_table(number: int, roots: Sequence[Path], benchmark: Path, into: str | None, csv_file: str | None) -> None:
     """Print a table of the paper; add it to a Markdown file or write it as CSV where that is asked."""
-    title, lines = paper_table(number, roots)
+    title, lines = paper_table(number, roots, benchmark)
     show(title, lines)
     if into:
         with Path(into).open("a") as file:
@@ -142,7 +167,7 @@ def main(cfg: DictConfig) -> None:
         if values["paper_table"] is None:
             compare(roots, Path(values["out"]) if values["out"] else roots[0])
         else:
-            print_paper_table(values["paper_table"], roots, values["markdown"], values["csv"])
+            print_paper_table(values["paper_table"], roots, Path(str(values["benchmark"])), values["markdown"], values["csv"])
 
 
 if __name__ == "__main__":

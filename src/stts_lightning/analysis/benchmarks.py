@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import functools
 import gc
 import itertools
@@ -19,20 +20,67 @@ from torch.nn import functional as F
 
 from stts_lightning.analysis import peers
 from stts_lightning.analysis.flops import count_gflops
-from stts_lightning.analysis.speed import Timing, Work, in_turns, matmul, peak_memory
+from stts_lightning.analysis.speed import (
+    CAPTURED,
+    DeviceTimer,
+    Timing,
+    Work,
+    device_timer,
+    float32_products,
+    graph_memory,
+    in_turns,
+    matmul,
+    peak_memory,
+)
 from stts_lightning.classifier import VideoClassifier, create_model
 from stts_lightning.data.decode import open_video
 from stts_lightning.data.sampling import Spread
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
-from stts_lightning.kernels import prepacked_weights
+from stts_lightning.errors import UserError
+from stts_lightning.kernels import in_use, prepacked_weights
 from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.selector import Selector
 from stts_lightning.selection.topk import ESTIMATORS, Estimator, Exact
 
 Row = dict[str, Any]
 
-PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16, "bf16-true": torch.bfloat16}
-"""By name: what autocast works in, or with "-true" what the weights are held in."""
+TOLERANCE = 0.05
+"""Relative difference of outputs from float32 above which a row is flagged; bfloat16 is at 0.015."""
+
+GRAPHS = ("reduce-overhead", "max-autotune")
+"""Ways of torch.compile that capture CUDA graphs."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a model is computed in.
+
+    Attributes:
+        trainer: what a trainer calls it.
+        autocast: type that autocast works in; None for no autocast.
+        weights: type that weights and clips are held in.
+        tf32: whether float32 products of a GPU are in TF32.
+    """
+
+    trainer: str
+    autocast: torch.dtype | None = None
+    weights: torch.dtype = torch.float32
+    tf32: bool = False
+
+    @property
+    def products(self) -> torch.dtype:
+        """Type of the matrix products."""
+        return self.autocast or self.weights
+
+
+PRECISIONS = {
+    "32": Precision("32-true"),
+    "tf32": Precision("32-true", tf32=True),
+    "bf16": Precision("bf16-mixed", autocast=torch.bfloat16),
+    "16": Precision("16-mixed", autocast=torch.float16),
+    "bf16-true": Precision("bf16-true", weights=torch.bfloat16),
+}
+"""By name. "bf16" and "16" are autocast, as in a trainer's mixed precision."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +122,9 @@ def entrant(text: str, device: torch.device) -> Entrant:
         name = text.removeprefix("torchvision:")
         theirs, ours = peers.torchvision_model(name)
         size = ours.backbone.clip_size
-        difference = peers.difference(theirs, ours, torch.randn(1, 3, *size))
-        return Entrant(text, theirs.to(device), size, count_gflops(ours), text, True, difference)
+        theirs, gflops = theirs.to(device), count_gflops(ours)
+        difference = peers.difference(theirs, ours.to(device), torch.randn(1, 3, *size).to(device))
+        return Entrant(text, theirs, size, gflops, text, True, difference)
     kernels = "none" if text.startswith("plain:") else "auto"
     backbone, *parts = text.removeprefix("plain:").split(":")
     arguments = {key: _value(value) for key, _, value in (part.partition("=") for part in parts if "=" in part)}
@@ -95,8 +144,58 @@ def _value(text: str) -> Any:
 
 def precision(name: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast as a trainer's `bf16-mixed` or `16-mixed` does it; nothing for "32"."""
-    dtype = PRECISIONS[name]
+    dtype = PRECISIONS[name].autocast
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def held_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model, or a copy with its weights in another type. Ours keeps its constants; torchvision's has none."""
+    if dtype == torch.float32:
+        return model
+    copied = copy.deepcopy(model)
+    return copied.cast_weights(dtype) if isinstance(copied, VideoClassifier) else copied.to(dtype)
+
+
+class Attempt:
+    """A piece of work that may fail: what happened is kept in words, and it does nothing from then on.
+
+    So an entrant that needs too much memory costs its own row and no other one.
+
+    Args:
+        build: makes the work, at the first call.
+
+    Attributes:
+        failure: "out of memory", or the error in one line; None while all is well.
+    """
+
+    def __init__(self, build: Callable[[], Work]) -> None:
+        self.failure: str | None = None
+        self._build = build
+        self._work: Work | None = None
+
+    def __call__(self) -> object:
+        """Run it; None where it failed."""
+        if self.failure is not None:
+            return None
+        try:
+            if self._work is None:
+                self._work = self._build()
+            return self._work()
+        except UserError:
+            raise
+        except Exception as error:
+            self.failure = _in_words(error)
+        # What the work holds is needed by the others; the error that held it too is gone here.
+        self._work = None
+        _empty_caches()
+        return None
+
+
+def _in_words(error: Exception) -> str:
+    said = str(error).lower()  # A compiler's errors and those of a CPU have other classes.
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "can't allocate memory" in said:
+        return "out of memory"
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def compiled(model: nn.Module, how: str) -> Callable[[Tensor], Tensor]:
@@ -127,69 +226,181 @@ class Plan:
     seconds: float
     rounds: int
 
+    @property
+    def timer(self) -> DeviceTimer | None:
+        """What times the device itself, where it can."""
+        return device_timer(self.device)
+
     def groups(self) -> Iterator[tuple[int, str, str]]:
         """Batch, precision and compilation of what is timed side by side."""
         yield from itertools.product(self.batches, self.precisions, self.compiles)
 
 
-def _peak(timings: Mapping[str, Timing], operations: float) -> float:
-    """Floating-point operations a second of the fastest large product."""
-    return operations / min(timings[name].median for name in ("matmul", "linear") if name in timings)
+def _peak(timings: Mapping[str, Timing], products: Mapping[str, Attempt], operations: float) -> float | None:
+    """Floating-point operations a second of the fastest large product; None where none ran."""
+    ran = [timings[name].median for name, product in products.items() if product.failure is None]
+    return operations / min(ran) if ran else None
 
 
-def _rows(
-    entrants: Sequence[Entrant],
-    timings: Mapping[str, Timing],
-    memory: Mapping[str, int | None],
-    batch: int,
-    passes: float,
-    peak: float,
-    **facts: Any,
-) -> Iterator[Row]:
-    """A row for each entrant, compared with the first one and with the unpruned model of its family."""
-    for one in entrants:
-        timing = timings[one.name]
-        unpruned = next((p for p in entrants if p.family == one.family and p.unpruned), None)
-        speedup = timings[unpruned.name].median / timing.median if unpruned else None
-        held = memory[one.name]
-        yield {
-            "model": one.name,
-            **facts,
-            "batch": batch,
-            "ms": 1e3 * timing.median,
-            "ms_low": 1e3 * timing.low,
-            "ms_high": 1e3 * timing.high,
-            "rounds": timing.rounds,
-            "clips_per_second": batch / timing.median,
-            "gflops": one.gflops,
-            "share_of_peak": passes * 2e9 * one.gflops * batch / timing.median / peak,
-            "times_the_first": timings[entrants[0].name].median / timing.median,
-            "over_unpruned": speedup,
-            "of_ideal": speedup * one.gflops / unpruned.gflops if unpruned and speedup else None,
-            "memory_mib": None if held is None else held / 2**20,
-            "difference": one.difference,
-        }
+def _products(number: str, device: torch.device) -> tuple[dict[str, Attempt], float]:
+    """Large matrix products in a precision, and the floating-point operations of one."""
+    works, operations = matmul(device, PRECISIONS[number].products)
+    return {name: Attempt(functools.partial(_itself, work)) for name, work in works.items()}, operations
+
+
+def _itself(work: Work) -> Work:
+    return work
+
+
+def _facts(one: Entrant, batch: int, number: str, how: str, device: torch.device) -> Row:
+    """What a row says of how it was measured."""
+    kernels = "none"
+    if isinstance(one.model, VideoClassifier) and how == "false":
+        kernels = in_use(one.model.backbone, device, PRECISIONS[number].trainer)
+    return {
+        "model": one.name,
+        "batch": batch,
+        "precision": number,
+        "tf32": "on" if PRECISIONS[number].tf32 else "off",
+        "compile": how,
+        "kernels": kernels,
+        "gflops": one.gflops,
+    }
+
+
+def _row(
+    one: Entrant, entrants: Sequence[Entrant], timings: Mapping[str, Timing], batch: int, passes: float, peak: float | None
+) -> Row:
+    """Figures of an entrant, compared with the first one and with the unpruned model of its family.
+
+    Args:
+        timings: of entrants that did not fail, this one among them.
+        passes: how many forward passes its GFLOPs are counted for.
+        peak: floating-point operations a second of the fastest large product.
+    """
+    timing = timings[one.name]
+    unpruned = next((p for p in entrants if p.family == one.family and p.unpruned and p.name in timings), None)
+    speedup = timings[unpruned.name].median / timing.median if unpruned else None
+    first = timings.get(entrants[0].name)
+    return {
+        **_times(timing),
+        "clips_per_second": batch / timing.median,
+        "share_of_peak": passes * 2e9 * one.gflops * batch / timing.median / peak if peak else None,
+        "peak_tflops": peak / 1e12 if peak else None,
+        "times_the_first": first.median / timing.median if first else None,
+        "over_unpruned": speedup,
+        "of_ideal": speedup * one.gflops / unpruned.gflops if unpruned and speedup else None,
+        "difference": one.difference,
+    }
+
+
+def _times(timing: Timing) -> Row:
+    """Milliseconds of a row: `ms` is the wall clock, what a user waits; `device_ms` what the device took."""
+    row = {"ms": 1e3 * timing.median, "ms_low": 1e3 * timing.low, "ms_high": 1e3 * timing.high}
+    if timing.device:
+        device = timing.device
+        row |= {"device_ms": 1e3 * device.median, "device_ms_low": 1e3 * device.low, "device_ms_high": 1e3 * device.high}
+    return {**row, "bound_by": timing.bound_by, "rounds": timing.rounds}
+
+
+def _mib(size: int | None) -> float | None:
+    return None if size is None else size / 2**20
+
+
+def _memory(work: Attempt, how: str, device: torch.device) -> Row:
+    """Most memory that a piece of work holds, and what CUDA graphs keep, those of the group's earlier entrants included."""
+    graphs = how in GRAPHS and device.type == "cuda"
+    held = peak_memory(work, device, CAPTURED if graphs else 1)
+    return {"memory_mib": _mib(held), "graphs_mib": _mib(graph_memory(device)) if graphs and work.failure is None else None}
+
+
+def flaw(outputs: Tensor | None, expected: Tensor | None) -> Row:
+    """How far outputs are from those expected, and a remark if that is too far.
+
+    Args:
+        outputs: logits of a row, or its loss; None where they were not to be had.
+        expected: the same in float32; None if they need only be finite.
+    """
+    if outputs is None:
+        return {}
+    if not bool(outputs.isfinite().all()):
+        return {"remark": "outputs are not finite"}
+    if expected is None:
+        return {}
+    off = peers.relative_difference(outputs, expected)
+    return {"output_difference": off, "remark": None if off <= TOLERANCE else f"outputs differ by {off:.0%}"}
+
+
+COMPARED = 4
+"""Clips of a batch whose outputs are compared; what the others give does not depend on them."""
 
 
 def forward(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
-    """Forward passes in evaluation, hard selection."""
+    """Forward passes in evaluation, hard selection; outputs are compared with the same model's in float32, on the device."""
     for batch, number, how in plan.groups():
-        works: dict[str, Work] = {}
-        for one in entrants:
-            works[one.name] = _forward(compiled(one.model.eval(), how), one.clip, batch, number, plan.device)
-        products, operations = matmul(plan.device, PRECISIONS[number] or torch.float32)
-        with prepacked_weights():
-            memory = {name: peak_memory(work, plan.device) for name, work in works.items()}
-            timings = in_turns({**works, **products}, plan.device, plan.seconds, plan.rounds)
-        peak = _peak(timings, operations)
-        facts = {"precision": number, "compile": how, "peak_tflops": peak / 1e12}
-        yield from _rows(entrants, timings, memory, batch, 1, peak, **facts)
+        settings = batch, number, how, plan.device
+        works = {one.name: Attempt(functools.partial(_forward, one, *settings)) for one in entrants}
+        products, operations = _products(number, plan.device)
+        seen: dict[str, Row] = {}
+        with prepacked_weights(), float32_products(PRECISIONS[number].tf32):
+            for one in entrants:
+                seen[one.name] = _memory(works[one.name], how, plan.device)
+                outputs = works[one.name]()
+                if isinstance(outputs, Tensor):
+                    # A copy: the memory of a graph's outputs is written again.
+                    seen[one.name] |= flaw(outputs[:COMPARED].float().clone(), _expected(one, batch, plan.device))
+            timings = in_turns({**works, **products}, plan.device, plan.seconds, plan.rounds, on_device=plan.timer)
+        peak = _peak(timings, products, operations)
+        yield from _rows(entrants, works, timings, seen, 1, peak, *settings)
         del works, products
         _release()
 
 
-def _forward(run: Callable[[Tensor], Tensor], size: Sequence[int], batch: int, number: str, device: torch.device) -> Work:
-    clip = torch.randn(batch, 3, *size, device=device)
+def _rows(
+    entrants: Sequence[Entrant],
+    works: Mapping[str, Attempt],
+    timings: Mapping[str, Timing],
+    seen: Mapping[str, Row],
+    passes: float,
+    peak: float | None,
+    *settings: Any,
+) -> Iterator[Row]:
+    """A row for each entrant: its figures, or why there are none."""
+    timings = {name: timing for name, timing in timings.items() if name not in works or works[name].failure is None}
+    for one in entrants:
+        facts = _facts(one, *settings)
+        if failure := works[one.name].failure:
+            yield {**facts, "remark": failure}
+        else:
+            yield {**facts, **_row(one, entrants, timings, settings[0], passes, peak), **seen[one.name]}
+
+
+def _clip(one: Entrant, batch: int, device: torch.device) -> Tensor:
+    """Normalised clips `(batch, 3, T, H, W)`, float32, the same at each call."""
+    return torch.randn(batch, 3, *one.clip, device=device, generator=torch.Generator(device).manual_seed(0))
+
+
+@torch.no_grad()
+def _expected(one: Entrant, batch: int, device: torch.device) -> Tensor | None:
+    """Logits of the first clips in float32: without TF32, kernels or compilation. None where memory does not suffice."""
+    backbone = one.model.backbone if isinstance(one.model, VideoClassifier) else None
+    kernels = backbone.kernels if backbone else None
+    try:
+        if backbone:
+            backbone.kernels = None
+        with float32_products(tf32=False):
+            return one.model(_clip(one, batch, device)[:COMPARED])
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        if backbone:
+            backbone.kernels = kernels
+
+
+def _forward(one: Entrant, batch: int, number: str, how: str, device: torch.device) -> Work:
+    dtype = PRECISIONS[number].weights
+    run = compiled(held_in(one.model.eval(), dtype), how)
+    clip = _clip(one, batch, device).to(dtype)
 
     @torch.no_grad()
     def work() -> Tensor:
@@ -202,58 +413,68 @@ def _forward(run: Callable[[Tensor], Tensor], size: Sequence[int], batch: int, n
 def training(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
     """Training steps: forward, cross-entropy, backward, AdamW; and the selectors' part of each, measured by itself.
 
-    Of their memory, the most that one holds besides the grid that comes out and the gradient of the one that went in.
+    Clips are uint8 and on the device, but for torchvision's models, which do not normalise by themselves. Of the selectors'
+    memory, the most that one holds besides the grid that comes out and the gradient of the one that went in.
     """
     for batch, number, how in plan.groups():
-        works: dict[str, Work] = {}
-        held: dict[str, int] = {}
-        for one in entrants:
-            works[one.name] = _step(one.model.train(), compiled(one.model, how), one.clip, batch, number, plan.device)
-            if isinstance(one.model, VideoClassifier) and not one.unpruned:
-                works[f"selectors of {one.name}"], held[one.name] = _selectors(one.model, batch, plan.device)
-        memory = {name: peak_memory(work, plan.device) for name, work in works.items()}
-        products, operations = matmul(plan.device, PRECISIONS[number] or torch.float32)
-        timings = in_turns({**works, **products}, plan.device, plan.seconds, plan.rounds)
-        peak = _peak(timings, operations)
-        facts = {"precision": number, "compile": how, "peak_tflops": peak / 1e12}
-        for row in _rows(entrants, timings, memory, batch, 3, peak, **facts):
-            name, of_all = row["model"], memory[row["model"]]
-            share = timings[f"selectors of {name}"].median * 1e3 / row["ms"] if name in held else None
-            yield {**row, "selectors_time": share, "selectors_memory": held[name] / of_all if name in held and of_all else None}
-        del works, products
+        settings = batch, number, how, plan.device
+        works = {one.name: Attempt(functools.partial(_step, one, *settings)) for one in entrants}
+        parts: dict[str, Attempt] = {}
+        products, operations = _products(number, plan.device)
+        seen: dict[str, Row] = {}
+        with float32_products(PRECISIONS[number].tf32):
+            for one in entrants:
+                seen[one.name] = _memory(works[one.name], how, plan.device)
+                loss = works[one.name]()
+                seen[one.name] |= flaw(loss.detach() if isinstance(loss, Tensor) else None, None)
+                if works[one.name].failure is None and isinstance(one.model, VideoClassifier) and not one.unpruned:
+                    held: list[int] = []
+                    parts[one.name] = Attempt(functools.partial(_selectors, one.model, batch, plan.device, held))
+                    parts[one.name]()
+                    whole = seen[one.name]["memory_mib"]
+                    seen[one.name]["selectors_memory"] = max(held) / 2**20 / whole if held and whole else None
+            selecting = {f"selectors of {name}": part for name, part in parts.items()}
+            timings = in_turns({**works, **products, **selecting}, plan.device, plan.seconds, plan.rounds, on_device=plan.timer)
+        for name, part in parts.items():
+            alone = timings[f"selectors of {name}"].median
+            seen[name]["selectors_time"] = alone / timings[name].median if part.failure is None else None
+        yield from _rows(entrants, works, timings, seen, 3, _peak(timings, products, operations), *settings)
+        del works, products, parts, selecting
         _release()
 
 
-def _step(
-    model: nn.Module, run: Callable[[Tensor], Tensor], size: Sequence[int], batch: int, number: str, device: torch.device
-) -> Work:
-    clip = torch.randn(batch, 3, *size, device=device)
+def _step(one: Entrant, batch: int, number: str, how: str, device: torch.device) -> Work:
+    model, run = one.model.train(), compiled(one.model, how)
+    ours = model if isinstance(model, VideoClassifier) else None
+    clip = torch.randint(256, (batch, 3, *one.clip), dtype=torch.uint8, device=device) if ours else _clip(one, batch, device)
     label = torch.arange(batch, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     steps = itertools.count()
 
     def work() -> Tensor:
-        if isinstance(model, VideoClassifier):
+        if ours:
             step = next(steps)
-            model.slots.seed_noise([step * batch + i for i in range(batch)])
-        with precision(number, device):
-            loss = F.cross_entropy(run(clip).float(), label)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
+            # Seeds are the host's, so that no step waits for the device.
+            ours.slots.seed_noise([step * batch + i for i in range(batch)])
+        try:
+            with precision(number, device):
+                loss = F.cross_entropy(run(clip).float(), label)
+            loss.backward()
+            optimizer.step()
+        finally:  # Where memory does not suffice, gradients would stay with the model.
+            optimizer.zero_grad()
+        return loss.detach()
 
     return work
 
 
-def _selectors(model: VideoClassifier, batch: int, device: torch.device) -> tuple[Work, int]:
+def _selectors(model: VideoClassifier, batch: int, device: torch.device, held: list[int]) -> Work:
     """Forward and backward passes of the selectors, on grids like those that reach them.
 
-    Returns:
-        The passes of all, and the most bytes that one holds besides its result and the gradient of its grid.
+    Args:
+        held: gets the most bytes that each selector holds besides its result and the gradient of its grid.
     """
     works: list[Work] = []
-    most = [0]
 
     def passes(selector: Selector, grid: Tensor, grad_output: Tensor) -> None:
         kept, _ = selector(grid, model.slots.sigma, Noise.of(range(batch)))
@@ -268,13 +489,13 @@ def _selectors(model: VideoClassifier, batch: int, device: torch.device) -> tupl
         grid = torch.randn(batch, *selector.in_size, selector.dim, device=device, requires_grad=True)
         grad_output = torch.randn(batch, *selector.out_size, selector.dim, device=device)
         works.append(functools.partial(passes, selector, grid, grad_output))
-        most.append((peak_memory(works[-1], device) or 0) - grid.nbytes - grad_output.nbytes)
+        held.append((peak_memory(works[-1], device) or 0) - grid.nbytes - grad_output.nbytes)
 
     def work() -> None:
         for one in works:
             one()
 
-    return work, max(most)
+    return work
 
 
 def operator(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
@@ -306,22 +527,15 @@ def _estimators(name: str, rows: int, candidates: int, keep: int, samples: int, 
     def work(estimate: Estimator) -> Work:
         return lambda: estimate(scores, keep, sigma, Noise.of([7])).backward(grad_output)
 
-    works = {kind: work(estimate) for kind, estimate in estimators.items()}
+    works = {kind: Attempt(functools.partial(work, estimate)) for kind, estimate in estimators.items()}
     memory = {kind: peak_memory(run, plan.device) for kind, run in works.items()}
-    for kind, timing in in_turns(works, plan.device, plan.seconds, plan.rounds).items():
-        held = memory[kind]
-        yield {
-            "model": name,
-            "estimator": kind,
-            "rows": rows,
-            "candidates": candidates,
-            "kept": keep,
-            "samples": samples,
-            "ms": 1e3 * timing.median,
-            "ms_low": 1e3 * timing.low,
-            "ms_high": 1e3 * timing.high,
-            "memory_mib": None if held is None else held / 2**20,
-        }
+    timings = in_turns(works, plan.device, plan.seconds, plan.rounds, on_device=plan.timer)
+    for kind, run in works.items():
+        facts: Row = {"model": name, "estimator": kind, "rows": rows, "candidates": candidates, "kept": keep, "samples": samples}
+        if run.failure:
+            yield {**facts, "remark": run.failure}
+            continue
+        yield {**facts, **_times(timings[kind]), "memory_mib": _mib(memory[kind])}
 
 
 def loading(
@@ -376,7 +590,11 @@ def loading(
 
 
 def _release() -> None:
-    gc.collect()
     torch.compiler.reset()
+    _empty_caches()
+
+
+def _empty_caches() -> None:
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

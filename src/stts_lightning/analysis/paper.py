@@ -185,6 +185,61 @@ TABLES: dict[int, PaperTable] = {
 }
 
 
+SPEED = "videos/s"
+"""The column of Table 7 that is measured."""
+
+
+def model_of(row: Row) -> str:
+    """The model of a row of MViT-B16's, as `benchmark` names it: "mvit_b16:t0_0.6_s4_0.9"."""
+    return str(row.experiment).removeprefix("paper/").replace("mvit_b16_", "mvit_b16:")
+
+
+def speedup(row: Row) -> float:
+    """Published videos a second of a row of Table 7, over those of the unpruned model in its first row."""
+    return float(dict(row.notes)[SPEED]) / float(dict(TABLES[7].rows[0].notes)[SPEED])
+
+
+def beside_speed(measured: Mapping[str, Any], row: Row, views: int) -> dict[str, Any]:
+    """A measured row of Table 7, with videos a second and what the paper says.
+
+    The paper does not say what it counts as a video, in which precision and at which batch. Here a video is all views of its
+    test; the ratio to the unpruned model does not depend on that.
+
+    Args:
+        measured: of `analysis.benchmarks.forward`.
+        row: of the paper.
+        views: clips of a video in a test.
+    """
+    clips = measured.get("clips_per_second")
+    return {
+        **measured,
+        "views": views,
+        "videos_per_second": None if clips is None else clips / views,
+        "paper_videos_per_second": float(dict(row.notes)[SPEED]),
+        "paper_over_unpruned": speedup(row),
+    }
+
+
+def speeds(row: Row, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Columns of Table 7 that were measured, for a row: videos a second, and the ratio to the unpruned model.
+
+    Args:
+        row: of the paper.
+        rows: of `beside_speed`; each batch, precision and way to compile makes two columns.
+    """
+    columns: dict[str, str] = {"x unpruned, paper": f"{speedup(row):.2f}"}
+    for one in rows:  # A benchmark that was stopped has no row of some models in its last columns.
+        compiled = "" if one["compile"] == "false" else f", compiled: {one['compile']}"
+        name = f"ours: batch {one['batch']}, {one['precision']}{compiled}"
+        columns.setdefault(f"{SPEED}, {name}", "")
+        columns.setdefault(f"x unpruned, {name}", "")
+        if one["model"] == model_of(row):
+            speed, ratio = one.get("videos_per_second"), one.get("over_unpruned")
+            columns[f"{SPEED}, {name}"] = f"{speed:.1f}" if speed else str(one.get("remark", ""))
+            columns[f"x unpruned, {name}"] = f"{ratio:.2f}" if ratio else ""
+    return columns
+
+
 @dataclass(frozen=True)
 class Measured:
     """Our accuracy for a row: mean over runs of one data set and model.

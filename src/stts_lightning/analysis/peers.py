@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stts_lightning.analysis.speed import float32_products
 from stts_lightning.backbones.checkpoints import load_checkpoint, recognised
 from stts_lightning.backbones.registry import BackboneError
 from stts_lightning.classifier import VideoClassifier, create_model
@@ -65,5 +66,11 @@ class _OneHotTopK(torch.autograd.Function):
 
 @torch.inference_mode()
 def difference(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], clip: Tensor) -> float:
-    """Largest difference of two models' logits of a clip."""
-    return float((one(clip).float() - other(clip).float()).abs().max())
+    """Largest difference of two models' logits of a clip, on the clip's device, in float32 without TF32."""
+    with float32_products(tf32=False):
+        return float((one(clip).float() - other(clip).float()).abs().max())
+
+
+def relative_difference(outputs: Tensor, expected: Tensor) -> float:
+    """Norm of the difference of outputs from those expected, as a share of their norm; NaN or infinite if an output is."""
+    return float((outputs.float() - expected).norm() / expected.norm())
