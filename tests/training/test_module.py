@@ -23,8 +23,10 @@ from stts_lightning.data.dataset import Batch, Failure, collate
 from stts_lightning.data.resumable_sampler import EpochOrder, Pick, TrainLoader
 from stts_lightning.errors import UserError
 from stts_lightning.training import callbacks
+from stts_lightning.training import module as training_module
 from stts_lightning.training.callbacks import FailureLog, SigmaAnnealing
-from stts_lightning.training.module import ClassificationModule, MeanClassAccuracy, TrainingError
+from stts_lightning.training.metrics import MeanClassAccuracy
+from stts_lightning.training.module import ClassificationModule, TrainingError
 from stts_lightning.training.optim import OptimSpec
 from stts_lightning.training.preemption import ASKING, EXIT_REQUEUE, BestCheckpoint, LastCheckpoint
 from stts_lightning.training.testing import run_test
@@ -275,14 +277,15 @@ def test_the_loss_weighs_classes_as_torch_does(weights: Sequence[float] | None, 
     assert not any("weights" in name for name in trained.state_dict()), "weights are no part of a checkpoint"
 
 
-def test_weighted_losses_of_two_processes_have_the_mean_of_one() -> None:
+def test_weighted_losses_of_two_processes_have_the_mean_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = module(class_weights=WEIGHTS)
+    trained.trainer = trainer()
     logits, label = torch.randn(6, 4), torch.tensor([0, 1, 1, 2, 3, 3])
     weight = torch.tensor(WEIGHTS)
     parts = []
     for share in (slice(0, 3), slice(3, 6)):
         mean = (weight[label[:3]].sum() + weight[label[3:]].sum()) / 2
-        trained._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda *_, mean=mean, **__: mean))  # type: ignore[assignment]
+        monkeypatch.setattr(training_module, "mean_of_all", lambda *_, mean=mean: mean)
         parts.append(trained._loss(logits[share], label[share]))
     torch.testing.assert_close(sum(parts) / 2, cross_entropy(logits, label, weight))
 
@@ -299,7 +302,7 @@ def test_weights_that_do_not_fit_are_refused(weights: Sequence[float], message: 
 
 def test_mean_class_accuracy_is_of_the_classes_that_occur() -> None:
     metric = MeanClassAccuracy(4)
-    metric.update(torch.eye(4)[[0, 3, 1, 1]], torch.tensor([0, 0, 1, 1]))  # Class 3 is guessed, and does not occur.
+    metric.update(torch.eye(4)[[0, 3, 1, 1]], torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool))  # Class 3 is guessed, and does not occur.
     assert float(metric.compute()) == pytest.approx(0.75)
 
 
@@ -307,8 +310,10 @@ def test_validation_logs_mean_class_accuracy_apart_from_top5() -> None:
     """The counts of both are equal after a first batch that is all right."""
     trained = module(6)
     metrics = trained.val_metrics
-    metrics.update(torch.eye(6)[[0, 1]], torch.tensor([0, 1]))
-    metrics.update(torch.eye(6)[[1, 1]], torch.tensor([0, 0]))
+    valid = torch.ones(2, dtype=torch.bool)
+    metrics.update(torch.eye(6)[[0, 1]], torch.tensor([0, 1]), valid)
+    metrics.update(torch.eye(6)[[1, 1]], torch.tensor([0, 0]), valid)
+    metrics.update(torch.eye(6)[[2, 2]], torch.tensor([2, 2]), ~valid)
     found = {name: float(value) for name, value in metrics.compute().items()}
     assert found == pytest.approx({"val/top1": 0.5, "val/top5": 1.0, "val/mean_class_accuracy": (1 / 3 + 1) / 2})
     assert list(found)[0] == "val/top1"
