@@ -302,7 +302,9 @@ def test_weights_that_do_not_fit_are_refused(weights: Sequence[float], message: 
 
 def test_mean_class_accuracy_is_of_the_classes_that_occur() -> None:
     metric = MeanClassAccuracy(4)
-    metric.update(torch.eye(4)[[0, 3, 1, 1]], torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool))  # Class 3 is guessed, and does not occur.
+    guesses = torch.eye(4)[[0, 3, 1, 1]]  # Class 3 is guessed, and does not occur.
+    metric.update(guesses, torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool))
+    )  # Class 3 is guessed, and does not occur.
     assert float(metric.compute()) == pytest.approx(0.75)
 
 
