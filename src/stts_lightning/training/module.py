@@ -234,7 +234,7 @@ class ClassificationModule(pl.LightningModule):
         evaluated, self._evaluated = self._evaluated, []
         numbers: list[int] = []
         if evaluated:
-            videos, odd = (torch.cat(parts) for parts in zip(*evaluated, strict=True))
+            videos, odd = (torch.cat(parts).cpu() for parts in zip(*evaluated, strict=True))
             numbers = videos[odd].tolist()
         if any(gathered(self.trainer, bool(numbers))):
             self._end_naming("logits are NaN or infinite", "val", numbers)
