@@ -182,6 +182,10 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     check_devices(values["accelerator"], values["devices"])
     # Runs of earlier versions say nothing of it.
     torch.set_float32_matmul_precision(values.pop("float32_matmul_precision", "highest"))
+    strategy = values.get("strategy")
+    if isinstance(strategy, dict) and values.get("accumulate_grad_batches", 1) > 1:
+        # torch's static graph fails where the first backward pass reduces nothing.
+        strategy.pop("static_graph", None)
     callbacks = [instantiate(node) for node in cfg.callbacks.values() if node]
     loggers = [instantiate(node) for node in cfg.logger.values() if node]
     plugins: list[Any] = [WholeCheckpointIO()]

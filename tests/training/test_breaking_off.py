@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from stts_lightning.analysis.results import read_metrics
 from stts_lightning.training.preemption import EXIT_REQUEUE, LastCheckpoint, SaveError, WholeCheckpointIO
+from stts_lightning.training.step_figures import Known
 
 RUN = [
     "experiment=demo", "pretrained=null", "dataset.train=4", "dataset.val=2", "loader.batch_size=8", "loader.num_workers=1",
@@ -23,13 +25,23 @@ RUN = [
     "backbone.drop_path=0.1", "backbone.dropout=0.1",
 ]  # fmt: skip
 STEPS = 12
+ASKED = """
+import os
+import signal
+import lightning.pytorch as pl
+
+class Asks(pl.Callback):
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.global_rank == 1 and trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
 
 
-def start(folder: Path, name: str, *more: str) -> "subprocess.Popen[str]":
+def start(folder: Path, name: str, *more: str, environment: dict[str, str] | None = None) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "stts_lightning.train", *RUN, *more, f"hydra.run.dir=runs/{name}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    around = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **(environment or {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)  # type: ignore[call-overload]
+    return subprocess.Popen(command, cwd=folder, env=around, start_new_session=True, **pipes)  # type: ignore[call-overload]
 
 
 def finish(process: "subprocess.Popen[str]") -> str:
@@ -127,6 +139,31 @@ def test_asked_to_end_it_saves_and_says_that_it_goes_on(place: Path, number: sig
     assert f"asked to end by {number.name}" in output and "the same command goes on" in output
     finish(start(place, name, "callbacks.last.every_n_steps=null"))
     check_is_whole(place, name)
+
+
+def test_two_processes_end_together_when_the_second_is_asked_and_go_on(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "asking.py").write_text(ASKED)
+    two = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.precision=32-true", "test=false"]
+    asks = ["+callbacks.asks._target_=asking.Asks", "callbacks.last.every_n_steps=null", "callbacks.panels=null"]
+    environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    process = start(place, "two", *two, *asks, environment=environment)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_REQUEUE, output
+    assert "asked to end by another process" in output
+    content = torch.load(place / "runs/two/checkpoints/last.ckpt", weights_only=True)
+    assert content["global_step"] == 3, "asked within the second step, told with the third"
+    output = finish(start(place, "two", *two, *asks, environment=environment))
+    assert "(resumed after" in output
+    assert json.loads((place / "runs/two/result.json").read_text())["steps"] == STEPS
+
+
+def test_a_checkpoint_that_is_due_is_written_once(tmp_path: Path) -> None:
+    last, trainer = LastCheckpoint(str(tmp_path)), SimpleNamespace(world_size=2)
+    told = [Known(step, due=step < 3) for step in range(5)]
+    last.saved_step = 3  # At the end of the third step, on the word of the second: the third had said the same.
+    assert [last._told(trainer, SimpleNamespace(look=lambda known=known: known))[1] for known in told] == [False] * 5  # type: ignore[arg-type]
+    last.saved_step = 2
+    assert last._told(trainer, SimpleNamespace(look=lambda: told[2])) == (False, True)  # type: ignore[arg-type]
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_and_names_the_files(place: Path) -> None:

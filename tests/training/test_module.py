@@ -1,9 +1,11 @@
 """Whole runs of a tiny model on clips in memory: what stops them, what a resumed one repeats, how classes are weighed."""
 
+import csv
 import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +25,13 @@ from stts_lightning.data.dataset import Batch, Failure, collate
 from stts_lightning.data.resumable_sampler import EpochOrder, Pick, TrainLoader
 from stts_lightning.errors import UserError
 from stts_lightning.training import callbacks
+from stts_lightning.training import module as training_module
 from stts_lightning.training.callbacks import FailureLog, SigmaAnnealing
-from stts_lightning.training.module import ClassificationModule, MeanClassAccuracy, TrainingError
+from stts_lightning.training.metrics import MeanClassAccuracy
+from stts_lightning.training.module import ClassificationModule, TrainingError
 from stts_lightning.training.optim import OptimSpec
 from stts_lightning.training.preemption import ASKING, EXIT_REQUEUE, BestCheckpoint, LastCheckpoint
+from stts_lightning.training.step_figures import HostCopy
 from stts_lightning.training.testing import run_test
 
 BATCHES, ACCUMULATED = 7, 3
@@ -215,6 +220,85 @@ def test_a_loss_that_is_no_number_in_the_last_step_stops_before_the_weights() ->
     assert all(torch.equal(value, before[name]) for name, value in trained.named_parameters())
 
 
+class ReadsLater(HostCopy):
+    """A copy that a GPU may not have made yet."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor)
+        self.late, self._arrived = True, SimpleNamespace(synchronize=lambda: None)
+
+
+class Weights(pl.Callback):
+    """Keeps the weights before each batch."""
+
+    def __init__(self) -> None:
+        self.before: list[dict[str, Tensor]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.before.append({name: value.detach().clone() for name, value in pl_module.model.named_parameters()})
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("accumulated", [1, ACCUMULATED])
+def test_a_bad_step_reaches_no_weights_however_late_it_is_known(
+    monkeypatch: pytest.MonkeyPatch, late: bool, accumulated: int
+) -> None:
+    if late:
+        monkeypatch.setattr(training_module, "HostCopy", ReadsLater)
+    order = np.random.default_rng((0, 0)).permutation(2 * BATCHES)
+    bad = int(order[2 * 3])  # Of the fourth batch.
+    trained, weights = module(), Weights()
+    step = 3 // accumulated
+    with pytest.raises(TrainingError, match=rf"training loss is nan at step {step}, of the videos .*\btrain{bad}.mp4"):
+        trainer(weights, max_epochs=1, accumulate_grad_batches=accumulated).fit(trained, Data(odd_in_training=[bad]))
+    seen = min((step + 1 + late) * accumulated, BATCHES)
+    assert len(weights.before) == seen, "it is known at the end of the step, or of the one after it"
+    kept = weights.before[step * accumulated]
+    for name, value in trained.model.named_parameters():
+        assert torch.equal(value, kept[name]), name
+
+
+def test_gradients_that_are_no_numbers_stop_a_run_whose_loss_is_one() -> None:
+    trained = module()
+    trained.model.head.register_full_backward_hook(lambda *_: (torch.full((2, trained.model.backbone.out_dim), math.inf),))
+    told = r"gradients are NaN or infinite at step 0, where the training loss is 1.\d+, of the videos train\d+.mp4, train\d+.mp4$"
+    with pytest.raises(TrainingError, match=told):
+        trainer(max_epochs=1).fit(trained, Data())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_bad_step_is_in_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    if late:
+        monkeypatch.setattr(training_module, "HostCopy", ReadsLater)
+    bad = int(np.random.default_rng((0, 0)).permutation(2 * BATCHES)[2 * 3])
+    with pytest.raises(TrainingError, match="at step 3"):
+        trainer(LastCheckpoint(str(tmp_path), every_n_steps=1), max_epochs=1).fit(module(), Data(odd_in_training=[bad]))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_a_checkpoint_knows_nothing_of_the_figures_of_a_step() -> None:
+    assert not [name for name in module().state_dict() if "figures" in name]
+    assert not module().load_state_dict(module().state_dict()).missing_keys
+
+
+def test_steps_that_are_logged_are_the_same_in_a_resumed_run(tmp_path: Path) -> None:
+    rows = {}
+    for name in ("whole", "broken"):
+        last = tmp_path / name / "checkpoints"
+        for part, callback in enumerate([SignalAt(3), None] if name == "broken" else [None]):
+            used = [SigmaAnnealing(0.5), LastCheckpoint(str(last)), *([callback] if callback else [])]
+            logger = pl.loggers.CSVLogger(tmp_path / name, "log", part)
+            built = trainer(*used, max_epochs=1, logger=logger, log_every_n_steps=2, limit_val_batches=0)
+            resumed = last / "last.ckpt" if part else None
+            with pytest.raises(SystemExit) if callback else nullcontext():
+                built.fit(module(), Data(), ckpt_path=resumed, weights_only=True)
+        files = sorted((tmp_path / name / "log").glob("*/metrics.csv"))
+        read = [row for file in files for row in csv.DictReader(file.read_text().splitlines()) if row["train/loss"]]
+        rows[name] = [(row["step"], row["train/loss"], row["train/top1"], row["sigma"]) for row in read]
+    assert [row[0] for row in rows["whole"]] == ["1", "3", "5"]
+    assert rows["broken"] == rows["whole"]
+
+
 @pytest.mark.parametrize(("validated", "saved"), [(True, False), (False, True), (False, False)])
 def test_a_last_update_that_is_no_number_is_no_normal_end(tmp_path: Path, validated: bool, saved: bool) -> None:
     last = [LastCheckpoint(str(tmp_path), every_n_steps=1)] if saved else []
@@ -275,14 +359,15 @@ def test_the_loss_weighs_classes_as_torch_does(weights: Sequence[float] | None, 
     assert not any("weights" in name for name in trained.state_dict()), "weights are no part of a checkpoint"
 
 
-def test_weighted_losses_of_two_processes_have_the_mean_of_one() -> None:
+def test_weighted_losses_of_two_processes_have_the_mean_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = module(class_weights=WEIGHTS)
+    trained.trainer = trainer()
     logits, label = torch.randn(6, 4), torch.tensor([0, 1, 1, 2, 3, 3])
     weight = torch.tensor(WEIGHTS)
     parts = []
     for share in (slice(0, 3), slice(3, 6)):
         mean = (weight[label[:3]].sum() + weight[label[3:]].sum()) / 2
-        trained._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda *_, mean=mean, **__: mean))  # type: ignore[assignment]
+        monkeypatch.setattr(training_module, "mean_of_all", lambda *_, mean=mean: mean)
         parts.append(trained._loss(logits[share], label[share]))
     torch.testing.assert_close(sum(parts) / 2, cross_entropy(logits, label, weight))
 
@@ -299,7 +384,8 @@ def test_weights_that_do_not_fit_are_refused(weights: Sequence[float], message: 
 
 def test_mean_class_accuracy_is_of_the_classes_that_occur() -> None:
     metric = MeanClassAccuracy(4)
-    metric.update(torch.eye(4)[[0, 3, 1, 1]], torch.tensor([0, 0, 1, 1]))  # Class 3 is guessed, and does not occur.
+    guesses = torch.eye(4)[[0, 3, 1, 1]]  # Class 3 is guessed, and does not occur.
+    metric.update(guesses, torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool))
     assert float(metric.compute()) == pytest.approx(0.75)
 
 
@@ -307,8 +393,10 @@ def test_validation_logs_mean_class_accuracy_apart_from_top5() -> None:
     """The counts of both are equal after a first batch that is all right."""
     trained = module(6)
     metrics = trained.val_metrics
-    metrics.update(torch.eye(6)[[0, 1]], torch.tensor([0, 1]))
-    metrics.update(torch.eye(6)[[1, 1]], torch.tensor([0, 0]))
+    valid = torch.ones(2, dtype=torch.bool)
+    metrics.update(torch.eye(6)[[0, 1]], torch.tensor([0, 1]), valid)
+    metrics.update(torch.eye(6)[[1, 1]], torch.tensor([0, 0]), valid)
+    metrics.update(torch.eye(6)[[2, 2]], torch.tensor([2, 2]), ~valid)
     found = {name: float(value) for name, value in metrics.compute().items()}
     assert found == pytest.approx({"val/top1": 0.5, "val/top5": 1.0, "val/mean_class_accuracy": (1 / 3 + 1) / 2})
     assert list(found)[0] == "val/top1"

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from stts_lightning.data.dataset import Batch, Failure
-from stts_lightning.training.module import ClassificationModule
+from stts_lightning.training.module import ClassificationModule, is_logged
 from stts_lightning.training.processes import gathered
 
 log = logging.getLogger(__name__)
@@ -32,20 +32,19 @@ class SigmaAnnealing(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Set and log sigma."""
         assert isinstance(pl_module, ClassificationModule)
-        sigma = self._set(trainer, pl_module)
-        if pl_module.model.slots.at_block:
-            pl_module.log("sigma", sigma)
+        self._set(trainer, pl_module)
+        if pl_module.model.slots.at_block and is_logged(trainer):
+            pl_module.log("sigma", pl_module.model.slots.sigma)  # A number of the host would be copied to the device.
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set sigma once more, after the last step: where a resumed run had no step left, for the first time."""
         assert isinstance(pl_module, ClassificationModule)
         self._set(trainer, pl_module)
 
-    def _set(self, trainer: pl.Trainer, module: ClassificationModule) -> float:
+    def _set(self, trainer: pl.Trainer, module: ClassificationModule) -> None:
         total = int(trainer.estimated_stepping_batches)
         sigma = annealed_sigma(self.sigma, trainer.global_step, total) if self.decay else self.sigma
         module.model.slots.sigma.fill_(sigma)
-        return sigma
 
 
 class FailureLog(pl.Callback):

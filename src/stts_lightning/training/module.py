@@ -11,8 +11,8 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torchmetrics import Metric, MetricCollection
 
 from stts_lightning.classifier import VideoClassifier
 from stts_lightning.data.dataset import Batch
@@ -20,8 +20,10 @@ from stts_lightning.data.windows import WindowBatch
 from stts_lightning.errors import UserError
 from stts_lightning.selection.selector import Selection
 from stts_lightning.training.augment import BatchAugment
+from stts_lightning.training.metrics import Accuracy, MeanClassAccuracy
 from stts_lightning.training.optim import OptimSpec, build_optimizer, freeze
-from stts_lightning.training.processes import end_all, gathered
+from stts_lightning.training.processes import end_all, gathered, mean_of_all
+from stts_lightning.training.step_figures import HostCopy, Known, StepFigures, StepRecord
 
 NAMED = 10
 """How many videos or weights an error names."""
@@ -31,20 +33,9 @@ class TrainingError(UserError):
     """A training or test that cannot begin or go on: says why."""
 
 
-class MeanClassAccuracy(MulticlassAccuracy):
-    """Mean of the accuracies of the classes that occur.
-
-    torchmetrics' own counts a class that was guessed but does not occur as one of accuracy 0.
-    """
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes, average="none")
-
-    def compute(self) -> Tensor:
-        """The mean."""
-        right, _, _, missed = self._final_state()
-        occurs = right + missed > 0
-        return (right[occurs] / (right + missed)[occurs]).mean()
+def is_logged(trainer: pl.Trainer) -> bool:
+    """Whether loggers are handed the figures of the step that is being made."""
+    return trainer._logger_connector.should_update_logs
 
 
 def _named(names: Iterable[str]) -> str:
@@ -109,12 +100,23 @@ class ClassificationModule(pl.LightningModule):
         self.label_smoothing = label_smoothing
         weights = None if class_weights is None else _checked_weights(class_weights, num_classes)
         self.register_buffer("class_weights", weights, persistent=False)  # No part of a checkpoint: the configuration has them.
-        accuracy = {f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in (1, 5) if k <= num_classes}
+        accuracy: dict[str, Metric | MetricCollection] = {f"top{k}": Accuracy(k) for k in (1, 5) if k <= num_classes}
         # In groups, metrics whose counts are equal after the first batch would share them for good.
-        self.val_metrics = MetricCollection(accuracy, prefix="val/", compute_groups=False)  # type: ignore[arg-type]
+        self.val_metrics = MetricCollection(accuracy, prefix="val/", compute_groups=False)
         self.val_metrics.add_metrics({"mean_class_accuracy": MeanClassAccuracy(num_classes)})
-        self._without_number: list[int] = []
-        """Videos of this evaluation, by number, whose logits are NaN or infinite."""
+        self.figures = StepFigures()
+        self.known = Known()
+        """The latest step that the host knows of: one step late on a GPU."""
+        self._unread: list[StepRecord] = []
+        self._batches: list[tuple[Tensor, Tensor]] = []
+        self._spoilt: Tensor | None = None
+        """1 from the first update on that is not finite, else 0; 0-d, float32, on the device."""
+        self._evaluated: list[tuple[Tensor, Tensor]] = []
+        """Of each batch of this evaluation its videos' numbers, and which of them have logits that are NaN or infinite."""
+
+    def on_train_start(self) -> None:
+        """Nothing is known of any step."""
+        self.known, self._unread, self._batches, self._spoilt = Known(), [], [], None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of the clips of a batch, `(B, copies, 3, T, H, W)`; all that is random follows from its draws."""
@@ -128,13 +130,10 @@ class ClassificationModule(pl.LightningModule):
             clip, target = self.augment(self.model.normalize(clip), label, batch.draws)
         logits = self.run(clip)
         loss = self._loss(logits, target)
-        # Of all processes: no number if it is none at one of them.
-        mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
-        self._checked = mean, loss.detach(), batch.video
-        self.log("train/loss", mean, prog_bar=True, batch_size=len(batch.label))
-        if target is label:  # A mixed clip is of no one class.
-            self.log("train/top1", (logits.argmax(-1) == label).float().mean(), batch_size=len(batch.label), sync_dist=True)
-        return loss
+        self._batches.append((loss.detach(), batch.video))
+        self._labelled = target is label  # A mixed clip is of no one class.
+        top1 = (logits.argmax(-1) == label).float().mean() if self._labelled and is_logged(self.trainer) else None
+        return self.figures.carried_by(loss, top1)
 
     def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
         loss = cross_entropy(logits, target, self.class_weights, label_smoothing=self.label_smoothing)
@@ -142,14 +141,65 @@ class ClassificationModule(pl.LightningModule):
             return loss
         # torch divides by the weights of this process's clips; divided by those of all, two processes are the same run as one.
         own = self.class_weights[target].sum()
-        return loss * (own / self.trainer.strategy.reduce(own.clone(), reduce_op="mean"))
+        # A reduction of its own, before the backward pass: only where classes are weighed.
+        return loss * (own / mean_of_all(self.trainer, own))
 
-    def on_after_backward(self) -> None:
-        """Stop on a loss that is no number, before the weights follow it; names the files of the batches that gave it."""
-        mean, own, videos = self._checked
-        if not bool(mean.isfinite()):
-            told = f"training loss is {float(mean)} at step {self.global_step}"
-            self._end_naming(told, "train", [] if bool(own.isfinite()) else videos.tolist())
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note the step's figures, and leave out its update, on the device, if it is not finite. Nothing waits for the device.
+
+        A loss that is NaN at any process has made the gradients NaN at all of them.
+        """
+        figures = self.figures.take()
+        loss, top1 = figures[2], figures[3]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._norm = get_total_norm(gradients)
+        # Scaled as float16 needs it, gradients overflow now and then: its scaler leaves such a step out and goes on.
+        finite = loss.isfinite() if self._scaled else loss.isfinite() & self._norm.isfinite()
+        spoilt = (~finite).float()
+        # No update after it either: the weights stay those before the step that the error names.
+        self._spoilt = spoilt if self._spoilt is None else torch.maximum(self._spoilt, spoilt)
+        self._unread.append(StepRecord(self.global_step, HostCopy(torch.cat([figures, self._spoilt[None]])), self._batches))
+        self._batches = []
+        if is_logged(self.trainer) or self.trainer.is_last_batch:  # The epoch's last: a result names it.
+            self.log("train/loss", loss)
+            if self._labelled and is_logged(self.trainer):
+                self.log("train/top1", top1)
+        if optimizer.defaults["fused"]:
+            optimizer.found_inf = self._spoilt  # type: ignore[attr-defined]
+        else:
+            self.look(wait=True)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Look at the step before this one."""
+        self.look()
+
+    def look(self, wait: bool = False) -> Known:
+        """Read what has arrived on the host; stop on a loss or gradients that are no numbers, and name the files that gave them.
+
+        All processes must call this together, and then know the same.
+
+        Args:
+            wait: for the latest step too, which a GPU may not have done yet.
+
+        Returns:
+            What is known of the latest step.
+        """
+        while len(self._unread) > 1 or (self._unread and (wait or not self._unread[0].figures.late)):
+            record = self._unread.pop(0)
+            self.known = record.known()
+            if not self.known.finite:
+                self._unread = []
+                self._end_at(record)
+        return self.known
+
+    def _end_at(self, record: StepRecord) -> None:
+        if math.isfinite(self.known.loss):
+            told = f"gradients are NaN or infinite at step {record.step}, where the training loss is {self.known.loss:.4g}"
+            guilty = [videos for _, videos in record.batches]
+        else:
+            told = f"training loss is {self.known.loss} at step {record.step}"
+            guilty = [videos for loss, videos in record.batches if not bool(loss.isfinite())]
+        self._end_naming(told, "train", [number for videos in guilty for number in videos.tolist()])
 
     def _end_naming(self, told: str, split: str, numbers: Sequence[int]) -> None:
         """End all processes, and name the videos that each found; all must call this together."""
@@ -159,7 +209,8 @@ class ClassificationModule(pl.LightningModule):
         end_all(self.trainer, TrainingError(f"{told}, of the videos {_named(paths)}"))
 
     def _check_weights(self) -> None:
-        """Stop on weights that are no numbers; all processes must call this together."""
+        """Stop on a step or weights that are no numbers; all processes must call this together."""
+        self.look(wait=True)
         parameters = dict(self.model.named_parameters())
         finite = torch.stack([parameter.detach().isfinite().all() for parameter in parameters.values()]).tolist()
         own = [name for name, good in zip(parameters, finite, strict=True) if not good]
@@ -176,12 +227,15 @@ class ClassificationModule(pl.LightningModule):
 
     def _check_logits(self, logits: Tensor, batch: Batch) -> None:
         """Note videos whose logits are no numbers; their guess would be class 0."""
-        finite = logits.isfinite().flatten(1).all(1)
-        self._without_number += batch.video[batch.valid & ~finite].tolist()
+        self._evaluated.append((batch.video, batch.valid & ~logits.isfinite().flatten(1).all(1)))
 
     def on_validation_epoch_end(self) -> None:
         """Stop if logits were no numbers: at the end, when all processes are there to agree."""
-        numbers, self._without_number = self._without_number, []
+        evaluated, self._evaluated = self._evaluated, []
+        numbers: list[int] = []
+        if evaluated:
+            videos, odd = (torch.cat(parts).cpu() for parts in zip(*evaluated, strict=True))
+            numbers = videos[odd].tolist()
         if any(gathered(self.trainer, bool(numbers))):
             self._end_naming("logits are NaN or infinite", "val", numbers)
 
@@ -195,9 +249,7 @@ class ClassificationModule(pl.LightningModule):
         """Accuracies of the centre clip; what each slot kept of it, for callbacks."""
         logits, kept = self.run(batch.clip[:, 0], return_selection=True)
         self._check_logits(logits, batch)
-        probabilities = logits.float().softmax(-1)
-        if bool(batch.valid.any()):
-            self.val_metrics.update(probabilities[batch.valid], batch.label[batch.valid])
+        self.val_metrics.update(logits.float(), batch.label, batch.valid)
         self.log_dict(dict(self.val_metrics.items()), prog_bar=True, on_epoch=True, batch_size=len(batch.label))
         return kept
 
@@ -214,12 +266,16 @@ class ClassificationModule(pl.LightningModule):
         logits, kept = self.run(batch.clip.flatten(0, 1), return_selection=True)
         return logits.float().unflatten(0, batch.clip.shape[:2]), list(kept.values())
 
+    @property
+    def _scaled(self) -> bool:
+        """Whether the loss is scaled, as float16 needs it."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule a step."""
         # A fused AdamW undoes float16's scale of the loss inside of its step, too late for clipping: then it is not fused.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         steps = int(self.trainer.estimated_stepping_batches)
-        optimizer, schedule = build_optimizer(self.model, self.optim, steps, fused=not scaled)
+        optimizer, schedule = build_optimizer(self.model, self.optim, steps, fused=not self._scaled)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -230,6 +286,10 @@ class ClassificationModule(pl.LightningModule):
     ) -> None:
         """Clip as the trainer says. Lightning refuses a fused optimiser under bf16 too, where no scale is to be undone."""
         algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
+        if gradient_clip_val and algorithm == GradClipAlgorithmType.NORM:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            clip_grads_with_norm_(parameters, gradient_clip_val, self._norm)
+            return
         Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val or 0.0, algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from stts_lightning.data.datamodule import VideoDataModule
 from stts_lightning.selection.selector import Selection, Selector
 from stts_lightning.training.module import ClassificationModule
 from stts_lightning.training.processes import gathered
+from stts_lightning.training.step_figures import HostCopy
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class SelectionPanels(pl.Callback):
         self.choices: dict[str, dict[int, int]] = defaultdict(dict)
         self.examples: dict[int, list[int]] = {}
         self.entropies: dict[str, list[float]] = defaultdict(list)
+        self.unread: list[tuple[str, HostCopy, HostCopy, HostCopy, HostCopy]] = []
+        """Of the latest batch, for each slot: videos, which are valid, choices, entropies."""
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -65,22 +68,30 @@ class SelectionPanels(pl.Callback):
         if trainer.sanity_checking:
             return
         kept: Mapping[str, Selection] = outputs or {}
+        while self.unread:
+            self._note(*self.unread.pop())  # The batch before: its copies are on the host by now.
+        videos, valid = HostCopy(batch.video), HostCopy(batch.valid)
         for name, record in kept.items():
-            self.entropies[name] += score_entropy(record.scores).reshape(len(record.scores), -1).mean(1).tolist()
-            for video, valid, chosen in zip(
-                batch.video.tolist(), batch.valid.tolist(), record.indices.flatten(1).tolist(), strict=True
-            ):
-                if valid:
-                    choice = hash(tuple(chosen))
-                    self.choices[name][video] = choice
-                    if len(self.examples) < 50:
-                        self.examples.setdefault(choice, chosen)
+            entropy = score_entropy(record.scores).reshape(len(record.scores), -1).mean(1)
+            self.unread.append((name, videos, valid, HostCopy(record.indices.flatten(1)), HostCopy(entropy)))
+
+    def _note(self, name: str, videos: HostCopy, valid: HostCopy, indices: HostCopy, entropy: HostCopy) -> None:
+        self.entropies[name] += entropy.read().tolist()
+        rows = (copy.read().tolist() for copy in (videos, valid, indices))
+        for video, is_valid, chosen in zip(*rows, strict=True):
+            if is_valid:
+                choice = hash(tuple(chosen))
+                self.choices[name][video] = choice
+                if len(self.examples) < 50:
+                    self.examples.setdefault(choice, chosen)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log figures, draw, and warn."""
         assert isinstance(pl_module, ClassificationModule)
         if trainer.sanity_checking or not pl_module.model.slots.at_block:
             return
+        while self.unread:
+            self._note(*self.unread.pop())
         self._gather(trainer)
         figures: dict[str, float] = {}
         for name, choices in self.choices.items():

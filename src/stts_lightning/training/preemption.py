@@ -21,6 +21,8 @@ from stts_lightning.data.isolation import ASKING
 from stts_lightning.errors import UserError
 from stts_lightning.files import replacing
 from stts_lightning.run_folders import EXIT_REQUEUE
+from stts_lightning.training.module import ClassificationModule
+from stts_lightning.training.processes import gathered
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +96,7 @@ class LastCheckpoint(Checkpoint):
                 raise ValueError(f"callbacks.last.{name}={value}: must be above 0, or null")
         self.file = Path(folder) / "last.ckpt"
         self.every_minutes, self.every_n_steps = every_minutes, every_n_steps
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), 0
         self.metrics: dict[str, float] = {}
         """Of the last epoch: a run that broke off after it has them still."""
         self.asked: signal.Signals | None = None
@@ -107,6 +109,8 @@ class LastCheckpoint(Checkpoint):
             self.asked = signal.Signals(number)
 
         self.saved_at = time.monotonic()
+        # A broadcast, and a wait for it, before each step. What it is there for is seen to here.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         with contextlib.suppress(ValueError):  # Not the main thread: whoever runs this there sees to signals.
             self.before = {number: signal.signal(number, asked) for number in ASKING}
 
@@ -116,15 +120,20 @@ class LastCheckpoint(Checkpoint):
             signal.signal(number, handler)
         self.before = {}
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Tell the other processes of requests, with the figures of this step."""
+        if trainer.world_size > 1:
+            assert isinstance(pl_module, ClassificationModule)
+            pl_module.figures.tell(self.asked is not None, trainer.is_global_zero and self._time_is_up())
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save if it is time to; end if that was asked for."""
         if batch_idx + 1 >= trainer.num_training_batches:
             return  # Validation, if any, and the end of the epoch follow.
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # No checkpoint holds gradients: one that was written here would lose them.
-        due = self._is_due(trainer) and trainer.is_global_zero
-        asked, due = self._agreed(trainer, self.asked is not None, due)
-        if asked or due:
+        asked, due = self._told(trainer, pl_module)
+        if asked or due or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             self._log_step(trainer)
             self._save(trainer)
         if asked:
@@ -135,7 +144,7 @@ class LastCheckpoint(Checkpoint):
         metrics = trainer.callback_metrics.items()
         self.metrics = {name: float(value) for name, value in sorted(metrics) if name.startswith(("val/", "train/"))}
         self._save(trainer)
-        asked, _ = self._agreed(trainer, self.asked is not None, False)
+        asked = any(gathered(trainer, self.asked is not None))
         if asked and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
             self._end(trainer)
 
@@ -147,18 +156,18 @@ class LastCheckpoint(Checkpoint):
         """The last epoch's metrics."""
         self.metrics = dict(state_dict["metrics"])
 
-    def _is_due(self, trainer: pl.Trainer) -> bool:
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            return True
-        return self.every_minutes is not None and time.monotonic() - self.saved_at > 60 * self.every_minutes
+    def _told(self, trainer: pl.Trainer, module: ClassificationModule) -> tuple[bool, bool]:
+        """Whether the run was asked to end, and whether a checkpoint is due: the same on all processes.
 
-    @staticmethod
-    def _agreed(trainer: pl.Trainer, *flags: bool) -> tuple[bool, ...]:
-        """Flags, each up on all processes if it is on any."""
+        Of several it is known of the step before, which the figures of a step told: that costs nothing.
+        """
         if trainer.world_size == 1:
-            return flags
-        up = torch.tensor(flags, dtype=torch.int32, device=trainer.strategy.root_device)
-        return tuple(bool(flag) for flag in trainer.strategy.reduce(up, reduce_op="max").tolist())
+            return self.asked is not None, self._time_is_up()
+        known = module.look()
+        return known.asked, known.due and known.step >= self.saved_step
+
+    def _time_is_up(self) -> bool:
+        return self.every_minutes is not None and time.monotonic() - self.saved_at > 60 * self.every_minutes
 
     @staticmethod
     def _log_step(trainer: pl.Trainer) -> None:
@@ -174,7 +183,7 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.file)
         for logger in trainer.loggers:
             logger.save()  # What was logged up to here is on the disk too.
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), trainer.global_step
 
     def _end(self, trainer: pl.Trainer) -> None:
         name = self.asked.name if self.asked else "another process"

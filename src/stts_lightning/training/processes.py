@@ -4,6 +4,7 @@ from typing import Any, NoReturn, TypeVar
 
 import lightning.pytorch as pl
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -15,6 +16,18 @@ def gathered(trainer: pl.Trainer, value: T) -> list[T]:
     values: list[Any] = [None] * trainer.world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def mean_of_all(trainer: pl.Trainer, value: Tensor) -> Tensor:
+    """Mean over the processes, on their devices; all of them must call this together.
+
+    Lightning's reduction waits on the host for all processes before it begins.
+    """
+    if trainer.world_size == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / trainer.world_size
 
 
 def end_all(trainer: pl.Trainer, error: Exception) -> NoReturn:

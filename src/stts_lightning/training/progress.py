@@ -22,7 +22,17 @@ def progress(every_minutes: float = EVERY_MINUTES) -> ProgressBar:
     Args:
         every_minutes: between two lines within an epoch.
     """
-    return RichProgressBar(leave=False) if in_terminal() else ProgressLines(every_minutes)
+    return Bar(leave=False) if in_terminal() else ProgressLines(every_minutes)
+
+
+class Bar(RichProgressBar):
+    """Lightning's bar, with the loss of the latest step that the host knows of: nothing waits for the device to show it."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """What stands at the end of the bar."""
+        known = getattr(pl_module, "known", None)
+        loss = {"train/loss": round(known.loss, 4)} if known is not None and known.step >= 0 else {}
+        return {**super().get_metrics(trainer, pl_module), **loss}
 
 
 class ProgressLines(ProgressBar):
