@@ -25,7 +25,7 @@ NEEDED: dict[str, Any] = {
 UNTESTED = "has no top-1: the run was not tested"
 
 NO_SETTING = re.compile(
-    r"(seed|run_dir|experiment_name|resume|test|trust|objectives|paths|logger|loader\.num_workers|loader\.timeout"
+    r"(seed|run_dir|experiment_name|resume|test|trust|objectives|paths|logger|loader\.(num_workers|prefetch_factor|timeout)"
     r"|clip\.decode_timeout|clip\.patience|callbacks\.(best|last|panels|lr|failures|progress)"
     r"|trainer\.(default_root_dir|log_every_n_steps|enable_\w+))(\..*)?"
 )
