@@ -112,8 +112,8 @@ def build_data(cfg: DictConfig, clip_size: tuple[int, int, int]) -> VideoDataMod
         transform = clip["train_transform"] = clip.get("train_transform") or {}
         if transform.get("randaugment"):
             raise ConfigError(
-                f"augment.randaugment={policy}: clip.train_transform.randaugment={transform['randaugment']} does it in the workers "
-                "already; set one of them to null"
+                f"augment.randaugment={policy}: clip.train_transform.randaugment={transform['randaugment']} does it already, in the "
+                "workers; set one of them to null"
             )
         if trains_on_cpu(cfg):
             transform["randaugment"] = policy

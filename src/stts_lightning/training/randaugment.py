@@ -102,10 +102,6 @@ def _color(pixels: Tensor, values: Tensor) -> Tensor:
     return _blended(_grey(pixels), pixels.float(), values)
 
 
-def _desaturate(pixels: Tensor, values: Tensor) -> Tensor:
-    return _color(pixels, (1 - values).clamp(0, 1))
-
-
 def _contrast(pixels: Tensor, values: Tensor) -> Tensor:
     # Whole numbers: a sum of them does not depend on its order.
     mean = _grey(pixels).sum((-2, -1), keepdim=True, dtype=torch.int64) / (pixels.shape[-2] * pixels.shape[-1])
@@ -214,11 +210,19 @@ KINDS: dict[str, Operation] = {
     "BrightnessIncreasing": _brightness,
     "Sharpness": _sharpness,
     "SharpnessIncreasing": _sharpness,
-    "Desaturate": _desaturate,
+    "Desaturate": _color,
     "GaussianBlur": _blur,
     **dict.fromkeys(AFFINE, _affine),
 }
 """Operations by timm's names. Those of one function are done together, each clip with its own values."""
+
+
+def _numbers(step: Step, height: int, width: int) -> list[float]:
+    """What an operation is told of a step."""
+    if step.name in AFFINE:
+        return _matrix(step, height, width)
+    # timm takes so much of the colour away; it does so in float64.
+    return [min(1.0, max(0.0, 1 - value)) for value in step.values] if step.name == "Desaturate" else list(step.values)
 
 
 class Round(NamedTuple):
@@ -237,7 +241,7 @@ def rounds(steps: Sequence[tuple[Step, ...]], height: int, width: int) -> list[R
         operation = due.most_common(1)[0][0]
         clips = [clip for clip, one in enumerate(waiting) if one and KINDS[one[0].name] is operation]
         taken = [waiting[clip].pop(0) for clip in clips]
-        values = [_matrix(step, height, width) if operation is _affine else list(step.values) for step in taken]
+        values = [_numbers(step, height, width) for step in taken]
         done.append(Round(operation, clips, values))
     return done
 
