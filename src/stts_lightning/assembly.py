@@ -112,8 +112,8 @@ def build_data(cfg: DictConfig, clip_size: tuple[int, int, int]) -> VideoDataMod
         transform = clip["train_transform"] = clip.get("train_transform") or {}
         if transform.get("randaugment"):
             raise ConfigError(
-                f"augment.randaugment={policy}: clip.train_transform.randaugment={transform['randaugment']} does it already, in the "
-                "workers; set one of them to null"
+                f"augment.randaugment={policy}: clip.train_transform.randaugment={transform['randaugment']} does it already, in "
+                "the workers; set one of them to null"
             )
         if trains_on_cpu(cfg):
             transform["randaugment"] = policy
@@ -193,8 +193,8 @@ def check_trainable(cfg: DictConfig) -> None:
     """
     if cfg.trainer.precision in CAST_WEIGHTS:
         raise ConfigError(
-            f"trainer.precision={cfg.trainer.precision}: holds the weights themselves in half precision, which is for evaluate and "
-            "predict; allowed for training are 32-true, bf16-mixed, 16-mixed"
+            f"trainer.precision={cfg.trainer.precision}: holds the weights themselves in half precision, which is for evaluate "
+            "and predict; allowed for training are 32-true, bf16-mixed, 16-mixed"
         )
 
 

@@ -159,9 +159,9 @@ def cores(row: Row, wanted: float | None) -> str:
     device = f"a device of {wanted:g} clips/s" if wanted else "each 100 clips/s of a device"
     plain, workers = (row[f"clips_per_second_per_core{way}"] for way in ("", "_randaugment"))
     return (
-        f"{row['decoder']}: {plain:.1f} clips/s a core; {device} takes {math.ceil((wanted or 100) / plain)} cores, and one for the "
-        f"process that drives it. RandAugment is the device's (augment.randaugment); in the workers: {workers:.1f} clips/s a core, "
-        f"{math.ceil((wanted or 100) / workers)} cores"
+        f"{row['decoder']}: {plain:.1f} clips/s a core; {device} takes {math.ceil((wanted or 100) / plain)} cores, and one for "
+        f"the process that drives it. RandAugment is the device's (augment.randaugment); in the workers: {workers:.1f} clips/s a "
+        f"core, {math.ceil((wanted or 100) / workers)} cores"
     )
 
 

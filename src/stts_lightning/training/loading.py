@@ -79,6 +79,6 @@ class LoadingWatch(pl.Callback):
         needed = math.ceil(max(self.workers, 1) * together / self.working)
         return (
             f"the device waits {self.waiting / together:.0%} of the time for clips: {self.workers} workers deliver "
-            f"{self.clips / together:.1f} clips/s a device, the step could take {self.clips / self.working:.1f}; give it {needed} "
-            f"cores (loader.num_workers={needed}; this process has {cores}), or re-encode the videos with prepare_data task=encode"
+            f"{self.clips / together:.1f} clips/s a device, the step could take {self.clips / self.working:.1f}; give it "
+            f"{needed} cores (loader.num_workers={needed}; this process has {cores}), or re-encode with prepare_data task=encode"
         )
