@@ -101,10 +101,34 @@ def fit_head(model: VideoClassifier, num_classes: int) -> None:
 
 
 def build_data(cfg: DictConfig, clip_size: tuple[int, int, int]) -> VideoDataModule:
-    """The datamodule for clips of a size."""
+    """The datamodule for clips of a size.
+
+    Raises:
+        ConfigError: if RandAugment is to be done twice.
+    """
     to_container(cfg.dataset)  # A missing value is named before anything is built.
-    source, loader = instantiate(cfg.dataset), build_loader(cfg)
-    return VideoDataModule(source=source, clip_size=clip_size, loader=loader, seed=cfg.seed, **to_container(cfg.clip))
+    source, loader, clip = instantiate(cfg.dataset), build_loader(cfg), to_container(cfg.clip)
+    if policy := _augmentation(cfg).get("randaugment"):
+        transform = clip["train_transform"] = clip.get("train_transform") or {}
+        if transform.get("randaugment"):
+            raise ConfigError(
+                f"augment.randaugment={policy}: clip.train_transform.randaugment={transform['randaugment']} does it already, in "
+                "the workers; set one of them to null"
+            )
+        if trains_on_cpu(cfg):
+            transform["randaugment"] = policy
+    return VideoDataModule(source=source, clip_size=clip_size, loader=loader, seed=cfg.seed, **clip)
+
+
+def _augmentation(cfg: DictConfig) -> dict[str, Any]:
+    """Augmentation of batches; a test, and a run of an earlier version, may have none."""
+    return to_container(cfg.augment) if cfg.get("augment") else {}
+
+
+def trains_on_cpu(cfg: DictConfig) -> bool:
+    """Whether there is no device beside the processor. RandAugment is then best done by the workers: PIL is faster there."""
+    found = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return cfg.trainer.accelerator == "cpu" or (cfg.trainer.accelerator == "auto" and not found)
 
 
 def build_loader(cfg: DictConfig) -> LoaderOptions:
@@ -135,7 +159,9 @@ def build_module(cfg: DictConfig, model: VideoClassifier, labels: NDArray[np.int
         raise ConfigError(f"compile={how}: allowed are {', '.join(COMPILE)}")
     model.backbone.checkpointing = bool(cfg.get("activation_checkpointing", False))
     classes = model.num_classes
-    values = to_container(cfg.augment) if "augment" in cfg else {}
+    values = _augmentation(cfg)
+    if values.get("randaugment") and trains_on_cpu(cfg):
+        values["randaugment"] = None
     augment = BatchAugment(classes, **values) if any(values.values()) else None
     weights = class_weights(cfg.get("class_weights"), labels, classes)
     return ClassificationModule(model, build_optim(cfg), classes, cfg.label_smoothing, augment, how, weights)
@@ -167,8 +193,8 @@ def check_trainable(cfg: DictConfig) -> None:
     """
     if cfg.trainer.precision in CAST_WEIGHTS:
         raise ConfigError(
-            f"trainer.precision={cfg.trainer.precision}: holds the weights themselves in half precision, which is for evaluate and "
-            "predict; allowed for training are 32-true, bf16-mixed, 16-mixed"
+            f"trainer.precision={cfg.trainer.precision}: holds the weights themselves in half precision, which is for evaluate "
+            "and predict; allowed for training are 32-true, bf16-mixed, 16-mixed"
         )
 
 

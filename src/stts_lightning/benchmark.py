@@ -1,6 +1,7 @@
 """`python -m stts_lightning.benchmark`: how fast models, the operator and loading are, in turns beside their peers."""
 
 import csv
+import math
 import os
 import shlex
 import sys
@@ -208,10 +209,26 @@ def loaded(cfg: DictConfig) -> Iterator[Row]:
     files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
     if not files:
         raise ConfigError(f"videos={cfg.videos}: there is no such file, or no file in it")
-    for row in loading(files, cfg.decoders, (cfg.frames, cfg.size, cfg.size), cfg.stride, cfg.seconds, cfg.rounds):
+    for row in loading(files, cfg.decoders, (cfg.frames, cfg.size, cfg.size), cfg.stride, cfg.seconds, cfg.rounds, cfg.copies):
         if cfg.device_clips_per_second:
             row["cores"] = cfg.device_clips_per_second / row["clips_per_second_per_core"]
         yield row
+
+
+def cores(row: Row, wanted: float | None) -> str:
+    """How many cores keep a device busy, as a sentence.
+
+    Args:
+        row: of a decoder.
+        wanted: clips a second of the device; None is 100, of any device.
+    """
+    device = f"a device of {wanted:g} clips/s" if wanted else "each 100 clips/s of a device"
+    plain, workers = (row[f"clips_per_second_per_core{way}"] for way in ("", "_randaugment"))
+    return (
+        f"{row['decoder']}: {plain:.1f} clips/s a core; {device} takes {math.ceil((wanted or 100) / plain)} cores, and one for "
+        f"the process that drives it. RandAugment is the device's (augment.randaugment); in the workers: {workers:.1f} clips/s a "
+        f"core, {math.ceil((wanted or 100) / workers)} cores"
+    )
 
 
 def cell(row: Row, key: str, form: str) -> str:
@@ -301,6 +318,8 @@ def main(cfg: DictConfig) -> None:
         peaks = dict.fromkeys(f"{r['peak_tflops']:.2f} in {r['precision']}" for r in rows if r.get("peak_tflops"))
         title = f"{cfg.what}, {facts['device']}, torch {facts['torch']}"
         show(rows, kind, title + (f"; matrix peak, TFLOP/s: {', '.join(peaks)}" if peaks else ""))
+        for row in rows if kind == "loader" else ():
+            print(cores(row, cfg.device_clips_per_second))
         figures = [row for row in rows if row.get("clips_per_second")]
         if cfg.plot and kind in ("models", "table7") and figures:
             from stts_lightning.analysis import charts

@@ -1,12 +1,17 @@
 """Augmentation of batches: boxes in space alone, the same in all frames, and labels that say what a clip holds."""
 
 import random
+from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from launches import launches
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
 
-from stts_lightning.training.augment import BatchAugment
+from stts_lightning.training.augment import BatchAugment, drawn_mix, erased_box
 
 SHAPE = (8, 3, 5, 24, 32)
 
@@ -31,8 +36,8 @@ def test_cutmix_label_is_the_share_of_the_picture_and_the_box_spans_all_frames()
             assert (own == own[:1]).all(), "the box is the same in all frames"
             assert target[i, i] == pytest.approx(float(own.float().mean()), abs=1e-6)
             assert target[i, i ^ 1] == pytest.approx(1 - float(own.float().mean()), abs=1e-6)
-        areas.append(float(target[0, 0]))
-    assert len(set(areas)) > 20
+        areas += target.diagonal()[::2].tolist()
+    assert len(set(areas)) > 60
     assert min(areas) < 0.3
     assert max(areas) > 0.7
 
@@ -114,3 +119,61 @@ def test_copies_of_a_video_meet_the_next_video_not_each_other() -> None:
 def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"augment.{next(iter(values))}="):
         BatchAugment(8, **values)
+
+
+def same_distribution(ours: list[float], theirs: list[float]) -> bool:
+    """Kolmogorov and Smirnov's test of two samples, at one in a thousand."""
+    places = np.sort(np.concatenate([ours, theirs]))
+    ranks = [np.searchsorted(np.sort(sample), places, side="right") / len(sample) for sample in (ours, theirs)]
+    return bool(np.abs(ranks[0] - ranks[1]).max() < 1.95 * np.sqrt(1 / len(ours) + 1 / len(theirs)))
+
+
+@pytest.mark.parametrize("alphas", [(0.8, 1.0), (0.8, 0.0), (0.0, 0.5)])
+def test_mixes_are_distributed_as_timms(alphas: tuple[float, float]) -> None:
+    np.random.seed(0)
+    draws, size = 3000, (24, 32)
+    mixing = Mixup(*alphas, label_smoothing=0.0, num_classes=2)
+    theirs: dict[str, list[Any]] = {"share": [], "own": [], "kind": []}
+    for _ in range(draws):
+        pixels = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, *size).clone()
+        pixels, target = mixing(pixels, torch.tensor([0, 1]))
+        theirs["share"].append(float(target[0, 0]))
+        theirs["own"].append(float((pixels[0] == 0).float().mean()))
+        theirs["kind"].append(float(((pixels == 0) | (pixels == 1)).all()))
+    mixes = [drawn_mix(Random(seed), *alphas, *size) for seed in range(draws)]
+    assert same_distribution([mix.share for mix in mixes], theirs["share"])
+    boxes = [mix for mix in mixes if mix.weight == 1.0]
+    assert len(boxes) / draws == pytest.approx(np.mean(theirs["kind"]), abs=0.04)
+    if alphas[1]:
+        areas = [own for own, kind in zip(theirs["own"], theirs["kind"], strict=True) if kind]
+        assert same_distribution([1 - mix.box.area / (24 * 32) for mix in boxes], areas)
+        assert all(mix.share == 1 - mix.box.area / (24 * 32) for mix in boxes)
+
+
+def test_erased_boxes_are_distributed_as_timms() -> None:
+    random.seed(0)
+    draws, height, width = 3000, 24, 32
+    erase = RandomErasing(0.4, mode="const", device="cpu")
+    theirs = []
+    for picture in erase(torch.ones(draws, 1, height, width))[:, 0] == 0:
+        if picture.any():
+            rows, columns = picture.any(1).nonzero()[:, 0], picture.any(0).nonzero()[:, 0]
+            theirs.append([int(rows[0]), int(columns[0]), len(rows), len(columns)])
+    boxes = [box for seed in range(draws) if (box := erased_box(Random(seed), 0.4, height, width))]
+    assert len(boxes) / draws == pytest.approx(len(theirs) / draws, abs=0.04)
+    ours = [[box.top, box.left, box.bottom - box.top, box.right - box.left] for box in boxes]
+    for one, other in zip(np.array(ours).T, np.array(theirs).T, strict=True):
+        assert same_distribution(one.tolist(), other.tolist())
+
+
+def test_a_batch_takes_few_launches_and_waits_for_nothing() -> None:
+    """Of 16 videos with 2 clips each: one for each clip that is erased, the rest for the whole batch."""
+    clip, label = torch.zeros(32, 3, 4, 24, 32), torch.arange(16).repeat_interleave(2)
+    for seed in range(5):
+        counts = {
+            erasing: launches(lambda: BatchAugment(16, 0.8, 1.0, erasing)(clip, label, range(seed * 100, seed * 100 + 16)))  # noqa: B023
+            for erasing in (0.0, 0.25)
+        }
+        assert counts[0.0].count <= 20
+        assert counts[0.25].count <= 40, "a quarter of 32 clips is erased, give or take"
+        assert not counts[0.25].waits

@@ -539,7 +539,13 @@ def _estimators(name: str, rows: int, candidates: int, keep: int, samples: int, 
 
 
 def loading(
-    videos: Sequence[Path], decoders: Sequence[str], size: tuple[int, int, int], stride: int, seconds: float, rounds: int
+    videos: Sequence[Path],
+    decoders: Sequence[str],
+    size: tuple[int, int, int],
+    stride: int,
+    seconds: float,
+    rounds: int,
+    copies: int = 1,
 ) -> Iterator[Row]:
     """Decode, resize and crop clips on one core, decoders in turns over the same clips; times are of the processor.
 
@@ -550,13 +556,14 @@ def loading(
         stride: frames from one of a clip's to the next.
         seconds: how long to go on, over all decoders.
         rounds: clips of each decoder at least.
+        copies: differently cropped clips of each decoded one, as in training.
     """
     frames, *sides = size
     sampling, rng = Spread(frames, stride), np.random.default_rng(0)
     transforms = {
         "test": EvalTransform(sides),
-        "train": TrainTransform(sides),
-        "train_randaugment": TrainTransform(sides, randaugment="rand-m7-n4-mstd0.5-inc1"),
+        "train": TrainTransform(sides, copies=copies),
+        "train_randaugment": TrainTransform(sides, randaugment="rand-m7-n4-mstd0.5-inc1", copies=copies),
     }
     taken: dict[str, dict[str, list[float]]] = {name: {} for name in decoders}
     threads = torch.get_num_threads()
@@ -584,7 +591,8 @@ def loading(
             "decoder": decoder,
             "clips": len(times["decode"]),
             **{f"{name}_ms": 1e3 * value for name, value in middle.items()},
-            "clips_per_second_per_core": 1 / (middle["decode"] + middle["train"]),
+            "clips_per_second_per_core": copies / (middle["decode"] + middle["train"]),
+            "clips_per_second_per_core_randaugment": copies / (middle["decode"] + middle["train_randaugment"]),
             "clips_per_second_per_core_test": 1 / (middle["decode"] + middle["test"]),
         }
 

@@ -25,8 +25,8 @@ NEEDED: dict[str, Any] = {
 UNTESTED = "has no top-1: the run was not tested"
 
 NO_SETTING = re.compile(
-    r"(seed|run_dir|experiment_name|resume|test|trust|objectives|paths|logger|loader\.num_workers|loader\.timeout"
-    r"|clip\.decode_timeout|clip\.patience|callbacks\.(best|last|panels|lr|failures|progress)"
+    r"(seed|run_dir|experiment_name|resume|test|trust|objectives|paths|logger|loader\.(num_workers|prefetch_factor|timeout)"
+    r"|clip\.decode_timeout|clip\.patience|callbacks\.(best|last|panels|lr|failures|progress|loading)"
     r"|trainer\.(default_root_dir|log_every_n_steps|enable_\w+))(\..*)?"
 )
 """Keys that make no other experiment: the seed, places, and how a run is named, watched, saved and fed."""

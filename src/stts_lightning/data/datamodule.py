@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch.utils.data import DataLoader, DistributedSampler
 
 from stts_lightning.data.annotations import AnnotationError, VideoList, check_files, read_folder, read_list
@@ -119,23 +121,66 @@ class LoaderOptions:
 
     Attributes:
         batch_size: videos a step over all devices together; each gives one clip, or `copies` of one.
-        num_workers: decoding processes a device.
+        num_workers: decoding processes a device, or "auto"; see `workers`.
         eval_batch_size: videos a step in evaluation over all devices; None is `batch_size`.
         timeout: seconds after which a worker that delivers nothing is an error (0: never).
         balanced: training draws all classes equally often; see `EpochOrder`.
+        prefetch_factor: batches that each worker makes ahead.
     """
 
     batch_size: int
-    num_workers: int
+    num_workers: int | str = "auto"
     eval_batch_size: int | None = None
     timeout: float = 300.0
     balanced: bool = False
+    prefetch_factor: int = 2
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0)):
+        if isinstance(self.num_workers, str) and self.num_workers != "auto":
+            raise LoaderError(f"loader.num_workers={self.num_workers}: must be a number, or auto")
+        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0), ("prefetch_factor", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if isinstance(value, int) and value < least:
                 raise LoaderError(f"loader.{name}={value}: must be {least} or more")
+
+    def workers(self, trainer: pl.Trainer | None) -> int:
+        """Decoding processes of this process: as many as asked for, or what its cores are good for.
+
+        "auto" is, beside a GPU, a worker for each core of this process but the one that drives the GPU, up to `MOST_WORKERS`.
+        Where the model runs on the same cores, more than `WORKERS_BESIDE_A_CPU` only slow it down.
+        """
+        if isinstance(self.num_workers, int):
+            return self.num_workers
+        if trainer is None or trainer.strategy.root_device.type == "cpu":
+            return WORKERS_BESIDE_A_CPU
+        return min(max(own_cores(trainer) - 1, 1), MOST_WORKERS)
+
+
+MOST_WORKERS = 16
+"""Each holds batches in shared memory: 16 x 2 batches of 32 clips of 16 frames at 224 pixels are 2.5 GB."""
+WORKERS_BESIDE_A_CPU = 2
+
+
+def own_cores(trainer: pl.Trainer) -> int:
+    """Cores that a process of a training may use: those of its affinity or container, shared with the others of its machine.
+
+    A task of Slurm that is bound to cores of its own shares them with nobody.
+    """
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", bound))
+    if isinstance(environment, SLURMEnvironment) and bound < on_node:
+        return bound
+    return max(min(bound, cpu_quota()) // max(trainer.num_devices, 1), 1)
+
+
+def cpu_quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that a container may keep busy, which its affinity does not tell."""
+    with suppress(OSError, ValueError):
+        quota, period = file.read_text().split()
+        if quota != "max":
+            return max(int(quota) // int(period), 1)
+    return sys.maxsize
 
 
 def begin_worker(worker: int, niceness: int = 0) -> None:
@@ -293,11 +338,14 @@ class VideoDataModule(pl.LightningDataModule):
 
     def _workers(self) -> dict[str, Any]:
         """What all loaders have in common."""
-        workers = self.loader.num_workers
-        on_cpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cpu"
+        workers = self.loader.workers(self.trainer)
+        device = None if self.trainer is None else self.trainer.strategy.root_device.type
+        on_cpu = device == "cpu"
         Finalize(None, _end_workers, exitpriority=100)
         return {
             "num_workers": workers,
+            "prefetch_factor": self.loader.prefetch_factor if workers > 0 else None,
+            "pin_memory": device == "cuda",  # Lightning copies pinned tensors without waiting.
             "collate_fn": collate,
             "worker_init_fn": partial(begin_worker, niceness=10 if on_cpu else 0),
             "persistent_workers": workers > 0,

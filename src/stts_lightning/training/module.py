@@ -127,7 +127,8 @@ class ClassificationModule(pl.LightningModule):
         clip, label = batch.clip.flatten(0, 1), batch.label.repeat_interleave(copies)
         target = label
         if self.augment is not None:
-            clip, target = self.augment(self.model.normalize(clip), label, batch.draws)
+            pixels = self.augment.pixels(clip, batch.draws)
+            clip, target = self.augment(self.model.normalize(pixels), label, batch.draws)
         logits = self.run(clip)
         loss = self._loss(logits, target)
         self._batches.append((loss.detach(), batch.video))

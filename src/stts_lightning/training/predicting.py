@@ -46,12 +46,14 @@ class WindowData(pl.LightningDataModule):
         processes = self.trainer.world_size
         dataset = WindowDataset(self.videos, self.rule, self.trainer.global_rank, processes, self.done)
         size = self.options.eval_batch_size or self.options.batch_size
-        workers = min(self.options.num_workers, -(-len(self.videos) // processes))
+        workers = min(self.options.workers(self.trainer), -(-len(self.videos) // processes))
         timeout = self.options.timeout if workers else 0
         return DataLoader(  # type: ignore[arg-type]
             dataset,
             max(size // processes, 1),
             num_workers=workers,
+            prefetch_factor=self.options.prefetch_factor if workers else None,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
             collate_fn=collate_windows,
             timeout=timeout,
             worker_init_fn=begin_worker,

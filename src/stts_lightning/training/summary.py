@@ -36,6 +36,7 @@ def facts(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModu
         "dataset": data.summary(),
         "batch_size": data.loader.batch_size,
         "clips_of_a_training_video": data.copies,
+        "workers": data.loader.workers(trainer),
         "kernels": "none" if module.compiled else in_use(model.backbone, trainer.strategy.root_device, str(trainer.precision)),
         "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
         "precision": trainer.precision,
@@ -59,6 +60,7 @@ def rows(info: Mapping[str, Any]) -> dict[str, str]:
         "GFLOPs": f"{info['gflops_per_view']:.2f} a view, {info['views']} views a test video",
         "data": f"{dataset['name']}: {' + '.join(videos)} videos, {dataset['classes']} classes",
         "batch": f"{info['batch_size']} videos{copies} over {info['devices']}, {info['precision']}",
+        "loading": f"{info['workers']} workers a device",
     }
 
 

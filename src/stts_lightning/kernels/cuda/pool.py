@@ -7,6 +7,10 @@ Letters: B clips, D heads, N tokens of the grid, N' those that come out, C chann
 one clip; rows are counted in the order `(B, 1 + N, D)`.
 """
 
+# What Triton compiles has Triton's types, and is launched as `kernel[grid](...)`.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportMissingParameterType=false, reportAttributeAccessIssue=false
+
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +58,9 @@ def _forward(
                 w = wo * SW + kw - 1
                 mask = in_rows & (w >= 0) & (w < W)
                 n = 1 + (t * H + h) * W + w
-                value = tl.load(base[:, None] + (n * stride_n)[:, None] + c[None, :], mask=mask[:, None] & inside[None, :], other=0.0)
+                value = tl.load(
+                    base[:, None] + (n * stride_n)[:, None] + c[None, :], mask=mask[:, None] & inside[None, :], other=0.0
+                )
                 factor = tl.load(weight + (kt * 9 + kh * 3 + kw) * C + c, mask=inside, other=0.0)
                 total += value.to(tl.float32) * factor.to(tl.float32)[None, :]
     at = row.to(tl.int64)[:, None] * C + c[None, :]

@@ -1,10 +1,15 @@
 """Attention in shifted windows in Triton, with a learned bias: tokens are read where they lie in the grid.
 
-Nothing is rolled, padded, cut into windows or put together again, and no mask or bias is made for each window. The library's fused
-attention takes a bias at 1.6 times the time, and its backward pass writes the bias' gradient for every window before it is summed.
+Nothing is rolled, padded, cut into windows or put together again, and no mask or bias is made for each window. The library's
+fused attention takes 1.6 times as long with a bias, and its backward pass writes the gradient of the bias for every window before
+it is summed.
 
 Letters: B clips, W windows of N tokens, D heads of C channels. Queries and keys are taken in blocks of `SIDE`.
 """
+
+# What Triton compiles has Triton's types, and is launched as `kernel[grid](...)`.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportMissingParameterType=false, reportAttributeAccessIssue=false
 
 import math
 from collections.abc import Sequence
@@ -292,9 +297,7 @@ def _attend_backward(
     # Enough programs for a large GPU; their sums are added up in the same order each time.
     programs = max(1, min(rows, 1024 // (blocks * blocks * heads)))
     partial = torch.empty(programs, *bias.shape, dtype=torch.float32, device=qkv.device)
-    _backward_bias[(blocks * blocks, heads, programs)](
-        *inputs, grad, lse, delta, partial, scale, *geometry, rows, *tail
-    )
+    _backward_bias[(blocks * blocks, heads, programs)](*inputs, grad, lse, delta, partial, scale, *geometry, rows, *tail)
     return grad_qkv, partial.sum(0).to(bias.dtype)
 
 
