@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stts_lightning.selection.noise import Noise
-from stts_lightning.selection.topk import ESTIMATORS, Exact, exact_topk, hard_topk, one_hot, perturbed_topk
+from stts_lightning.selection.topk import ESTIMATORS, Exact, exact_topk, gauss_hermite, hard_topk, one_hot, perturbed_topk
 
 
 @pytest.mark.reference
@@ -165,7 +165,7 @@ def test_exact_is_the_expectation(n: int, k: int, sigma: float) -> None:
     torch.testing.assert_close(exact.sum(-1), torch.ones(k, dtype=torch.float64), atol=1e-6, rtol=0)
     torch.testing.assert_close(exact, dense_expectation(scores, k, sigma), atol=4e-3, rtol=0)
     # Finer than any sampling: the quadrature itself.
-    torch.testing.assert_close(exact, exact_topk(scores[None], k, sigma, nodes=160)[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(exact, exact_topk(scores[None], k, sigma, gauss_hermite(160))[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(exact, exact_topk(scores[None], k, sigma, chunk=3)[0], atol=1e-12, rtol=0)
 
 

@@ -89,11 +89,6 @@ def export(model: VideoClassifier, formats: list[str], out: Path) -> list[dict[s
             )
     except Exception as error:
         raise ExportError(f"formats={','.join(formats)}: this model cannot be traced: {_reason(error)}") from error
-    if own := _own_operators(program):
-        raise ExportError(
-            f"formats={','.join(formats)}: this model selects by random numbers of {own[0]}, an operator that only this package "
-            "has; export a model with another selector"
-        )
     out.parent.mkdir(parents=True, exist_ok=True)
     files: list[dict[str, Any]] = []
     for name in formats:
@@ -105,11 +100,6 @@ def export(model: VideoClassifier, formats: list[str], out: Path) -> list[dict[s
             {"format": name, "file": str(file), "bytes": os.path.getsize(file), "difference": difference, "batch": len(other)}
         )
     return files
-
-
-def _own_operators(program: Any) -> list[str]:
-    """Operators of this package in a program: nothing else could load it."""
-    return sorted({str(node.target) for node in program.graph.nodes if str(node.target).startswith("stts.")})
 
 
 def _reason(error: BaseException) -> str:

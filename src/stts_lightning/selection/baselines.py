@@ -7,7 +7,6 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext, build_estimator, build_scorer
@@ -26,7 +25,7 @@ def _uniform_noise(selector: Selector, shape: tuple[int, int], grid: Tensor, noi
     some = (tokens[:, :: max(tokens.shape[1] // 256, 1)].float() * 8).round().long()
     seeds = (some * torch.arange(1, some.shape[1] + 1, device=some.device).square()).sum(1)
     salt = sum(ord(letter) * 257**i for i, letter in enumerate(selector.slot))
-    return Noise(seeds, salt).repeatable(shape, grid.device)
+    return Noise.of_content(seeds, salt).uniform(shape, grid.device)
 
 
 class HardFrames(FrameSelector):
@@ -152,10 +151,15 @@ class RandomWindow(HardWindows):
 class CentreWindow(HardWindows):
     """The window in the middle of each frame."""
 
+    def __init__(self, context: SlotContext) -> None:
+        super().__init__(context)
+        (h, w), (_, height, width) = self.window, self.in_size
+        self.register_buffer("middle", torch.tensor([(height - h) // 2, (width - w) // 2, h, w]), persistent=False)
+        self.middle: Tensor
+
     def windows_of(self, best: Tensor) -> Tensor:
         """The one window, whatever the anchors."""
-        (h, w), (_, height, width) = self.window, self.in_size
-        return torch.tensor([(height - h) // 2, (width - w) // 2, h, w], device=best.device).expand(*best.shape, 4)
+        return self.middle.expand(*best.shape, 4)
 
     def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Nothing is scored."""
@@ -278,7 +282,7 @@ def _change(grid: Tensor) -> Tensor:
     change = _norm(grid[:, 1:] - grid[:, :-1])
     if change.shape[1] == 0:
         return torch.zeros(grid.shape[:-1], device=grid.device)
-    return F.pad(change, (0, 0, 0, 0, 1, 0)).index_copy(1, torch.zeros(1, dtype=torch.long, device=grid.device), change[:, :1])
+    return torch.cat((change[:, :1], change), dim=1)
 
 
 SELECTORS: dict[str, dict[str, type[Selector]]] = {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stts_lightning.selection.baselines import find_selector
-from stts_lightning.selection.noise import Noise
+from stts_lightning.selection.noise import Noise, mixed_seeds
 from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext
 from stts_lightning.selection.spec import SelectionError, SelectionSpec
 
@@ -61,7 +61,12 @@ class SlotBank(nn.Module):
 
     def seed_noise(self, seeds: Sequence[int] | None) -> None:
         """Draw the next forward passes' noise from these seeds, one for each clip; None is torch's default generator."""
-        self._seeds = None if seeds is None else torch.tensor(seeds)
+        if seeds is None:
+            self._seeds = None
+            return
+        mixed = mixed_seeds(seeds)
+        # From pinned memory the copy does not wait for the device.
+        self._seeds = mixed.pin_memory().to(self.sigma.device, non_blocking=True) if self.sigma.is_cuda else mixed
 
     def wants_attention(self, block: int) -> bool:
         """Whether a slot before this block needs the class token's attention of the block before it."""

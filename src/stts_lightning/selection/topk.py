@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from stts_lightning.selection.noise import Noise
@@ -204,14 +204,15 @@ class _ExactTopK(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-@torch.compiler.assume_constant_result  # pyright: ignore[reportUnknownMemberType, reportUntypedFunctionDecorator]
-def _quadrature(nodes: int) -> tuple[list[float], list[float]]:
-    """Points and weights of Gauss-Hermite quadrature for a standard normal variable."""
+def gauss_hermite(nodes: int = 64) -> Tensor:
+    """Points and weights of Gauss-Hermite quadrature for a standard normal variable, `(2, nodes)` float64."""
     points, weights = np.polynomial.hermite_e.hermegauss(nodes)
-    return points.tolist(), (weights / weights.sum()).tolist()
+    return torch.tensor(np.stack((points, weights / weights.sum())))
 
 
-def exact_topk(scores: Tensor, k: int, sigma: Tensor | float, nodes: int = 64, chunk: int | None = None) -> Tensor:
+def exact_topk(
+    scores: Tensor, k: int, sigma: Tensor | float, quadrature: Tensor | None = None, chunk: int | None = None
+) -> Tensor:
     """Expectation of the Top-K indicator under Gaussian noise on the scores (Eq. 7), computed instead of estimated.
 
     Given which candidate is the K-th largest and its noise, the others lie above it independently; how many of them
@@ -224,7 +225,7 @@ def exact_topk(scores: Tensor, k: int, sigma: Tensor | float, nodes: int = 64, c
         scores: `(B, N)`.
         k: how many to keep, 1 to N.
         sigma: standard deviation of the noise; 0 gives the hard Top-K and a zero gradient. No gradient flows to it.
-        nodes: of the quadrature.
+        quadrature: from `gauss_hermite`, on the scores' device; None is one of 64 nodes.
         chunk: candidates that are taken for the K-th largest at a time; None keeps what one pass holds near 64 MiB.
 
     Returns:
@@ -239,9 +240,9 @@ def exact_topk(scores: Tensor, k: int, sigma: Tensor | float, nodes: int = 64, c
     sigma = torch.as_tensor(sigma, dtype=scores.dtype, device=scores.device)
     # Below this the noise is less than the scores' own resolution.
     floor = torch.finfo(scores.dtype).eps
-    points, weights = (scores.new_tensor(values) for values in _quadrature(nodes))
+    points, weights = (gauss_hermite() if quadrature is None else quadrature).to(scores)
     if chunk is None:
-        chunk = max(1, 2**24 // max(rows * nodes * candidates * k * 2, 1))
+        chunk = max(1, 2**24 // max(rows * len(points) * candidates * k * 2, 1))
     indicator: Tensor = _ExactTopK.apply(scores, 1.0 / sigma.clamp_min(floor), k, points, weights, chunk)  # type: ignore[assignment]
     # At sigma = 0 the operator is the hard Top-K, whose gradient vanishes (end of Sec. 3.2).
     return torch.where(sigma > floor, indicator, one_hot(hard_topk(scores.detach(), k), candidates, scores.dtype))
@@ -255,20 +256,23 @@ class Estimator(Protocol):
         ...
 
 
-class Exact:
+class Exact(nn.Module):
     """The expectation of Eq. 7 itself; needs no samples and no noise."""
 
     limit = 64
     """Candidates above which an exact expectation costs more than the model that it serves."""
 
     def __init__(self, samples: int) -> None:
-        pass
+        super().__init__()
+        # A buffer, so that it lies on the scores' device.
+        self.register_buffer("quadrature", gauss_hermite(), persistent=False)
+        self.quadrature: Tensor
 
-    def __call__(self, scores: Tensor, k: int, sigma: Tensor, noise: Noise) -> Tensor:
+    def forward(self, scores: Tensor, k: int, sigma: Tensor, noise: Noise) -> Tensor:
         """See `Estimator`. Raises ValueError for more candidates than `limit`."""
         if scores.shape[1] > self.limit:
             raise ValueError(f"selection.estimator='exact': made for {self.limit} candidates at most, here are {scores.shape[1]}")
-        return exact_topk(scores, k, sigma)
+        return exact_topk(scores, k, sigma, self.quadrature)
 
 
 class MonteCarlo:

@@ -9,7 +9,7 @@ one clip; rows are counted in the order `(B, 1 + N, D)`.
 
 # What Triton compiles has Triton's types, and is launched as `kernel[grid](...)`.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
-# pyright: reportMissingParameterType=false, reportAttributeAccessIssue=false
+# pyright: reportMissingParameterType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 import math
 from collections.abc import Sequence

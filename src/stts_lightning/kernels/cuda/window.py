@@ -9,7 +9,7 @@ Letters: B clips, W windows of N tokens, D heads of C channels. Queries and keys
 
 # What Triton compiles has Triton's types, and is launched as `kernel[grid](...)`.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
-# pyright: reportMissingParameterType=false, reportAttributeAccessIssue=false
+# pyright: reportMissingParameterType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 import math
 from collections.abc import Sequence
