@@ -16,6 +16,16 @@ def pytest_configure() -> None:
     torch.set_num_threads(threads)
     # Without it Lightning's DDP gives each process all cores, and keeps that for all tests after it.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    if not torch.cuda.is_available():  # Before Triton is imported: kernels then run in its interpreter.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def facts(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModu
         "batch_size": data.loader.batch_size,
         "clips_of_a_training_video": data.copies,
         "workers": data.loader.workers(trainer),
-        "kernels": "none" if module.compiled else in_use(model.backbone, trainer.strategy.root_device, str(trainer.precision)),
+        "kernels": in_use(model.backbone, trainer.strategy.root_device, str(trainer.precision), module.compiled),
         "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
         "precision": trainer.precision,
         "seed": data.seed,

@@ -49,9 +49,9 @@ def _forward(
     of_grid = here & (token >= 0)
     is_class = here & (token < 0)
     total = tl.load(base[:, None] + c[None, :], mask=is_class[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    for kt in tl.static_range(3):
+    for kt in range(3):  # Unrolled, all loads would go first, and their values out of the registers.
         t = to * ST + kt - 1
-        for kh in tl.static_range(3):
+        for kh in range(3):
             h = ho * SH + kh - 1
             in_rows = of_grid & (t >= 0) & (t < T) & (h >= 0) & (h < H)
             for kw in tl.static_range(3):
@@ -129,10 +129,10 @@ def _backward_input(
     base = b * n_out * D + d  # Row of the clip's class token.
     at = base.to(tl.int64)[:, None] * C + c[None, :]
     total = tl.load(grad_conv + at, mask=(here & (token < 0))[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    for kt in tl.static_range(3):
+    for kt in range(3):  # Unrolled, all loads would go first, and their values out of the registers.
         to = (t + 1 - kt) // ST
         in_time = of_grid & (t + 1 - kt >= 0) & ((t + 1 - kt) % ST == 0) & (to < TO)
-        for kh in tl.static_range(3):
+        for kh in range(3):
             ho = (h + 1 - kh) // SH
             in_rows = in_time & (h + 1 - kh >= 0) & ((h + 1 - kh) % SH == 0) & (ho < HO)
             for kw in tl.static_range(3):

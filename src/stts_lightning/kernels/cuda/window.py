@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from stts_lightning.backbones.video_swin import WindowPlan
 
@@ -43,10 +44,15 @@ def _tokens(
 
 
 @triton.jit
-def _logits(q, k, bias, regions, here, there, i, j, scale, N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def _logits(
+    q, k, bias, regions, here, there, i, j, scale,
+    N: tl.constexpr, ROW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Logits in base 2 of a block of queries and keys; -inf where they do not attend."""
     inside = here[:, None] & there[None, :]
-    b = tl.load(bias + i[:, None] * N + j[None, :], mask=inside, other=0.0).to(tl.float32)
+    # Its rows are padded, so that eight neighbours lie inside or outside together, and are loaded together.
+    of_bias = (i < N)[:, None] & (j < ROW)[None, :]
+    b = tl.load(bias + i[:, None] * ROW + j[None, :], mask=of_bias, other=0.0).to(tl.float32)
     s = (tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + b) * LOG2E
     if MASKED:
         of_queries = tl.load(regions + i, mask=i < N, other=0)
@@ -62,6 +68,7 @@ def _forward(
     MASKED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = WT * WH * WW
+    ROW: tl.constexpr = (N + 7) // 8 * 8
     d = tl.program_id(1)
     b = tl.program_id(2) // windows
     window = tl.program_id(2) % windows
@@ -73,7 +80,7 @@ def _forward(
     token, here = _tokens(window, i, T, H, W, PT, PH, PW, SHT, SHH, SHW, WT, WH, WW)
     at = (clip + token)[:, None] * row + d * C + c[None, :]
     q = tl.load(qkv + at, mask=here[:, None] & inside[None, :], other=0.0)
-    bias += d * N * N
+    bias += d * N * ROW
     regions += window * N
     top = tl.full((SIDE,), -float("inf"), tl.float32)
     total = tl.zeros((SIDE,), tl.float32)
@@ -84,7 +91,7 @@ def _forward(
         at_j = (clip + token_j)[:, None] * row + (D + d) * C + c[None, :]
         k = tl.load(qkv + at_j, mask=there[:, None] & inside[None, :], other=0.0)
         v = tl.load(qkv + at_j + D * C, mask=there[:, None] & inside[None, :], other=0.0)
-        s = _logits(q, k, bias, regions, here, there, i, j, scale, N, MASKED, PRECISION)
+        s = _logits(q, k, bias, regions, here, there, i, j, scale, N, ROW, MASKED, PRECISION)
         new = tl.maximum(top, tl.max(s, 1))
         # Rows that have met no key yet: any finite number serves.
         shown = tl.where(new == -float("inf"), 0.0, new)
@@ -108,6 +115,7 @@ def _backward_queries(
 ):  # fmt: skip
     """Gradient of the queries, and of each query the product of what came out with its gradient, for the other passes."""
     N: tl.constexpr = WT * WH * WW
+    ROW: tl.constexpr = (N + 7) // 8 * 8
     d = tl.program_id(1)
     b = tl.program_id(2) // windows
     window = tl.program_id(2) % windows
@@ -127,7 +135,7 @@ def _backward_queries(
     level = tl.load(lse + of_window + i, mask=here, other=0.0)
     product = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta + of_window + i, product, mask=here)
-    bias += d * N * N
+    bias += d * N * ROW
     regions += window * N
     grad = tl.zeros((SIDE, CP), tl.float32)
     for first in range(0, N, SIDE):
@@ -136,7 +144,7 @@ def _backward_queries(
         at_j = (clip + token_j)[:, None] * row + (D + d) * C + c[None, :]
         k = tl.load(qkv + at_j, mask=there[:, None] & inside[None, :], other=0.0)
         v = tl.load(qkv + at_j + D * C, mask=there[:, None] & inside[None, :], other=0.0)
-        s = _logits(q, k, bias, regions, here, there, i, j, scale, N, MASKED, PRECISION)
+        s = _logits(q, k, bias, regions, here, there, i, j, scale, N, ROW, MASKED, PRECISION)
         p = tl.exp2(s - level[:, None])
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - product[:, None])
         grad = tl.dot(ds.to(k.dtype), k, grad, input_precision=PRECISION)
@@ -151,6 +159,7 @@ def _backward_keys(
 ):  # fmt: skip
     """Gradients of the keys and the values."""
     N: tl.constexpr = WT * WH * WW
+    ROW: tl.constexpr = (N + 7) // 8 * 8
     d = tl.program_id(1)
     b = tl.program_id(2) // windows
     window = tl.program_id(2) % windows
@@ -165,7 +174,7 @@ def _backward_keys(
     k = tl.load(qkv + at_j, mask=mask, other=0.0)
     v = tl.load(qkv + at_j + D * C, mask=mask, other=0.0)
     of_window = (tl.program_id(2) * D + d).to(tl.int64) * N
-    bias += d * N * N
+    bias += d * N * ROW
     regions += window * N
     grad_k = tl.zeros((SIDE, CP), tl.float32)
     grad_v = tl.zeros((SIDE, CP), tl.float32)
@@ -178,7 +187,7 @@ def _backward_keys(
         do = tl.load(grad_out + to, mask=here[:, None] & inside[None, :], other=0.0)
         level = tl.load(lse + of_window + i, mask=here, other=0.0)
         product = tl.load(delta + of_window + i, mask=here, other=0.0)
-        s = _logits(q, k, bias, regions, here, there, i, j, scale, N, MASKED, PRECISION)
+        s = _logits(q, k, bias, regions, here, there, i, j, scale, N, ROW, MASKED, PRECISION)
         p = tl.exp2(s - level[:, None])
         grad_v = tl.dot(tl.trans(p.to(do.dtype)), do, grad_v, input_precision=PRECISION)
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - product[:, None])
@@ -195,6 +204,7 @@ def _backward_bias(
 ):  # fmt: skip
     """Gradient of the bias of a block of queries and keys, summed over a program's windows: `(programs, D, N, N)`."""
     N: tl.constexpr = WT * WH * WW
+    ROW: tl.constexpr = (N + 7) // 8 * 8
     blocks = tl.cdiv(N, SIDE)
     d = tl.program_id(1)
     i = tl.program_id(0) // blocks * SIDE + tl.arange(0, SIDE)
@@ -202,7 +212,7 @@ def _backward_bias(
     c = tl.arange(0, CP)
     inside = c < C
     row = 3 * D * C
-    bias += d * N * N
+    bias += d * N * ROW
     grad = tl.zeros((SIDE, SIDE), tl.float32)
     for number in range(tl.program_id(2), rows, tl.num_programs(2)):
         window = number % windows
@@ -219,7 +229,7 @@ def _backward_bias(
         of_window = (number * D + d).to(tl.int64) * N
         level = tl.load(lse + of_window + i, mask=here, other=0.0)
         product = tl.load(delta + of_window + i, mask=here, other=0.0)
-        s = _logits(q, k, bias, regions + window * N, here, there, i, j, scale, N, MASKED, PRECISION)
+        s = _logits(q, k, bias, regions + window * N, here, there, i, j, scale, N, ROW, MASKED, PRECISION)
         p = tl.exp2(s - level[:, None])
         grad += p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - product[:, None])
     to = partial + (tl.program_id(2) * D + d).to(tl.int64) * N * N + i[:, None] * N + j[None, :]
@@ -235,6 +245,11 @@ def _geometry(qkv: Tensor, padded: Sequence[int], window: Sequence[int], shift: 
 def _constants(qkv: Tensor, window: Sequence[int], heads: int) -> tuple[Any, ...]:
     channels = qkv.shape[-1] // (3 * heads)
     return (*window, channels, max(16, triton.next_power_of_2(channels)), SIDE)
+
+
+def _padded(bias: Tensor) -> Tensor:
+    """Bias `(D, N, N)` with rows that are a multiple of 8 long."""
+    return F.pad(bias, (0, -bias.shape[-1] % 8)) if bias.shape[-1] % 8 else bias
 
 
 def _precision(qkv: Tensor) -> str:
@@ -256,7 +271,7 @@ def _attend(
     lse = torch.empty((rows, heads, n) if save else (0,), dtype=torch.float32, device=qkv.device)
     if rows:
         _forward[(triton.cdiv(n, SIDE), heads, rows)](
-            qkv, bias, qkv if regions is None else regions, out, lse, _scale(qkv, heads), *geometry,
+            qkv, _padded(bias), qkv if regions is None else regions, out, lse, _scale(qkv, heads), *geometry,
             *_constants(qkv, window, heads), regions is not None, save, _precision(qkv),
         )  # fmt: skip
     return out, lse
@@ -290,14 +305,16 @@ def _attend_backward(
     if not rows:
         return grad_qkv, torch.zeros_like(bias)
     scale, masked, precision = _scale(qkv, heads), regions is not None, _precision(qkv)
-    inputs = (qkv, bias, qkv if regions is None else regions)
+    inputs = (qkv, _padded(bias), qkv if regions is None else regions)
     tail = (*constants, masked, precision)
     _backward_queries[(blocks, heads, rows)](*inputs, out, grad, lse, delta, grad_qkv, scale, *geometry, *tail)
     _backward_keys[(blocks, heads, rows)](*inputs, grad, lse, delta, grad_qkv, scale, *geometry, *tail)
     # Enough programs for a large GPU; their sums are added up in the same order each time.
     programs = max(1, min(rows, 1024 // (blocks * blocks * heads)))
     partial = torch.empty(programs, *bias.shape, dtype=torch.float32, device=qkv.device)
-    _backward_bias[(blocks * blocks, heads, programs)](*inputs, grad, lse, delta, partial, scale, *geometry, rows, *tail)
+    _backward_bias[(blocks * blocks, heads, programs)](
+        *inputs, grad, lse, delta, partial, scale, *geometry, rows, *tail, num_warps=8
+    )
     return grad_qkv, partial.sum(0).to(bias.dtype)
 
 
