@@ -40,7 +40,7 @@ def agrees(kernel: Callable[..., Any], module: Any, device: torch.device, dtype:
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         _KNOWN[key] = not reason
         if reason:
-            log.warning("the kernel for %s is not used, the block runs as it is written: %s", key[3], reason)
+            log.warning("the kernel for %s is not used, the block runs as it is written: %s", " ".join(map(str, key[3][:-1])), reason)
     return _KNOWN[key]
 
 
@@ -66,7 +66,7 @@ def _difference(kernel: Callable[..., Any], module: Any, device: torch.device, d
     for precision, run in ((torch.float32, None), (dtype, kernel)):
         block: nn.Module = copy.deepcopy(module).to(device, precision).eval()  # In evaluation nothing is dropped.
         block.requires_grad_().zero_grad()
-        leaf = x.to(precision).requires_grad_()
+        leaf = x.to(precision, copy=True).requires_grad_()
         out = block(leaf) if run is None else run(block, leaf)
         out = out[0] if isinstance(out, tuple) else out
         weights = torch.randn(out.shape, device=device, generator=torch.Generator(device).manual_seed(1))

@@ -100,7 +100,8 @@ def _forward(
         total = total * less + tl.sum(p, 1)
         result = tl.dot(p.to(v.dtype), v, result * less[:, None], input_precision=PRECISION)
         top = new
-    result = result / tl.where(total > 0, total, 1.0)[:, None]
+    total = tl.where(total > 0, total, 1.0)  # 0 where there is no token.
+    result = result / total[:, None]
     to = (clip + token)[:, None] * (D * C) + d * C + c[None, :]
     tl.store(out + to, result.to(out.dtype.element_ty), mask=here[:, None] & inside[None, :])
     if SAVE:
