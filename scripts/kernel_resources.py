@@ -28,19 +28,20 @@ WINDOW = {"WT": 8, "WH": 7, "WW": 7, "C": 32, "CP": 32, "SIDE": window.SIDE, "MA
 FLOATS = {"lse", "delta", "partial"}
 POINTERS = {"x", "weight", "gamma", "beta", "out", "conv", "grad_out", "grad_conv", "grad_x", "qkv", "bias", "grad_qkv", *FLOATS}
 
-KERNELS: dict[str, tuple[Any, dict[str, Any], int]] = {
-    "pool, forward": (pool._forward, {**SIZES, **STRIDES, "SAVE": True}, 2),
-    "pool, norm backward": (pool._backward_norm, SIZES, 2),
-    "pool, input backward": (pool._backward_input, {**SIZES, **STRIDES}, 2),
-    "pool, weight backward": (pool._backward_weight, {**SIZES, **STRIDES}, 2),
-    "window, forward": (window._forward, {**WINDOW, "SAVE": True}, 4),
-    "window, queries backward": (window._backward_queries, WINDOW, 4),
-    "window, keys backward": (window._backward_keys, WINDOW, 4),
-    "window, bias backward": (window._backward_bias, WINDOW, 8),
+POOL = {"num_warps": pool.WARPS}
+KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {
+    "pool, forward": (pool._forward, {**SIZES, **STRIDES, "SAVE": True}, POOL),
+    "pool, norm backward": (pool._backward_norm, SIZES, POOL),
+    "pool, input backward": (pool._backward_input, {**SIZES, **STRIDES}, POOL),
+    "pool, weight backward": (pool._backward_weight, {**SIZES, **STRIDES}, POOL),
+    "window, forward": (window._forward, {**WINDOW, "SAVE": True}, window.FORWARD),
+    "window, queries backward": (window._backward_queries, WINDOW, window.QUERIES),
+    "window, keys backward": (window._backward_keys, WINDOW, window.KEYS),
+    "window, bias backward": (window._backward_bias, WINDOW, window.BIAS),
 }
 
 
-def resources(kernel: Any, constants: dict[str, Any], warps: int, target: int) -> dict[str, Any]:
+def resources(kernel: Any, constants: dict[str, Any], options: dict[str, int], target: int) -> dict[str, Any]:
     """Compile one kernel, in bfloat16, and read what the assembler says of it."""
     signature = {}
     for name in kernel.arg_names:
@@ -55,7 +56,7 @@ def resources(kernel: Any, constants: dict[str, Any], warps: int, target: int) -
     source = ASTSource(
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     ptx = compiled.asm["ptx"]
     loads = re.findall(r"ld\.global\S*", ptx)
     wide = [load for load in loads if re.search(r"v4\.b32|v2\.b64|v8\.b16", load)]
@@ -88,8 +89,8 @@ def main() -> None:
     arguments.add_argument("--json", action="store_true")
     as_json = arguments.parse_args().json
     rows = [
-        {"kernel": name, "target": f"sm_{target}", **resources(kernel, constants, warps, target)}
-        for name, (kernel, constants, warps) in KERNELS.items()
+        {"kernel": name, "target": f"sm_{target}", **resources(kernel, constants, options, target)}
+        for name, (kernel, constants, options) in KERNELS.items()
         for target in TARGETS
     ]
     if as_json:

@@ -40,7 +40,9 @@ def agrees(kernel: Callable[..., Any], module: Any, device: torch.device, dtype:
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         _KNOWN[key] = not reason
         if reason:
-            log.warning("the kernel for %s is not used, the block runs as it is written: %s", " ".join(map(str, key[3][:-1])), reason)
+            log.warning(
+                "the kernel for %s is not used, the block runs as it is written: %s", " ".join(map(str, key[3][:-1])), reason
+            )
     return _KNOWN[key]
 
 

@@ -23,6 +23,8 @@ from torch import Tensor
 ROWS = 16
 """Rows of a program; with two warps the fastest of those tried on a Hopper GPU."""
 
+WARPS = 2
+
 PROGRAMS = 528
 """Most programs of a sum over all rows: a few for each multiprocessor."""
 
@@ -210,7 +212,7 @@ def _pool(
     if rows:
         _forward[(triton.cdiv(rows, ROWS),)](
             x, _by_place(weight), gamma, beta, out, conv, *x.stride()[:3], eps, rows, *size, *_pooled(size, stride), heads,
-            channels, triton.next_power_of_2(channels), *stride, save, ROWS, num_warps=2,
+            channels, triton.next_power_of_2(channels), *stride, save, ROWS, num_warps=WARPS,
         )  # fmt: skip
     return out, conv
 
@@ -235,17 +237,30 @@ def _pool_backward(
     grad_conv = torch.empty_like(conv)
     norm_sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     _backward_norm[(programs,)](
-        conv, grad, gamma, grad_conv, norm_sums, *grad.stride()[:3], eps, rows, n_out, heads, channels, block, ROWS, num_warps=2
+        conv,
+        grad,
+        gamma,
+        grad_conv,
+        norm_sums,
+        *grad.stride()[:3],
+        eps,
+        rows,
+        n_out,
+        heads,
+        channels,
+        block,
+        ROWS,
+        num_warps=WARPS,
     )
     grad_x = x.new_empty(x.shape)
     tokens = math.prod(x.shape[:3])
     _backward_input[(triton.cdiv(tokens, ROWS),)](
-        grad_conv, _by_place(weight), grad_x, tokens, *sizes, channels, block, *stride, ROWS, num_warps=2
+        grad_conv, _by_place(weight), grad_x, tokens, *sizes, channels, block, *stride, ROWS, num_warps=WARPS
     )
     programs = min(triton.cdiv(rows, ROWS), PROGRAMS // 4)
     weight_sums = torch.empty(programs, 27, channels, dtype=torch.float32, device=x.device)
     _backward_weight[(9, programs)](
-        x, grad_conv, weight_sums, *x.stride()[:3], rows, *sizes, channels, block, *stride, ROWS, num_warps=2
+        x, grad_conv, weight_sums, *x.stride()[:3], rows, *sizes, channels, block, *stride, ROWS, num_warps=WARPS
     )
     grad_weight = weight_sums.sum(0).t().to(weight.dtype).reshape(weight.shape)
     return grad_x, grad_weight, norm_sums.sum(0).to(gamma.dtype)

@@ -26,6 +26,9 @@ from stts_lightning.backbones.video_swin import WindowPlan
 SIDE = 64
 """Queries and keys of a block."""
 
+FORWARD, QUERIES, KEYS, BIAS = {"num_warps": 4}, {"num_warps": 4}, {"num_warps": 8}, {"num_warps": 8, "num_stages": 1}
+"""How each kernel is compiled; with these no registers spill (`scripts/kernel_resources.py`)."""
+
 LOG2E = tl.constexpr(math.log2(math.e))
 
 
@@ -273,7 +276,7 @@ def _attend(
     if rows:
         _forward[(triton.cdiv(n, SIDE), heads, rows)](
             qkv, _padded(bias), qkv if regions is None else regions, out, lse, _scale(qkv, heads), *geometry,
-            *_constants(qkv, window, heads), regions is not None, save, _precision(qkv),
+            *_constants(qkv, window, heads), regions is not None, save, _precision(qkv), **FORWARD,
         )  # fmt: skip
     return out, lse
 
@@ -308,14 +311,12 @@ def _attend_backward(
     scale, masked, precision = _scale(qkv, heads), regions is not None, _precision(qkv)
     inputs = (qkv, _padded(bias), qkv if regions is None else regions)
     tail = (*constants, masked, precision)
-    _backward_queries[(blocks, heads, rows)](*inputs, out, grad, lse, delta, grad_qkv, scale, *geometry, *tail)
-    _backward_keys[(blocks, heads, rows)](*inputs, grad, lse, delta, grad_qkv, scale, *geometry, *tail)
+    _backward_queries[(blocks, heads, rows)](*inputs, out, grad, lse, delta, grad_qkv, scale, *geometry, *tail, **QUERIES)
+    _backward_keys[(blocks, heads, rows)](*inputs, grad, lse, delta, grad_qkv, scale, *geometry, *tail, **KEYS)
     # Enough programs for a large GPU; their sums are added up in the same order each time.
     programs = max(1, min(rows, 1024 // (blocks * blocks * heads)))
     partial = torch.empty(programs, *bias.shape, dtype=torch.float32, device=qkv.device)
-    _backward_bias[(blocks * blocks, heads, programs)](
-        *inputs, grad, lse, delta, partial, scale, *geometry, rows, *tail, num_warps=8
-    )
+    _backward_bias[(blocks * blocks, heads, programs)](*inputs, grad, lse, delta, partial, scale, *geometry, rows, *tail, **BIAS)
     return grad_qkv, partial.sum(0).to(bias.dtype)
 
 
