@@ -255,8 +255,8 @@ def _itself(work: Work) -> Work:
 def _facts(one: Entrant, batch: int, number: str, how: str, device: torch.device) -> Row:
     """What a row says of how it was measured."""
     kernels = "none"
-    if isinstance(one.model, VideoClassifier) and how == "false":
-        kernels = in_use(one.model.backbone, device, PRECISIONS[number].trainer)
+    if isinstance(one.model, VideoClassifier):
+        kernels = in_use(one.model.backbone, device, PRECISIONS[number].trainer, compiled=how != "false")
     return {
         "model": one.name,
         "batch": batch,

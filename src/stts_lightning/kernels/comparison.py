@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,11 @@ from stts_lightning.backbones import mvit, video_swin
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Largest relative difference (2-norm) of a block's output, and of its gradients, from those of the plain block in float32.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""What a kernel may be off by beyond twice what the plain block is off by in the same precision.
 
-Rounding alone gives 1e-5, 1e-2 and 2e-3; a wrong token or weight gives 0.1 and more."""
+Differences are relative (2-norm), of a block's output and of its gradients, from the plain block in float32. In half precision
+the plain block itself is off by up to 7 %, as max-pooling sends gradients elsewhere where rounded tokens are equal."""
 
 _KNOWN: dict[Any, bool] = {}
 
@@ -34,8 +36,9 @@ def agrees(kernel: Callable[..., Any], module: Any, device: torch.device, dtype:
         # The caller may be in inference, under autocast, or being compiled.
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             try:
-                worst = _difference(kernel, module, device, dtype)
-                reason = "" if worst <= TOLERANCE[dtype] else f"its results differ by {worst:.1%} from those of the plain block"
+                found, plain = differences(kernel, module, device, dtype)
+                fits = found <= 2 * plain + TOLERANCE[dtype]
+                reason = "" if fits else f"its results are off by {found:.1%}, those of the plain block by {plain:.1%}"
             except Exception as error:  # Triton's and the driver's are of many kinds; the plain block works with all of them.
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         _KNOWN[key] = not reason
@@ -56,27 +59,35 @@ def _geometry(module: Any) -> tuple[Any, ...]:
     return type(module).__name__, plan.size, plan.window, plan.shift, module.attn.heads, shapes
 
 
-def _difference(kernel: Callable[..., Any], module: Any, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest relative difference of the output, of the input's gradient and of those of the weights together."""
+def differences(kernel: Callable[..., Any], module: Any, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """How far a kernel, and the plain block in the same precision, are from the plain block in float32.
+
+    Returns:
+        For each the largest relative difference of the output, of the input's gradient, and of those of all weights together;
+        infinite where something is not a number.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    tokens = module.attn.size if isinstance(module, mvit.Block) else module.attn.plan.size
+    size = module.attn.size if isinstance(module, mvit.Block) else module.attn.plan.size
     width = module.norm1.weight.numel()
-    frames, height, w = tokens
-    shape = (1, 1 + frames * height * w, width) if isinstance(module, mvit.Block) else (1, *tokens, width)
+    shape = (1, 1 + math.prod(size), width) if isinstance(module, mvit.Block) else (1, *size, width)
     x = torch.randn(shape, device=device, generator=generator)
-    results: list[list[Tensor]] = []
-    for precision, run in ((torch.float32, None), (dtype, kernel)):
-        block: nn.Module = copy.deepcopy(module).to(device, precision).eval()  # In evaluation nothing is dropped.
+
+    def run(dtype: torch.dtype, kernel: Callable[..., Any] | None) -> list[Tensor]:
+        block: nn.Module = copy.deepcopy(module).to(device, dtype).eval()  # In evaluation nothing is dropped.
         block.requires_grad_().zero_grad()
-        leaf = x.to(precision, copy=True).requires_grad_()
-        out = block(leaf) if run is None else run(block, leaf)
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        out = block(leaf) if kernel is None else kernel(block, leaf)
         out = out[0] if isinstance(out, tuple) else out
         weights = torch.randn(out.shape, device=device, generator=torch.Generator(device).manual_seed(1))
-        out.backward(weights.to(precision))
-        grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in block.parameters()]
+        out.backward(weights.to(dtype))
         assert leaf.grad is not None
-        flat = torch.cat([grad.flatten().float() for grad in grads])
-        results.append([out.detach().float(), leaf.grad.float(), flat])
-    # NaN is larger than any bound here.
-    worst = [float((found - right).norm() / right.norm().clamp_min(1e-12)) for right, found in zip(*results, strict=True)]
-    return max(worst) if all(value == value for value in worst) else float("inf")
+        grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in block.parameters()]
+        return [out.detach().float(), leaf.grad.float(), torch.cat([grad.flatten().float() for grad in grads])]
+
+    right = run(torch.float32, None)
+
+    def off(found: list[Tensor]) -> float:
+        each = [float((one - other).norm() / other.norm().clamp_min(1e-12)) for one, other in zip(found, right, strict=True)]
+        return max(each) if all(map(math.isfinite, each)) else math.inf
+
+    return off(run(dtype, kernel)), off(run(dtype, None))

@@ -20,10 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 16
-"""Rows of a program; with two warps the fastest of those tried on a Hopper GPU."""
-
-WARPS = 2
+ROWS, WARPS = 16, 2
+"""Rows of a program and its warps, among the fastest of those tried on a Hopper GPU."""
 
 PROGRAMS = 528
 """Most programs of a sum over all rows: a few for each multiprocessor."""

@@ -26,8 +26,10 @@ from stts_lightning.backbones.video_swin import WindowPlan
 SIDE = 64
 """Queries and keys of a block."""
 
-FORWARD, QUERIES, KEYS, BIAS = {"num_warps": 4}, {"num_warps": 4}, {"num_warps": 8}, {"num_warps": 8, "num_stages": 1}
-"""How each kernel is compiled; with these no registers spill (`scripts/kernel_resources.py`)."""
+FORWARD, QUERIES, KEYS, BIAS = {"num_warps": 4}, {"num_warps": 4}, {"num_warps": 4}, {"num_warps": 8, "num_stages": 1}
+"""How each kernel is compiled: the fastest of those tried on a Hopper GPU that spill no registers."""
+KEYS_ON_BLACKWELL = {"num_warps": 8}
+"""There four warps spill."""
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -309,10 +311,11 @@ def _attend_backward(
     if not rows:
         return grad_qkv, torch.zeros_like(bias)
     scale, masked, precision = _scale(qkv, heads), regions is not None, _precision(qkv)
+    keys = KEYS_ON_BLACKWELL if qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= (10, 0) else KEYS
     inputs = (qkv, _padded(bias), qkv if regions is None else regions)
     tail = (*constants, masked, precision)
     _backward_queries[(blocks, heads, rows)](*inputs, out, grad, lse, delta, grad_qkv, scale, *geometry, *tail, **QUERIES)
-    _backward_keys[(blocks, heads, rows)](*inputs, grad, lse, delta, grad_qkv, scale, *geometry, *tail, **KEYS)
+    _backward_keys[(blocks, heads, rows)](*inputs, grad, lse, delta, grad_qkv, scale, *geometry, *tail, **keys)
     # Enough programs for a large GPU; their sums are added up in the same order each time.
     programs = max(1, min(rows, 1024 // (blocks * blocks * heads)))
     partial = torch.empty(programs, *bias.shape, dtype=torch.float32, device=qkv.device)
