@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from stts_lightning import create_model
 from stts_lightning.data.dataset import Batch
-from stts_lightning.selection.noise import Noise
 from stts_lightning.training import module as training_module
 from stts_lightning.training import panels, step_figures
 from stts_lightning.training.callbacks import FailureLog, SigmaAnnealing
@@ -122,8 +121,6 @@ def test_a_step_waits_for_nothing_but_to_log(
     monkeypatch.setattr(panels, "HostCopy", ReadsLater)
     monkeypatch.setattr(SelectionPanels, "_look", lambda *_: {})
     monkeypatch.setattr(LastCheckpoint, "_save", lambda *_: None)
-    # Seeded from the host; `meta` has no generator.
-    monkeypatch.setattr(Noise, "normal", lambda _, shape, device: torch.empty(tuple(shape), device=device))
     monkeypatch.setattr(CPUAccelerator, "setup_device", lambda *_: None)
     # The fused AdamW knows shapes on `meta`, but refuses to be built for it.
     monkeypatch.setattr(

@@ -117,18 +117,20 @@ def _runs_on_cpu(x: Tensor) -> bool:
 
 def unmodified(module: nn.Module) -> bool:
     """Whether a module and all in it are as their files say: no adapter in a layer's place, no hook, no other `forward`."""
-    return not _has_any_global_hook() and all(
-        type(part) in _PLAIN and not _has_hooks(part) and not _has_other_settings(part) for part in module.modules()
+    return not _has_any_global_hook() and _is_plain(module)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    # Asked for each block of each step: without the walk of `modules()`, and without attributes that a module lacks.
+    kind = type(module)
+    return (
+        kind in _PLAIN
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        and "forward" not in module.__dict__
+        and not (kind is nn.Dropout and module.p)
+        and not (kind is nn.GELU and module.approximate != "none")
+        and all(child is None or _is_plain(child) for child in module._modules.values())
     )
-
-
-def _has_other_settings(module: nn.Module) -> bool:
-    return bool(getattr(module, "p", 0.0)) or getattr(module, "approximate", "none") != "none"  # Dropout; GELU.
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
 
 
 def kernels_for(backbone: Backbone, choice: str) -> Kernels | None:

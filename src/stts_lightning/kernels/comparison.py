@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ Differences are relative (2-norm), of a block's output and of its gradients, fro
 the plain block itself is off by up to 7 %, as max-pooling sends gradients elsewhere where rounded tokens are equal."""
 
 _KNOWN: dict[Any, bool] = {}
+"""By kernel, device, precision and size of block."""
+_OF_BLOCK: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
+"""The same for each block by kernel, device and precision: quicker to find at each step."""
 
 
 def agrees(kernel: Callable[..., Any], module: Any, device: torch.device, dtype: torch.dtype) -> bool:
@@ -31,7 +35,11 @@ def agrees(kernel: Callable[..., Any], module: Any, device: torch.device, dtype:
         device: where.
         dtype: that the kernel is to compute in.
     """
-    key = (kernel, device, dtype, _geometry(module))
+    of_block = _OF_BLOCK.setdefault(module, {})
+    short = kernel, device, dtype
+    if short in of_block:
+        return of_block[short]
+    key = (*short, _geometry(module))
     if key not in _KNOWN:
         # The caller may be in inference, under autocast, or being compiled.
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
@@ -46,7 +54,8 @@ def agrees(kernel: Callable[..., Any], module: Any, device: torch.device, dtype:
             log.warning(
                 "the kernel for %s is not used, the block runs as it is written: %s", " ".join(map(str, key[3][:-1])), reason
             )
-    return _KNOWN[key]
+    of_block[short] = _KNOWN[key]
+    return of_block[short]
 
 
 def _geometry(module: Any) -> tuple[Any, ...]:
