@@ -28,11 +28,11 @@ plain="plain:mvit_b16,plain:mvit_b16:t0_0.6_s4_0.9"
 swin="video_swin_b,video_swin_b:t0_0.6,plain:video_swin_b,plain:video_swin_b:t0_0.6,torchvision:swin3d_b"
 training="mvit_b16,mvit_b16:t0_0.6_s4_0.9,plain:mvit_b16:t0_0.6_s4_0.9,torchvision:mvit_v1_b"
 
-step 1_table7 60 what=table7 "batch=[${BATCH:-32}]" "precision=[bf16,32]" "plot=$out/1_table7.png"
+step 1_table7 60 what=table7 "batch=[${BATCH:-32}]" "precision=[bf16]" "plot=$out/1_table7.png"
 step 2_mvit 100 "models=[$mvit,$plain,torchvision:mvit_v1_b]" "batch=[1,8,32]" "precision=[bf16,bf16-true]" "plot=$out/2_mvit.png"
-step 3_video_swin 80 "models=[$swin]" "batch=[1,8]" "precision=[bf16,bf16-true]" "plot=$out/3_video_swin.png"
+step 3_video_swin 100 "models=[$swin]" "batch=[8,1]" "precision=[bf16,bf16-true]" "plot=$out/3_video_swin.png"
 step 4_training 60 what=training "models=[$training]" "batch=[8]" "precision=[bf16]"
-step 5_compile 140 "models=[mvit_b16,mvit_b16:t0_0.6_s4_0.9]" "batch=[8,1]" "precision=[bf16]" "compile=[reduce-overhead,true]"
+step 5_compile 120 "models=[mvit_b16,mvit_b16:t0_0.6_s4_0.9]" "batch=[8,1]" "precision=[bf16]" "compile=[reduce-overhead,true]"
 step 6_operator 30 what=operator "models=[mvit_b16:t0_0.6_s4_0.9,video_swin_b:t0_0.6]" "batch=[8]"
 if [ -n "$page" ]; then
   "$python" "$(dirname "$0")/performance_page.py" "$out" "$page" || failed=1

@@ -33,7 +33,9 @@ def section(content: dict[str, Any]) -> str:
         title += ", torch.compile"
     stopped = "" if content.get("complete") else " **Stopped before its end.**"
     said = f"{content['device']}, torch {content['torch']}{f'; {same}' if same else ''}.{stopped}"
-    return f"### {title}\n\n{said}\n\n    {content['command']}\n\n{markdown(lines)}"
+    files = ("json=", "csv=", "plot=")
+    command = " ".join(word for word in content["command"].split() if not word.startswith(files))
+    return f"### {title}\n\n{said}\n\n    {command}\n\n{markdown(lines)}"
 
 
 def sections(folder: Path) -> str:
