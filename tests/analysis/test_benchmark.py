@@ -266,7 +266,7 @@ def test_steps_of_the_gpu_script_go_on_when_one_fails(tmp_path: Path) -> None:
     )  # fmt: skip
     lines = done.stdout.splitlines()
     assert done.returncode == 1 and len(lines) == 7, done.stdout + done.stderr
-    assert "3_video_swin: 0 s of 80, status 3: broken" in lines[2] and "status 124" in lines[3]
+    assert "3_video_swin: 0 s of 100, status 3: broken" in lines[2] and "status 124" in lines[3]
     calls = (tmp_path / "calls").read_text().splitlines()
     assert "what=table7" in calls[0] and "what=operator" in calls[5] and "performance_page.py out docs/performance.md" in calls[6]
     # What it asks for is what there is.
