@@ -73,6 +73,19 @@ COLUMNS: dict[str, Mapping[str, tuple[str, str]]] = {
         "output_difference": ("from float32", ".1%"),
         "remark": ("remark", ""),
     },
+    "launches": {
+        "model": ("model", ""),
+        "batch": ("batch", "d"),
+        "precision": ("precision", ""),
+        "launches": ("launches", "d"),
+        "gigabytes": ("GB", ".1f"),
+        "waits": ("waits", "d"),
+        "host_ms": ("host, ms", ".1f"),
+        "arithmetic_ms": ("device, ms", ".1f"),
+        "bound_by": ("bound by", ""),
+        "training_launches": ("training: launches", "d"),
+        "training_gigabytes": ("GB, of training", ".1f"),
+    },
     "operator": {
         "model": ("slot", ""),
         "estimator": ("estimator", ""),
@@ -103,7 +116,20 @@ COLUMNS: dict[str, Mapping[str, tuple[str, str]]] = {
 SAME = ("batch", "precision", "tf32", "compile", "kernels", "samples", "views")
 """Columns that go to the title where all rows have the same."""
 
-SAID = ("model", "decoder", "estimator", "batch", "precision", "compile", "ms", "device_ms", "clips_per_second", "memory_mib")
+SAID = ("model", "decoder", "estimator", "batch", "precision", "compile", "launches", "ms", "device_ms")
+SAID += ("clips_per_second", "memory_mib")
+    "model",
+    "decoder",
+    "estimator",
+    "batch",
+    "precision",
+    "compile",
+    "launches",
+    "ms",
+    "device_ms",
+    "clips_per_second",
+    "memory_mib",
+)
 """What is printed of a row as soon as it is measured, besides its remark."""
 
 
@@ -141,12 +167,14 @@ def check(cfg: DictConfig) -> None:
         if wrong := [value for value in values if str(value) not in allowed]:
             raise ConfigError(f"{key}={wrong[0]}: allowed are {', '.join(allowed)}")
 
-    among("what", [cfg.what], ["forward", "training", "operator", "loader", "table7"])
+    among("what", [cfg.what], ["forward", "training", "operator", "loader", "launches", "table7"])
     among("precision", names(cfg.precision or []), list(PRECISIONS))
     among("compile", names(cfg.compile), COMPILE)
     weights = [name for name in names(cfg.precision or []) if name.endswith("-true")]
     if cfg.what == "training" and weights:
         raise ConfigError(f"precision={weights[0]}: holds the weights in bfloat16, which is for tests; what=training takes bf16")
+    if cfg.what == "launches":
+        among("precision", names(cfg.precision or []), ["32", "bf16", "bf16-true"])
     if any(batch < 1 for batch in cfg.batch or []):
         raise ConfigError(f"batch={list(cfg.batch)}: must be 1 or more")
     if cfg.rounds < 2:
@@ -167,6 +195,10 @@ def measured(cfg: DictConfig) -> Iterator[Row]:
 
     if cfg.what == "loader":
         yield from loaded(cfg)
+        return
+    if cfg.what == "launches":
+        entrants = [benchmarks.entrant(text, torch.device("cpu"), compare=False) for text in cfg.models]
+        yield from benchmarks.launches(entrants, cfg.batch or [8], names(cfg.precision or ["bf16", "bf16-true"]))
         return
     device = chosen_device(cfg.device)
     if "tf32" in names(cfg.precision or []) and device.type != "cuda":
@@ -300,7 +332,7 @@ def main(cfg: DictConfig) -> None:
             from stts_lightning.analysis.speed import device_name
 
             kind = cfg.what if cfg.what in COLUMNS else "models"
-            device = torch.device("cpu") if kind == "loader" else chosen_device(cfg.device)
+            device = torch.device("cpu") if kind in ("loader", "launches") else chosen_device(cfg.device)
             facts = {
                 "what": cfg.what,
                 "device": device_name(device),

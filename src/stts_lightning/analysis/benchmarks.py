@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from stts_lightning.analysis import peers
 from stts_lightning.analysis.flops import count_gflops
+from stts_lightning.analysis.launches import count_forward, count_training
 from stts_lightning.analysis.speed import (
     CAPTURED,
     DeviceTimer,
@@ -106,13 +107,14 @@ class Entrant:
     difference: float | None = None
 
 
-def entrant(text: str, device: torch.device) -> Entrant:
+def entrant(text: str, device: torch.device, compare: bool = True) -> Entrant:
     """Build what a text names.
 
     Args:
         text: `backbone`, `backbone:selection`, and `:key=value` for each argument of the backbone; after `plain:`, without
             kernels. Or `torchvision:name`, of which no part may be chosen.
         device: where it is put.
+        compare: run a peer and its counterpart once, for `Entrant.difference`.
 
     Raises:
         BackboneError, SelectionError: for what there is not.
@@ -123,7 +125,7 @@ def entrant(text: str, device: torch.device) -> Entrant:
         theirs, ours = peers.torchvision_model(name)
         size = ours.backbone.clip_size
         theirs, gflops = theirs.to(device), count_gflops(ours)
-        difference = peers.difference(theirs, ours.to(device), torch.randn(1, 3, *size).to(device))
+        difference = peers.difference(theirs, ours.to(device), torch.randn(1, 3, *size).to(device)) if compare else None
         return Entrant(text, theirs, size, gflops, text, True, difference)
     kernels = "none" if text.startswith("plain:") else "auto"
     backbone, *parts = text.removeprefix("plain:").split(":")
@@ -496,6 +498,27 @@ def _selectors(model: VideoClassifier, batch: int, device: torch.device, held: l
             one()
 
     return work
+
+
+def launches(entrants: Sequence[Entrant], batches: Sequence[int], precisions: Sequence[str]) -> Iterator[Row]:
+    """What a GPU would be asked to do, counted without one: by forward passes, and by training steps in bf16."""
+    for batch, number, one in itertools.product(batches, precisions, entrants):
+        forward = count_forward(functools.partial(copy.deepcopy, one.model), batch, one.clip, number)
+        host, device = forward.seconds(batch * one.gflops)
+        step = count_training(functools.partial(copy.deepcopy, one.model), batch, one.clip) if number == "bf16" else None
+        yield {
+            "model": one.name,
+            "batch": batch,
+            "precision": number,
+            "launches": forward.launches,
+            "gigabytes": forward.bytes / 1e9,
+            "waits": len(forward.waits),
+            "host_ms": 1e3 * host,
+            "arithmetic_ms": 1e3 * device,
+            "bound_by": "host" if host > device else "device",
+            "training_launches": step.launches if step else None,
+            "training_gigabytes": step.bytes / 1e9 if step else None,
+        }
 
 
 def operator(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:

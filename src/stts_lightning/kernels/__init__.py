@@ -77,6 +77,11 @@ class Kernels:
         # Of what the last block of MViT gives, only the class token is used.
         return partial(kernel, module, class_only=True) if module is self._last else partial(kernel, module)
 
+    def of_gpu(self, module: nn.Module, dtype: torch.dtype) -> Kernel:
+        """What a GPU runs a module by in a precision, if it agrees with it there: its kernel, or the module itself."""
+        kernel = self._cuda.get(type(module))
+        return partial(kernel, module) if kernel is not None and _fits(module, dtype) and unmodified(module) else module
+
     def _find_on_cuda(self, module: nn.Module, x: Tensor) -> Kernel:
         kernel = self._cuda.get(type(module))
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
@@ -86,7 +91,7 @@ class Kernels:
             if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateImportUsage]
                 return module
             if isinstance(x, FakeTensor):  # There is nothing to compare.
-                return partial(kernel, module) if unmodified(module) else module
+                return self.of_gpu(module, dtype)
         return partial(kernel, module) if _proved(kernel, module, x.device, dtype) else module
 
 
