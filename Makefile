@@ -19,15 +19,15 @@ train: runs/demo_plain/result.json ## learn the demo, then tune it with half of 
 runs/demo_plain/result.json: | .venv/.ready
 	$(BIN)/python -m stts_lightning.train experiment=demo_plain
 
-test: .venv/.ready ## the normal tests
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+test: .venv/.ready ## the normal tests; those of a GPU run where there is one
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-avx2: .venv/.ready ## of those, what is arithmetic, as on a processor without AVX-512
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" \
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n 2 -m "not slow" \
 		tests/kernels tests/selection tests/backbones tests/data/test_sampling.py tests/training/test_one_step.py
 
 test-slow: .venv/.ready ## the heavy ones alone: kills, damaged files, clusters, long runs (docs/reliability.md)
-	$(BIN)/python -m pytest -s -m "slow and not gpu"
+	$(BIN)/python -m pytest -s -m slow
 
 test-all: .venv/.ready ## all tests
 	$(BIN)/python -m pytest

@@ -116,8 +116,7 @@ COLUMNS: dict[str, Mapping[str, tuple[str, str]]] = {
 SAME = ("batch", "precision", "tf32", "compile", "kernels", "samples", "views")
 """Columns that go to the title where all rows have the same."""
 
-SAID = ("model", "decoder", "estimator", "batch", "precision", "compile", "launches", "ms", "device_ms")
-SAID += ("clips_per_second", "memory_mib")
+SAID = (
     "model",
     "decoder",
     "estimator",
