@@ -19,6 +19,7 @@ ALLOWED = frozenset(
         f"{_OURS}.sweeps.SweepEnd",
         f"{_OURS}.training.callbacks.FailureLog",
         f"{_OURS}.training.callbacks.SigmaAnnealing",
+        f"{_OURS}.training.loading.LoadingWatch",
         f"{_OURS}.training.loggers.wandb_logger",
         f"{_OURS}.training.panels.SelectionPanels",
         f"{_OURS}.training.preemption.BestCheckpoint",
