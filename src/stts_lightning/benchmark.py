@@ -5,7 +5,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -314,6 +314,19 @@ def write(rows: Sequence[Row], facts: Mapping[str, Any], json_file: str | None, 
             writer.writerows(rows)
 
 
+def record(
+    measured: Iterable[Row], kind: str, facts: Mapping[str, Any], json_file: str | None, csv_file: str | None
+) -> list[Row]:
+    """Print and write each row as soon as it is measured: what is cut off keeps what it has."""
+    rows: list[Row] = []
+    for row in measured:
+        rows.append(row)
+        print(line(row, kind), flush=True)
+        write(rows, {**facts, "complete": False}, json_file, csv_file)
+    write(rows, {**facts, "complete": True}, json_file, csv_file)
+    return rows
+
+
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="benchmark")
 def main(cfg: DictConfig) -> None:
     """Measure, print, write."""
@@ -340,12 +353,7 @@ def main(cfg: DictConfig) -> None:
             }
             # Where `report paper_table=7` looks for it.
             json_file = cfg.json or (f"{cfg.paths.runs}/table7.json" if kind == "table7" else None)
-            rows: list[Row] = []
-            for row in measured(cfg):
-                rows.append(row)
-                print(line(row, kind), flush=True)
-                write(rows, {**facts, "complete": False}, json_file, cfg.csv)
-        write(rows, {**facts, "complete": True}, json_file, cfg.csv)
+            rows = record(measured(cfg), kind, facts, json_file, cfg.csv)
         peaks = dict.fromkeys(f"{r['peak_tflops']:.2f} in {r['precision']}" for r in rows if r.get("peak_tflops"))
         title = f"{cfg.what}, {facts['device']}, torch {facts['torch']}"
         show(rows, kind, title + (f"; matrix peak, TFLOP/s: {', '.join(peaks)}" if peaks else ""))

@@ -170,8 +170,10 @@ def test_device_times_make_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same == "batch: 1, precision: 32, TF32: off, compiled: false, kernels: none"
 
 
-def test_rows_are_in_the_files_before_the_next_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(cfg: Any) -> Iterator[dict[str, Any]]:
+def test_rows_are_in_the_files_before_the_next_is_measured(tmp_path: Path) -> None:
+    files = str(tmp_path / "f.json"), str(tmp_path / "f.csv")
+
+    def measured() -> Iterator[dict[str, Any]]:
         for number in range(3):
             yield {"model": "a", "batch": number, "ms": 1.0, **({"ms_low": 1.0, "ms_high": 1.0} if number else {})}
             content = json.loads((tmp_path / "f.json").read_text())
@@ -179,14 +181,12 @@ def test_rows_are_in_the_files_before_the_next_is_measured(tmp_path: Path, monke
             assert len((tmp_path / "f.csv").read_text().splitlines()) == number + 2
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(benchmark, "measured", measured)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["benchmark", "json=f.json", "csv=f.csv", "device=cpu"])
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        benchmark.main()
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.record(measured(), "models", {"what": "forward"}, *files)
     content = json.loads((tmp_path / "f.json").read_text())
-    assert len(content["rows"]) == 3
-    assert content["command"] == "python -m stts_lightning.benchmark json=f.json csv=f.csv device=cpu"
+    assert len(content["rows"]) == 3 and content["what"] == "forward" and not content["complete"]
+    benchmark.record(iter(content["rows"]), "models", {}, *files)
+    assert json.loads((tmp_path / "f.json").read_text())["complete"]
 
 
 @pytest.fixture
@@ -300,7 +300,8 @@ def test_benchmark_rows_of_models_training_and_operator(tmp_path: Path) -> None:
     out = door(tmp_path, models, *quick, "batch=[2]", "json=f.json", "csv=f.csv", "plot=f.png")
     content = json.loads((tmp_path / "f.json").read_text())
     unpruned, ours, plain = content["rows"]
-    assert "mvit_tiny:t0_0.5_s2_0.6" in out and content["device"].endswith("threads")
+    assert "mvit_tiny:t0_0.5_s2_0.6" in out and content["device"].endswith("threads") and content["complete"]
+    assert content["command"].startswith("python -m stts_lightning.benchmark 'models=[mvit_tiny,")
     assert ours["over_unpruned"] == pytest.approx(unpruned["ms"] / ours["ms"]) and plain["over_unpruned"] is None
     assert ours["of_ideal"] == pytest.approx(ours["over_unpruned"] * ours["gflops"] / unpruned["gflops"])
     assert unpruned["share_of_peak"] == pytest.approx(
@@ -330,7 +331,7 @@ def test_benchmark_loading_reports_rate_per_core(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["what=all"], "error: what=all: allowed are forward, training, operator, loader, table7"),
+        (["what=all"], "error: what=all: allowed are forward, training, operator, loader, launches, table7"),
         (["precision=[8]"], "error: precision=8: allowed are 32, tf32, bf16, 16, bf16-true"),
         (["precision=[tf32]"], "error: precision=tf32: device cpu has no TF32"),
         (["what=training", "precision=[bf16-true]"], "error: precision=bf16-true: holds the weights in bfloat16"),
