@@ -103,7 +103,7 @@ def fit(folder: Path, device: str, bar: bool, *more: pl.Callback, **options: Any
     if device == "meta":
         options["strategy"] = SingleDeviceStrategy(torch.device("meta"))
     trainer = pl.Trainer(
-        accelerator="cpu" if device == "meta" else "gpu", devices=1, max_epochs=1, callbacks=used,
+        accelerator="gpu" if device == "cuda" else "cpu", devices=1, max_epochs=1, callbacks=used,
         logger=CSVLogger(folder), num_sanity_val_steps=0, enable_model_summary=False, **{"log_every_n_steps": EVERY, **options},
     )  # fmt: skip
     with reads:
@@ -140,13 +140,21 @@ class RefusesWaits(pl.Callback):
     """torch itself raises at any wait, from the third batch to the last."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        torch.cuda.set_sync_debug_mode("error" if 2 <= batch_idx < BATCHES - 1 else "default")
+        if pl_module.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error" if 2 <= batch_idx < BATCHES - 1 else "default")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_torch_finds_no_wait_between_two_steps_on_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", [
+    # That all else of this test runs: on a CPU nothing waits.
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]),
+])  # fmt: skip
+def test_torch_finds_no_wait_between_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(SelectionPanels, "_look", lambda *_: {})
+    options: dict[str, Any] = {"log_every_n_steps": 100, "gradient_clip_val": 1.0, "precision": "bf16-mixed"}
     try:
-        fit(tmp_path, "cuda", False, RefusesWaits(), log_every_n_steps=100, gradient_clip_val=1.0, precision="bf16-mixed")
+        watch = fit(tmp_path, device, False, RefusesWaits(), **options)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(watch.training) == BATCHES - 1
