@@ -95,7 +95,10 @@ def _lasting(overrides: Sequence[str]) -> list[str]:
     return [override for override in overrides if not override.startswith(("resume=", "trust="))]
 
 
-FIXED = ("backbone.", "selection.slots", "selection.scorer", "selection.selector")
+FIXED = (
+    "backbone.", "selection.slots", "selection.scorer", "selection.selector",
+    "selection.normalize", "selection.scope", "selection.windows",
+)  # fmt: skip
 """Keys that a run cannot change when it is resumed: its checkpoint holds that model."""
 
 

@@ -71,7 +71,7 @@ def test_training_step_matches_the_official_model(shared: Path, load_rule: Calla
             noise = torch.from_numpy(draw.standard_normal((scores.shape[0], 500, scores.shape[1])).astype(np.float32))
             return perturbed_topk(scores, k, sigma, noise, "diagonal")
 
-        model.slots.selectors[name].estimator = estimate
+        model.slots.selectors[name].soft_topk.estimate = estimate
     golden = np.load(folder / f"golden_{config}.npz")
     logits, kept = model(torch.from_numpy(rule.inp()), return_selection=True)
     torch.testing.assert_close(logits, torch.from_numpy(golden["train_logits"]), atol=5e-3, rtol=0)

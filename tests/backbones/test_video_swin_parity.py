@@ -102,7 +102,7 @@ def test_training_step_matches_the_official_model(
     model.slots.sigma.fill_(sigma)
     noise = torch.from_numpy(np.random.Generator(np.random.PCG64(1)).standard_normal((2, 500, 16)).astype(np.float32))
     selector = model.slots.selectors["t0"]
-    selector.estimator = lambda scores, k, sigma, _: perturbed_topk(scores, k, sigma, noise, "diagonal")
+    selector.soft_topk.estimate = lambda scores, k, sigma, _: perturbed_topk(scores, k, sigma, noise, "diagonal")
     logits, kept = model(torch.from_numpy(rule.inp((2, 3, 32, 224, 224))), return_selection=True)
     case = f"train_{case}"
     np.testing.assert_allclose(kept["t0"].scores.detach().numpy(), golden[f"{case}/scores"], atol=1e-4)

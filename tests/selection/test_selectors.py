@@ -56,7 +56,7 @@ def test_selectors_match_the_official_code(shared: Path, load_rule: Callable[[st
     assert torch.equal(selection.indices.flatten(), get("indices").flatten())
     torch.testing.assert_close(selection.scores.flatten(), get("norm_scores").flatten(), atol=1e-4, rtol=0)
 
-    selector.train().estimator = FixedNoise(get("noise"))
+    selector.train().soft_topk.estimate = FixedNoise(get("noise"))
     grid = grid.requires_grad_()
     kept, selection = selector(grid, sigma, Noise())
     indicator = get("train_indicator_BLK").transpose(1, 2)

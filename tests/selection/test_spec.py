@@ -47,7 +47,7 @@ def test_multi_step_integers() -> None:
         ({"slots": {"t0": {}}}, "slots.t0: give ratio, or keep"),
         ({"slots": {"t0": {"ratio": 0.5, "_target_": "no.such.Thing"}}}, "no selector class 'no.such.Thing'"),
         ({"sigm": 0.1}, r"selection.sigm: unknown key; allowed are estimator"),
-        ({"slots": {"t0": 0.5}, "scorer": "best"}, "scorer='best': allowed are paper, official"),
+        ({"slots": {"t0": 0.5}, "scorer": "best"}, "scorer='best': allowed are paper, context, official"),
         ({"slots": {"t0": 0.5}, "estimator": "best"}, "estimator='best': allowed are monte_carlo"),
         ({"sigma": -1}, "sigma=-1: must be 0 or more"),
     ],

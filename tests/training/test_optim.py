@@ -106,6 +106,9 @@ def test_sigma_falls_linearly_to_zero() -> None:
     assert values[5] == pytest.approx(0.05)
     assert values[9] == pytest.approx(0.01)
     assert values[10] == values[11] == 0
+    early = [annealed_sigma(0.1, step, 10, until=0.5) for step in range(12)]
+    assert early[0] == 0.1 and early[2] == pytest.approx(0.06)
+    assert not any(early[5:])
 
 
 def test_a_frozen_part_takes_no_part_in_training() -> None:

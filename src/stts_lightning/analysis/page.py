@@ -40,10 +40,11 @@ Row = dict[str, str | float | None]
 def _traits(point: Point, settings: dict[str, str]) -> dict[str, str]:
     """What may tell a point from others of its selection, in words; what it has none of is left out."""
     how = re.search(r"\((\w+)\)", point.keeps)
-    scorer, estimator, samples = [*point.estimator.split(", "), "", ""][:3]
+    scorer, estimator, samples, *ways = [*point.estimator.split(", "), "", ""]
     # A selector without a learned score of its own has no operator worth a word.
     learns = not how or how[1] in LEARNS
-    operator = {"scorer": f"{scorer} scorer", "estimator": estimator, "samples": samples} if learns else {}
+    ways = ", ".join(filter(None, ways))
+    operator = {"scorer": f"{scorer} scorer", "estimator": estimator, "samples": samples, "ways": ways} if learns else {}
     return {
         "backbone": point.backbone,
         "how": how[1] if how else "",

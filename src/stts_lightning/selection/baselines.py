@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stts_lightning.selection.noise import Noise
-from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext, build_estimator, build_scorer
+from stts_lightning.selection.oracle import OracleFrames, OracleWindow
+from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext, SoftTopK, build_scorer
 from stts_lightning.selection.spatial import SpatialSelector, WindowSelector
 from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec, selector_class
 from stts_lightning.selection.temporal import FrameSelector, TemporalSelector
@@ -196,10 +197,11 @@ class AttentionWindow(HardWindows):
 class AnchorFeatures(SpatialSelector):
     """Learned, but scores the mean features of each anchor instead of averaging its tokens' scores (Table 6, "A")."""
 
-    def anchor_scores(self, grid: Tensor) -> Tensor:
-        """Score of each anchor's features: `(B, T, H, W, C)` -> `(B * T, G)`."""
+    def window_scores(self, grid: Tensor) -> Tensor:
+        """Score of each anchor's features: `(B, T, H, W, C)` -> `(B, T, G)`."""
+        batch, frames = grid.shape[:2]
         features = self.anchor_means(grid.flatten(0, 1).permute(0, 3, 1, 2)).transpose(1, 2)
-        return self.scorer.normalize(self.scorer(features).float())
+        return self.normalized(self.over_time(self.scorer(features).float().view(batch, frames, -1)))
 
 
 class TokenSelector(Selector):
@@ -254,12 +256,12 @@ class Tokens(TokenSelector):
     def __init__(self, context: SlotContext) -> None:
         super().__init__(context)
         self.scorer = build_scorer(context.selection)(context.dim)
-        self.estimator = build_estimator(context.selection)
+        self.soft_topk = SoftTopK(context.selection)
 
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""
         scores = self.scorer.normalize(self.scorer(grid.flatten(2, 3).flatten(0, 1)).float())
-        return self.take(grid, scores, self.estimator(scores, self.keep, sigma, noise) if self.training else None)
+        return self.take(grid, scores, self.soft_topk(scores, self.keep, sigma, noise) if self.training else None)
 
 
 class RandomTokens(TokenSelector):
@@ -294,6 +296,7 @@ SELECTORS: dict[str, dict[str, type[Selector]]] = {
         "difference": DifferenceFrames,
         "attention": AttentionFrames,
         "gumbel": GumbelFrames,
+        "oracle": OracleFrames,
     },
     "s": {
         "learned": SpatialSelector,
@@ -305,6 +308,7 @@ SELECTORS: dict[str, dict[str, type[Selector]]] = {
         "anchor_features": AnchorFeatures,
         "tokens": Tokens,
         "random_tokens": RandomTokens,
+        "oracle": OracleWindow,
     },
 }
 

@@ -70,6 +70,18 @@ class PaperScorer(Scorer):
         return self.score(torch.cat((local, context.expand_as(local)), dim=-1)).squeeze(-1)
 
 
+class ContextScorer(PaperScorer):
+    """The paper's scorer with a hidden layer after [local, global]: here a score may depend on what else is in the row.
+
+    Differs from the paper: Eq. 3 has a single layer there, in which the global half cancels (see `PaperScorer`).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        half = dim // 2
+        self.score = nn.Sequential(nn.Linear(2 * half, half), nn.GELU(), nn.Linear(half, 1))  # type: ignore[assignment]
+
+
 class OfficialScorer(Scorer):
     """The released code's scorer, which published checkpoints hold (reference: wangjk666/STTS, `score_network`).
 
@@ -105,4 +117,4 @@ class OfficialScorer(Scorer):
         return self.score(torch.cat((local, context), dim=-1)).squeeze(-1)
 
 
-SCORERS: dict[str, type[Scorer]] = {"paper": PaperScorer, "official": OfficialScorer}
+SCORERS: dict[str, type[Scorer]] = {"paper": PaperScorer, "context": ContextScorer, "official": OfficialScorer}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.scorer import SCORERS, Scorer
 from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec
-from stts_lightning.selection.topk import ESTIMATORS, Estimator
+from stts_lightning.selection.topk import ESTIMATORS, hard_topk, straight_through
 
 T = TypeVar("T")
 
@@ -59,6 +59,8 @@ class Selector(nn.Module, ABC):
 
     needs_attention = False
     """Whether `forward` is to be given the class token's attention of the block before."""
+    needs_truth = False
+    """Whether it reads where the action is; see `oracle`."""
 
     def __init__(self, context: SlotContext) -> None:
         super().__init__()
@@ -91,14 +93,28 @@ class Selector(nn.Module, ABC):
         """
 
 
+class SoftTopK(nn.Module):
+    """What stands in training for the Top-K: the estimator, and what the selection says of sigma and of the forward pass."""
+
+    def __init__(self, selection: SelectionSpec) -> None:
+        super().__init__()
+        self.estimate = _named(ESTIMATORS, "estimator", selection.estimator)(selection.samples)
+        self.of_spread = selection.sigma_of == "spread"
+        self.hard = selection.forward == "hard"
+
+    def forward(self, scores: Tensor, k: int, sigma: Tensor, noise: Noise) -> Tensor:
+        """Indicator of Eq. 7, `(B, K, N)`, from scores `(B, N)`."""
+        spread = scores
+        if self.of_spread:
+            # Noise on scores in units of their own deviation: the choice stays the same if all is divided by it.
+            spread = scores / scores.detach().std(-1, keepdim=True).clamp_min(1e-5)
+        indicator = self.estimate(spread, k, sigma, noise)
+        return straight_through(indicator, hard_topk(scores.detach(), k)) if self.hard else indicator
+
+
 def build_scorer(selection: SelectionSpec) -> type[Scorer]:
     """The scorer's class by name. Raises SelectionError for an unknown one."""
     return _named(SCORERS, "scorer", selection.scorer)
-
-
-def build_estimator(selection: SelectionSpec) -> Estimator:
-    """The Top-K's estimator by name. Raises SelectionError for an unknown one."""
-    return _named(ESTIMATORS, "estimator", selection.estimator)(selection.samples)
 
 
 def _named(table: dict[str, T], key: str, name: str) -> T:

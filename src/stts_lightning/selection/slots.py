@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from stts_lightning.selection.baselines import find_selector
 from stts_lightning.selection.noise import Noise, mixed_seeds
+from stts_lightning.selection.oracle import Told
 from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext
 from stts_lightning.selection.spec import SelectionError, SelectionSpec
+from stts_lightning.selection.truth import follow, of_grid
 
 
 class SlotBank(nn.Module):
@@ -29,6 +31,9 @@ class SlotBank(nn.Module):
         # the schedule knows it from the step.
         self.register_buffer("sigma", torch.tensor(float(selection.sigma)), persistent=False)
         self._seeds: Tensor | None = None
+        self._truth: Tensor | None = None
+        self._boxes: Tensor | None = None
+        """The truth of the grid as the slots of this pass have left it."""
 
     def build_selectors(self, block: int, size: GridSize, dim: int, no_attention: str = SlotContext.no_attention) -> GridSize:
         """Build the selectors that stand before a block.
@@ -68,6 +73,15 @@ class SlotBank(nn.Module):
         # From pinned memory the copy does not wait for the device.
         self._seeds = mixed.pin_memory().to(self.sigma.device, non_blocking=True) if self.sigma.is_cuda else mixed
 
+    @property
+    def wants_truth(self) -> bool:
+        """Whether a selector reads where the action is."""
+        return any(self._selector(name).needs_truth for name in self.selectors)
+
+    def tell_truth(self, truth: Tensor | None) -> None:
+        """Where the action is in the clips of the next forward passes, `(B, T, 4)`; see `truth`. None where nobody knows."""
+        self._truth = truth
+
     def wants_attention(self, block: int) -> bool:
         """Whether a slot before this block needs the class token's attention of the block before it."""
         return any(self._selector(name).needs_attention for name in self.at_block.get(block, ()))
@@ -91,13 +105,23 @@ class SlotBank(nn.Module):
         """
         for number, name in enumerate(self.at_block.get(block, ())):
             selector = self._selector(name)
+            if self.wants_truth:
+                self._tell(selector)
             grid, selection = selector(grid, self.sigma, Noise(self._seeds, block * 2 + number), attention)
             if attention is not None and selector.out_size[0] < attention.shape[1]:
                 # The spatial slot at this place sees what the temporal one left.
                 attention = attention[torch.arange(attention.shape[0], device=attention.device)[:, None], selection.indices]
+            if self._boxes is not None:
+                self._boxes = follow(self._boxes, selection, selector.in_size)
             if kept is not None:
                 kept.append(selection)
         return grid
+
+    def _tell(self, selector: Selector) -> None:
+        if selector.slot == next(iter(self.selectors)):  # A new pass.
+            self._boxes = None if self._truth is None else of_grid(self._truth, selector.in_size[0])
+        if isinstance(selector, Told):
+            selector.boxes = self._boxes
 
     @property
     def share(self) -> float:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stts_lightning.selection.noise import Noise
-from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext, build_estimator, build_scorer
+from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext, SoftTopK, build_scorer
 
 
 def anchor_starts(length: int, window: int) -> list[int]:
@@ -107,26 +107,45 @@ class SpatialSelector(WindowSelector):
 
     def __init__(self, context: SlotContext) -> None:
         super().__init__(context)
-        self.scorer = build_scorer(context.selection)(context.dim)
-        self.estimator = build_estimator(context.selection)
+        selection = context.selection
+        self.scorer = build_scorer(selection)(context.dim)
+        self.soft_topk = SoftTopK(selection)
+        self.of_tokens = self.scorer.normalizes_tokens if selection.normalize == "scorer" else selection.normalize == "tokens"
+        self.scope, self.moving = selection.scope, selection.windows
 
-    def anchor_scores(self, grid: Tensor) -> Tensor:
-        """Mean score of each anchor: `(B, T, H, W, C)` -> `(B * T, G)`."""
+    def normalized(self, scores: Tensor) -> Tensor:
+        """Scores `(B, T, N)` in [0, 1]: of each frame, or of all frames of a clip."""
+        if self.scope == "clip":
+            return self.scorer.normalize(scores.flatten(1)).view_as(scores)
+        return self.scorer.normalize(scores.flatten(0, 1)).view_as(scores)
+
+    def over_time(self, scores: Tensor) -> Tensor:
+        """Scores of windows `(B, T, G)`, averaged over time as `selection.windows` says: `(B, T, G)`, or `(B, 1, G)`."""
+        if self.moving == "clip":
+            return scores.mean(1, keepdim=True)
+        if self.moving == "smooth":
+            return F.avg_pool2d(scores, (3, 1), (1, 1), (1, 0), count_include_pad=False)
+        return scores
+
+    def window_scores(self, grid: Tensor) -> Tensor:
+        """Mean score of each anchor: `(B, T, H, W, C)` -> `(B, T, G)`; `(B, 1, G)` where a clip has one window."""
         batch, frames, height, width, _ = grid.shape
-        tokens = self.scorer(grid.flatten(2, 3).flatten(0, 1)).float()
-        if self.scorer.normalizes_tokens:
-            tokens = self.scorer.normalize(tokens)
-        anchors = self.anchor_means(tokens.view(batch * frames, 1, height, width)).squeeze(1)
-        return anchors if self.scorer.normalizes_tokens else self.scorer.normalize(anchors)
+        tokens = self.scorer(grid.flatten(2, 3).flatten(0, 1)).float().view(batch, frames, -1)
+        if self.of_tokens:
+            tokens = self.normalized(tokens)
+        anchors = self.anchor_means(tokens.view(batch * frames, 1, height, width)).view(batch, frames, -1)
+        anchors = self.over_time(anchors)
+        return anchors if self.of_tokens else self.normalized(anchors)
 
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""
-        batch, frames = grid.shape[:2]
-        scores = self.anchor_scores(grid)
-        best = scores.detach().argmax(-1).view(batch, frames)
-        windows, shown = self.windows_of(best), scores.view(batch, frames, -1)
+        frames = grid.shape[1]
+        scores = self.window_scores(grid)
+        shown = scores.expand(-1, frames, -1)
+        best = shown.detach().argmax(-1)
+        windows = self.windows_of(best)
         if not self.training:
             return self.take(grid, shown, windows, best)
-        weights = self.estimator(scores, 1, sigma, noise).view(batch, frames, -1)
+        weights = self.soft_topk(scores.flatten(0, 1), 1, sigma, noise).view(scores.shape).expand_as(shown)
         kept: Tensor = _WeightedWindows.apply(grid, weights.to(grid.dtype), self.corners, self.window)  # type: ignore[assignment]
         return kept, Selection(self.slot, best, windows, shown, weights)

@@ -19,6 +19,15 @@ PAPER_SELECTIONS = (
 )  # fmt: skip
 """The unpruned model and every selection of the paper's Tables 1 to 8."""
 
+CHOICES = {
+    "normalize": ("scorer", "tokens", "windows"),
+    "scope": ("frame", "clip"),
+    "windows": ("frame", "clip", "smooth"),
+    "forward": ("soft", "hard"),
+    "sigma_of": ("scores", "spread"),
+}
+"""Ways to learn a selection, each apart from the others. The first of each is the paper's."""
+
 
 class SelectionError(UserError):
     """A selection that cannot be honoured: names the key, the value found and what is allowed."""
@@ -113,6 +122,14 @@ class SelectionSpec:
             diagonal of the Jacobian of Eq. 8).
         samples: number n of noise samples; `exact` needs none.
         selector: of the slots that name none: `learned` (the paper's), or one of its siblings (see `SELECTORS`).
+        normalize: spatial: bring scores to [0, 1] as `tokens`, before they are averaged in windows, or as `windows`, after
+            that; `scorer`: as its family does (the paper: tokens, the official code: windows).
+        scope: spatial: scores are brought to [0, 1] in each `frame`, or over all frames of a `clip`.
+        windows: spatial: a window of each `frame`, one window of the `clip`, or windows that move little from frame to frame
+            (`smooth`: scores are averaged over three frames).
+        forward: what the network sees in training: `soft`, the weighted sum of Eq. 9, or `hard`, the best frames or windows
+            as in evaluation, with the gradients of the weighted sum (straight-through).
+        sigma_of: sigma is given on `scores` in [0, 1], or as a multiple of their `spread`, the standard deviation of a row.
     """
 
     slots: tuple[SlotSpec, ...] = ()
@@ -121,8 +138,16 @@ class SelectionSpec:
     estimator: str = "monte_carlo"
     samples: int = 500
     selector: str = "learned"
+    normalize: str = "scorer"
+    scope: str = "frame"
+    windows: str = "frame"
+    forward: str = "soft"
+    sigma_of: str = "scores"
 
     def __post_init__(self) -> None:
+        for key, allowed in CHOICES.items():
+            if (value := getattr(self, key)) not in allowed:
+                raise SelectionError(f"selection.{key}={value!r}: allowed are {', '.join(allowed)}")
         if self.sigma < 0:
             raise SelectionError(f"selection.sigma={self.sigma}: must be 0 or more")
         if self.samples < 2:
@@ -164,6 +189,10 @@ class SelectionSpec:
         """The mapping that `of` reads back as this selection: plain containers, for files."""
         shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "slots"}
         return {**shared, "slots": {slot.name: slot.to_dict() for slot in self.slots}}
+
+    def ways(self) -> str:
+        """What is learned otherwise than in the paper, as in "normalize=windows, windows=clip"; empty for nothing."""
+        return ", ".join(f"{key}={value}" for key, values in CHOICES.items() if (value := getattr(self, key)) != values[0])
 
     def __str__(self) -> str:
         parts = (f"{s.name}_{s.ratio if s.keep is None and s.side is None else s.keep or s.side}" for s in self.slots)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from stts_lightning.selection.noise import Noise
-from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext, build_estimator, build_scorer
+from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext, SoftTopK, build_scorer
 from stts_lightning.selection.topk import hard_topk
 
 
@@ -48,7 +48,7 @@ class TemporalSelector(FrameSelector):
         super().__init__(context)
         scorer = build_scorer(context.selection)
         self.scorer = scorer(scorer.frame_width * context.dim)
-        self.estimator = build_estimator(context.selection)
+        self.soft_topk = SoftTopK(context.selection)
 
     def scores(self, described: Tensor) -> Tensor:
         """Normalised score of each frame, from descriptors: `(B, T, E)` -> `(B, T)`."""
@@ -58,5 +58,5 @@ class TemporalSelector(FrameSelector):
         """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
         scores = self.scores(self.scorer.describe_frames(grid))
         if self.training:
-            return self.mix(grid, scores, self.estimator(scores, self.keep, sigma, noise))
+            return self.mix(grid, scores, self.soft_topk(scores, self.keep, sigma, noise))
         return self.take(grid, scores, hard_topk(scores, self.keep))

@@ -248,6 +248,19 @@ def exact_topk(
     return torch.where(sigma > floor, indicator, one_hot(hard_topk(scores.detach(), k), candidates, scores.dtype))
 
 
+def straight_through(indicator: Tensor, indices: Tensor) -> Tensor:
+    """The hard indicator of what was chosen, with the gradients of a soft one.
+
+    Args:
+        indicator: soft, `(B, K, N)`.
+        indices: chosen, `(B, K)`.
+
+    Returns:
+        `(B, K, N)`, of zeros and ones.
+    """
+    return one_hot(indices, indicator.shape[-1], indicator.dtype) + indicator - indicator.detach()
+
+
 class Estimator(Protocol):
     """From scores `(B, N)`, how many to keep, sigma and the source of noise to the indicator `(B, K, N)` of Eq. 7."""
 

@@ -13,9 +13,16 @@ from stts_lightning.training.processes import gathered
 log = logging.getLogger(__name__)
 
 
-def annealed_sigma(sigma: float, step: int, total_steps: int) -> float:
-    """Linear decay to zero (end of paper Sec. 3.2): sigma before optimiser step `step` of `total_steps`, from 0."""
-    return sigma * max(0.0, 1.0 - step / max(total_steps, 1))
+def annealed_sigma(sigma: float, step: int, total_steps: int, until: float = 1.0) -> float:
+    """Linear decay to zero (end of paper Sec. 3.2): sigma before optimiser step `step` of `total_steps`, from 0.
+
+    Args:
+        sigma: before the first step.
+        step: number of the step, from 0.
+        total_steps: of the run.
+        until: share of the run after which sigma is 0; the paper's is 1, the whole run.
+    """
+    return sigma * max(0.0, 1.0 - step / max(total_steps * until, 1e-9))
 
 
 class SigmaAnnealing(pl.Callback):
@@ -24,10 +31,11 @@ class SigmaAnnealing(pl.Callback):
     Args:
         sigma: value at the first step.
         decay: decay linearly to 0, or keep the value.
+        until: share of the run after which sigma is 0, above 0: below 1 the network learns the rest of it with hard selections.
     """
 
-    def __init__(self, sigma: float, decay: bool = True) -> None:
-        self.sigma, self.decay = float(sigma), decay
+    def __init__(self, sigma: float, decay: bool = True, until: float = 1.0) -> None:
+        self.sigma, self.decay, self.until = float(sigma), decay, until
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Set and log sigma."""
@@ -43,7 +51,7 @@ class SigmaAnnealing(pl.Callback):
 
     def _set(self, trainer: pl.Trainer, module: ClassificationModule) -> None:
         total = int(trainer.estimated_stepping_batches)
-        sigma = annealed_sigma(self.sigma, trainer.global_step, total) if self.decay else self.sigma
+        sigma = annealed_sigma(self.sigma, trainer.global_step, total, self.until) if self.decay else self.sigma
         module.model.slots.sigma.fill_(sigma)
 
 

@@ -1,0 +1,114 @@
+"""Each way to learn a selection does what it says, and the defaults are the paper's."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stts_lightning.selection.noise import Noise
+from stts_lightning.selection.scorer import ContextScorer, PaperScorer
+from stts_lightning.selection.selector import SlotContext
+from stts_lightning.selection.spatial import SpatialSelector
+from stts_lightning.selection.spec import CHOICES, SelectionError, SelectionSpec, SlotSpec
+from stts_lightning.selection.temporal import TemporalSelector
+
+SIZE = (4, 8, 8)
+SIGMA = torch.tensor(0.3)
+
+
+def spatial(**options: Any) -> SpatialSelector:
+    torch.manual_seed(0)
+    return SpatialSelector(SlotContext(SlotSpec("s0", side=4), SIZE, 6, SelectionSpec(**options)))
+
+
+def temporal(**options: Any) -> TemporalSelector:
+    torch.manual_seed(0)
+    return TemporalSelector(SlotContext(SlotSpec("t0", keep=2), SIZE, 6, SelectionSpec(**options)))
+
+
+@pytest.fixture
+def grid() -> Tensor:
+    return torch.randn(2, *SIZE, 6, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_the_paper_normalises_tokens_and_its_windows_differ_little(grid: Tensor) -> None:
+    of_tokens, of_windows = (spatial(**options).window_scores(grid) for options in ({}, {"normalize": "windows"}))
+    spread = of_tokens.amax(-1) - of_tokens.amin(-1)
+    assert float(spread.max()) < 0.5, "means over 16 tokens of a frame are close to each other"
+    assert torch.allclose(of_windows.amax(-1), torch.ones(2, 4)) and torch.equal(of_windows.amin(-1), torch.zeros(2, 4))
+    assert torch.equal(of_tokens.argmax(-1), of_windows.argmax(-1)), "the best window is the same"
+    official = spatial(scorer="official").window_scores(grid)
+    assert float(official.amax(-1).min()) > 0.98, "the official code normalises windows"
+    assert float(spatial(scorer="official", normalize="tokens").window_scores(grid).amax()) < 1
+
+
+def test_over_a_clip_only_its_best_frame_has_the_score_1(grid: Tensor) -> None:
+    scores = spatial(normalize="windows", scope="clip").window_scores(grid)
+    assert torch.allclose(scores.flatten(1).amax(-1), torch.ones(2)) and torch.equal(scores.flatten(1).amin(-1), torch.zeros(2))
+    assert int((scores.amax(-1) == 1).sum()) == 2
+
+
+def test_windows_of_a_clip_are_one_and_smooth_ones_move_less(grid: Tensor) -> None:
+    windows = {how: spatial(windows=how).eval()(grid, SIGMA, Noise())[1] for how in CHOICES["windows"]}
+    assert all(len(row.unique(dim=0)) == 1 for row in windows["clip"].windows)
+    assert windows["clip"].scores.shape == windows["frame"].scores.shape == (2, 4, 9)
+    steps = {how: selection.scores.diff(dim=1).abs().mean() for how, selection in windows.items()}
+    assert steps["clip"] == 0 < steps["smooth"] < steps["frame"]
+    trained = spatial(windows="clip").train()(grid, SIGMA, Noise.of(range(2)))[1]
+    assert torch.equal(trained.indicator, trained.indicator[:, :1].expand_as(trained.indicator)), "in training too"
+    three = spatial().window_scores(grid)[:, :3].mean(1)
+    assert torch.allclose(windows["smooth"].scores[:, 1], three, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [spatial, temporal])
+def test_hard_training_sees_what_evaluation_sees_with_the_gradients_of_the_soft_one(make: Any, grid: Tensor) -> None:
+    hard, soft = make(forward="hard").train(), make().train()
+    kept, selection = hard(grid, SIGMA, Noise.of(range(2)))
+    expected, chosen = hard.eval()(grid, SIGMA, Noise())
+    torch.testing.assert_close(kept, expected)
+    assert torch.equal(selection.indices, chosen.indices)
+    assert not torch.allclose(soft(grid, SIGMA, Noise.of(range(2)))[0], expected)
+    # A linear loss has the same gradient wherever it is taken.
+    weight = torch.randn(kept.shape)
+    gradients = []
+    for selector in (hard.train(), soft):
+        (selector(grid, SIGMA, Noise.of(range(2)))[0] * weight).sum().backward()
+        gradients.append([p.grad for p in selector.scorer.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    assert any(g.abs().sum() > 0 for g in gradients[0])
+
+
+@pytest.mark.parametrize("make", [spatial, temporal])
+def test_sigma_of_the_spread_does_not_depend_on_the_scale_of_scores(make: Any) -> None:
+    selector = make(sigma_of="spread")
+    scores = torch.rand(3, 9, generator=torch.Generator().manual_seed(2))
+    noise = Noise.of(range(3))
+    one, tenth = (selector.soft_topk(factor * scores, 2, torch.tensor(1.0), noise) for factor in (1.0, 0.1))
+    torch.testing.assert_close(one, tenth)
+    absolute = make().soft_topk
+    assert not torch.allclose(absolute(scores, 2, torch.tensor(1.0), noise), absolute(0.1 * scores, 2, torch.tensor(1.0), noise))
+    by_hand = absolute(scores, 2, torch.tensor(1.0), noise)
+    spread = scores.std(-1)
+    assert torch.allclose(selector.soft_topk(scores / spread[:, None], 2, torch.tensor(1.0), noise), one, atol=1e-6)
+    assert by_hand.shape == one.shape
+
+
+def test_the_context_decides_in_the_context_scorer_and_cancels_in_the_papers() -> None:
+    torch.manual_seed(0)
+    row = torch.randn(1, 6, 8)
+    other = torch.cat((row[:, :3], row[:, 3:] + 2), dim=1)  # The same first three candidates in other company.
+    for kind, cancels in ((PaperScorer, True), (ContextScorer, False)):
+        scorer = kind(8)
+        differences = [scorer(x)[0, :3].diff() for x in (row, other)]
+        assert torch.allclose(*differences, atol=1e-6) == cancels, kind
+
+
+@pytest.mark.parametrize("key", list(CHOICES))
+def test_unknown_ways_are_refused_and_the_first_is_the_default(key: str) -> None:
+    with pytest.raises(SelectionError, match=rf"selection.{key}='none': allowed are {CHOICES[key][0]}, "):
+        SelectionSpec.of({key: "none"})
+    assert getattr(SelectionSpec(), key) == CHOICES[key][0]
+    assert SelectionSpec.of(SelectionSpec(**{key: CHOICES[key][-1]}).to_dict()) == SelectionSpec(**{key: CHOICES[key][-1]})
