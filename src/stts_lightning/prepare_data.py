@@ -1,4 +1,4 @@
-"""`python -m stts_lightning.prepare_data`: find out which videos decode, and write them again so that they load fast."""
+"""`python -m stts_lightning.prepare_data`: find out which videos decode, write them again, or embed them in larger ones."""
 
 import csv
 import os
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
 from omegaconf import DictConfig
 
 from stts_lightning.analysis.results import printable
 from stts_lightning.configuration import conf_dir
-from stts_lightning.data.annotations import AnnotationError, VideoList
+from stts_lightning.data.annotations import AnnotationError, Video, VideoList
 from stts_lightning.data.checking import Task, work
+from stts_lightning.data.embed import SCENES, Embedding
 from stts_lightning.data.encode import Encoding
 from stts_lightning.data.manifest import Entry, manifest_hash, read_manifest, write_manifest
 from stts_lightning.doctor import check_installation
@@ -22,7 +24,7 @@ from stts_lightning.files import replacing, write_text
 from stts_lightning.overrides import for_hydra
 from stts_lightning.progress import counting
 
-TASKS = ("check", "encode")
+TASKS = ("check", "encode", "embed")
 
 
 def targets(videos: VideoList, folder: Path) -> list[Path]:
@@ -46,6 +48,36 @@ def _target_name(path: Path) -> str:
     if path.is_dir():
         return f"{path.name}.frames.mp4"
     return path.name if path.suffix == ".mp4" else f"{path.name}.mp4"
+
+
+def embeddings(videos: VideoList, folder: Path, how: Embedding, scene: str, copies: int) -> tuple[VideoList, list[Task]]:
+    """The videos of `task=embed`, several copies of each of a list, and how each is made.
+
+    Args:
+        videos: whose actions are embedded.
+        folder: of the files.
+        how: what all have in common.
+        scene: one of `SCENES`.
+        copies: of each video.
+
+    Raises:
+        AnnotationError: where all videos are of one class, and another class is to play around them.
+    """
+    rng, labels = np.random.default_rng(how.seed), videos.labels
+    made: list[Video] = []
+    tasks: list[Task] = []
+    for video, target in zip(videos.videos, targets(videos, folder), strict=True):
+        for copy in range(copies):
+            around = None
+            if scene == "other":
+                others = np.flatnonzero(labels != video.label)
+                if not len(others):
+                    raise AnnotationError("embed.scene=other: all videos are of one class; embed.scene=idle needs no other")
+                around = videos.videos[int(rng.choice(others))].path
+            file = target.with_name(f"{target.stem}_{copy}.mp4")
+            made.append(replace(video, path=file))
+            tasks.append(Task(video.path, file, replace(how, scene=around, copy=copy)))
+    return replace(videos, videos=tuple(made)), tasks
 
 
 def run(tasks: Sequence[Task], jobs: int, timeout: float) -> list[Entry]:
@@ -133,6 +165,11 @@ def main(cfg: DictConfig) -> None:
             raise run_config.ConfigError(f"task={values['task']}: allowed are {', '.join(TASKS)}")
         if not isinstance(values["splits"], list) or not values["splits"]:
             raise run_config.ConfigError(f"splits={values['splits']}: must be a list, as [train,val] or [val]")
+        asked = values["embed"]
+        scene, copies = asked.pop("scene"), asked.pop("copies")
+        if scene not in SCENES:
+            raise run_config.ConfigError(f"embed.scene={scene}: allowed are {', '.join(SCENES)}")
+        embedding = Embedding(None, 0, short_side=values["short_side"], crf=values["crf"], **asked)
         encoding = Encoding(values["short_side"], values["keyframe_every"], values["crf"])
         source = instantiate(cfg.dataset)
         source.check, source.manifest = False, None  # What is missing is what is to be found out.
@@ -143,32 +180,34 @@ def main(cfg: DictConfig) -> None:
                 lists[split] = source.videos(split)
             except AnnotationError as error:
                 raise run_config.ConfigError(f"{error}; splits=[val] leaves a split out") from error
-        encode = values["task"] == "encode"
+        writes, embeds = values["task"] != "check", values["task"] == "embed"
         out = Path(values["out"])
-        manifest = out / "manifest.csv" if encode or out.suffix != ".csv" else out
-        timeout = values["timeout"] or (1800 if encode else 60)
+        manifest = out / "manifest.csv" if writes or out.suffix != ".csv" else out
+        timeout = values["timeout"] or (1800 if writes else 60)
         jobs = values["jobs"] or os.cpu_count() or 1
         results: dict[str, list[Entry]] = {}
         for split, videos in lists.items():
-            if encode:
+            if embeds:
+                videos, tasks = embeddings(videos, out / split, embedding, scene, copies)
+            elif writes:
                 goals = targets(videos, out / split)
                 tasks = [Task(video.path, goal, encoding) for video, goal in zip(videos.videos, goals, strict=True)]
             else:
                 tasks = [Task(video.path) for video in videos.videos]
             results[split] = run(tasks, jobs, timeout)
-            if encode:
+            if writes:
                 results[split] = with_earlier_warnings(results[split], manifest)
                 write_list(out / f"{split}.csv", videos, results[split])
                 written = {Path(entry.path) for entry in results[split]}
                 if others := sum(file.absolute() not in written for file in (out / split).rglob("*.mp4")):
                     print(f"{out / split}: {others} files are of no video of this list; its csv leaves them out")
         # An encoding's lists name only what decodes, and so does its manifest.
-        kept = (entry for entries in results.values() for entry in entries if entry.status == "ok" or not encode)
+        kept = (entry for entries in results.values() for entry in entries if entry.status == "ok" or not writes)
         write_manifest(manifest, kept)
     show(results, manifest)
-    if encode:
+    if writes:
         lists_given = " ".join(f"dataset.{split}={out / split}.csv" for split in results)
-        print(f"train with dataset=list {lists_given} dataset.manifest={manifest}")
+        print(f"train with dataset=list {lists_given} dataset.manifest={manifest}{' dataset.truth=true' if embeds else ''}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,10 @@ import pytest
 
 from stts_lightning.data.annotations import read_list
 from stts_lightning.data.decode import open_video
-from stts_lightning.data.demo import MOTIONS, DemoSpec, direction, make_demo, render
+from stts_lightning.data.demo import MOTIONS, SETTINGS, SPAN, DemoSpec, direction, make_demo, render
+from stts_lightning.selection.baselines import UniformFrames
+from stts_lightning.selection.selector import SlotContext
+from stts_lightning.selection.spec import SelectionSpec, SlotSpec
 
 SPEC = DemoSpec(train=1, val=1)
 
@@ -19,7 +23,7 @@ def test_files_lists_and_truth(tmp_path: Path) -> None:
     truth = json.loads(videos.videos[3].path.with_suffix(".json").read_text())
     first, end = truth["frames"]
     assert truth["motion"] == MOTIONS[3]
-    assert end - first == SPEC.action == len(truth["boxes"])
+    assert end - first == SETTINGS[SPEC.setting].frames == len(truth["boxes"])
     with open_video(videos.videos[3].path) as reader:
         assert len(reader) == SPEC.frames
         frames = reader.frames(np.arange(SPEC.frames)).astype(int)
@@ -27,8 +31,8 @@ def test_files_lists_and_truth(tmp_path: Path) -> None:
     warmth = (frames[..., 0] - frames[..., 2] > 70).sum(axis=(1, 2))
     assert warmth[first + 1 : end - 1].min() > 20
     assert max(warmth[:first].max(initial=0), warmth[end:].max(initial=0)) < 10
-    x0, y0, x1, y1 = (int(v) for v in truth["boxes"][6])
-    inside = frames[first + 6, max(y0, 0) : y1, max(x0, 0) : x1]
+    x0, y0, x1, y1 = (int(v) for v in truth["boxes"][3])
+    inside = frames[first + 3, max(y0, 0) : y1, max(x0, 0) : x1]
     assert (inside[..., 0] - inside[..., 2]).mean() > 40
 
 
@@ -62,6 +66,48 @@ def test_the_disk_moves_as_its_class_says(label: int) -> None:
     assert moved / np.hypot(*moved) == pytest.approx(direction(MOTIONS[label]), abs=0.05)
     named = {"right": moved[0] > 5, "left": moved[0] < -5, "down": moved[1] > 5, "up": moved[1] < -5}
     assert {word for word, holds in named.items() if holds} == set(MOTIONS[label].split("_"))
+
+
+def covered(setting: str, ratio: float) -> tuple[float, float]:
+    """What the fixed choices see: the share of actions with half of their frames, and of frames with the middle of the disk."""
+    spec = DemoSpec(setting=setting)
+    frames = UniformFrames(SlotContext(SlotSpec("t0", ratio=ratio), (8, 16, 16), 4, SelectionSpec())).chosen
+    half = math.sqrt(ratio) / 2
+    in_time, in_space = [], []
+    for number in range(96):
+        truth = render(spec, "val", number % 8, number)[1]
+        first, end = truth["frames"]
+        # A clip takes every second frame, and a frame of its grid is two of the clip.
+        shown = [bool(frames[min((frame - 2) // 4, 7)]) for frame in range(first, end) if frame >= 2]
+        in_time.append(np.mean(shown) >= 0.5)
+        boxes = np.array(truth["boxes"]) / spec.side
+        middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+        in_space.append((np.abs(middle - 0.5) < half).all(1).mean())
+    return float(np.mean(in_time)), float(np.mean(in_space))
+
+
+def test_fixed_choices_miss_the_action_by_construction() -> None:
+    assert covered("when", 0.25)[0] < 0.6
+    assert covered("where", 0.25)[1] < 0.65
+    assert covered("where", 1.0) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("setting", list(SETTINGS))
+def test_settings_say_how_large_and_long_the_action_is(setting: str) -> None:
+    spec = DemoSpec(setting=setting)
+    truth = render(spec, "train", 1, 5)[1]
+    first, end = truth["frames"]
+    boxes = np.array(truth["boxes"])
+    assert end - first == len(boxes) == SETTINGS[setting].frames
+    low, high = SETTINGS[setting].radius
+    assert 2 * low * spec.side - 0.2 <= (boxes[:, 2] - boxes[:, 0]).mean() <= 2 * high * spec.side + 0.2
+    if setting != "where":
+        assert first >= spec.frames - SPAN and end <= SPAN, "any clip of 16 frames at a stride of 2 sees all of it"
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    with pytest.raises(ValueError, match="dataset.setting='here': allowed are when, where, both"):
+        DemoSpec(setting="here")
 
 
 def test_unknown_motion_is_refused() -> None:

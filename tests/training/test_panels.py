@@ -37,7 +37,10 @@ def validate(
             count = len(chosen) // 2
             record = Selection("t0", torch.tensor(chosen).view(count, 2), None, torch.rand(count, 8), None)
             videos = torch.arange(count) + 100 * first
-            batch = SimpleNamespace(video=videos, valid=torch.ones(count, dtype=torch.bool))
+            # The action is in grid frame 1, of all videos but the last.
+            truth = torch.full((count, 1, 16, 4), torch.nan)
+            truth[:-1, :, 2:4] = torch.tensor([0.0, 0.0, 1.0, 1.0])
+            batch = SimpleNamespace(video=videos, valid=torch.ones(count, dtype=torch.bool), truth=truth)
             panels.on_validation_batch_end(trainer, module, {"t0": record}, batch, first)
         panels.on_validation_epoch_end(trainer, module)
     return panels, logged
@@ -58,3 +61,4 @@ def test_no_alarm_without_cause(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
         validate([[1, 2] * 9], "learned", monkeypatch)
     assert "collapsed" not in caplog.text
     assert logged["selection/t0/choices"] == 4 / 20
+    assert logged["selection/t0/found"] == 10 / 19, "every other clip keeps frame 1"

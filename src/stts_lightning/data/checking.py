@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stts_lightning.data.decode import DecodeError, examine, probe
+from stts_lightning.data.embed import Embedding, embed, is_embedded
 from stts_lightning.data.encode import Encoding, is_encoded, transcode
 from stts_lightning.data.manifest import Entry
 from stts_lightning.data.streams import is_transport_stream, why_not_decord
@@ -25,12 +26,12 @@ class Task:
     Attributes:
         path: the file, or a folder of pictures.
         target: where it is written again; None only looks at it.
-        encoding: how.
+        how: how it is written.
     """
 
     path: Path
     target: Path | None = None
-    encoding: Encoding | None = None
+    how: Encoding | Embedding | None = None
 
 
 def _serve(connection: Connection) -> None:
@@ -46,10 +47,13 @@ def _findings(task: Task) -> Iterator[tuple[str, Any]]:
     if not path.exists():
         yield "status", "missing"
         return
-    if task.target is not None and task.encoding is not None:
+    if task.target is not None:
         try:
-            if not is_encoded(path, task.target, task.encoding):
-                warning = transcode(path, task.target, **asdict(task.encoding))
+            if isinstance(task.how, Embedding):
+                if not is_embedded(path, task.target, task.how):
+                    embed(path, task.target, task.how)
+            elif task.how is not None and not is_encoded(path, task.target, task.how):
+                warning = transcode(path, task.target, **asdict(task.how))
         except DecodeError as error:
             yield "warning", str(error)
             yield "status", "broken"

@@ -20,7 +20,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch.utils.data import DataLoader, DistributedSampler
 
 from stts_lightning.data.annotations import AnnotationError, VideoList, check_files, read_folder, read_list
-from stts_lightning.data.dataset import Batch, ClipDataset, ClipSpec, Reading, Transform, collate, list_hash
+from stts_lightning.data.dataset import Batch, ClipDataset, ClipSpec, Reading, collate, list_hash
 from stts_lightning.data.demo import DemoSpec, make_demo
 from stts_lightning.data.isolation import ASKING, can_isolate
 from stts_lightning.data.labels import read_class_names
@@ -36,6 +36,8 @@ class Source(ABC):
     name: str
     manifest: str | None = None
     """What `prepare_data` found out about the files: those that do not decode are left out, and counted."""
+    truth = False
+    """Whether a file beside each video says where the action is; see `truth`."""
 
     def prepare(self) -> None:  # noqa: B027 (most sources have nothing to prepare)
         """Make or fetch what is needed, once a machine, before `videos` is called."""
@@ -48,8 +50,8 @@ class Source(ABC):
 class FolderSource(Source):
     """Class folders: `root/train/<class>/*.mp4` and `root/val/<class>/*.mp4`."""
 
-    def __init__(self, root: str, name: str = "folder", manifest: str | None = None) -> None:
-        self.root, self.name, self.manifest = Path(root), name, manifest
+    def __init__(self, root: str, name: str = "folder", manifest: str | None = None, truth: bool = False) -> None:
+        self.root, self.name, self.manifest, self.truth = Path(root), name, manifest, truth
 
     def videos(self, split: str) -> VideoList:
         """Videos of `root/<split>`; classes are train's."""
@@ -67,7 +69,7 @@ class ListSource(Source):
         classes: file with a class name a line, or JSON; None: see `read_list`.
         name: how results call the data set.
         check: look for every listed file at start-up; a manifest has done that.
-        manifest: see `Source`.
+        manifest, truth: see `Source`.
     """
 
     def __init__(
@@ -79,8 +81,9 @@ class ListSource(Source):
         name: str = "list",
         check: bool = True,
         manifest: str | None = None,
+        truth: bool = False,
     ) -> None:
-        self.files = {"train": train, "val": val}
+        self.files, self.truth = {"train": train, "val": val}, truth
         self.root, self.classes, self.name, self.check = root, classes, name, check and not manifest
         self.manifest = manifest
 
@@ -101,10 +104,11 @@ class ListSource(Source):
 class DemoSource(Source):
     """Videos generated from a seed; see `demo`."""
 
-    name = "demo"
+    truth = True
 
     def __init__(self, root: str, **spec: Any) -> None:
         self.root, self.spec = Path(root), DemoSpec(**spec)
+        self.name = f"demo_{self.spec.setting}"
 
     def prepare(self) -> None:
         """Generate the files unless they are there."""
@@ -364,9 +368,10 @@ class VideoDataModule(pl.LightningDataModule):
             files.update(os.fsencode(f"{fingerprint(video.path)} {video.label}\n"))
         return f"{files.hexdigest()} {self._test_clip} {vars(self._test_transform)} {self._reading}"
 
-    def _eval_loader(self, clip: ClipSpec, transform: Transform, without: Collection[int] = ()) -> DataLoader[Batch]:
+    def _eval_loader(self, clip: ClipSpec, transform: EvalTransform, without: Collection[int] = ()) -> DataLoader[Batch]:
         options = self.loader
-        dataset = ClipDataset(self.splits["val"], clip, transform, train=False, reading=self._reading)
+        boxes = transform.with_boxes if self.source.truth else None
+        dataset = ClipDataset(self.splits["val"], clip, transform, train=False, reading=self._reading, boxes=boxes)
         self._check_shared("val")
         key = "batch_size" if options.eval_batch_size is None else "eval_batch_size"
         size = self.per_device(options.eval_batch_size or options.batch_size, key)
@@ -380,7 +385,9 @@ class VideoDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Random clips of the training videos."""
-        dataset = ClipDataset(self.splits["train"], self._clip, self._train_transform, train=True, reading=self._reading)
+        transform = self._train_transform
+        boxes = transform.with_boxes if self.source.truth else None
+        dataset = ClipDataset(self.splits["train"], self._clip, transform, train=True, reading=self._reading, boxes=boxes)
         self._check_shared("train")
         self.per_device(self.loader.batch_size)
         labels = self.splits["train"].labels if self.loader.balanced else None

@@ -18,8 +18,12 @@ from stts_lightning.data.decode import DECODERS, DecodeError
 from stts_lightning.data.isolation import open_isolated
 from stts_lightning.data.resumable_sampler import Pick
 from stts_lightning.data.sampling import SAMPLINGS
+from stts_lightning.data.truth import boxes_at
 
 Transform = Callable[[Tensor], Tensor]
+"""From frames `(T, 3, H, W)` to `(crops, T, 3, H', W')`; what follows boxes, too, is a `BoxTransform`."""
+BoxTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""The same, also from boxes `(T, 4)`, as shares of the frames, to `(crops, T, 4)`, as shares of the crops."""
 
 
 class Failure(NamedTuple):
@@ -40,6 +44,8 @@ class Batch(NamedTuple):
         failures: files that did not decode on the way.
         draws: in training a number for each video, which all that is random about it follows from.
         notes: files that another decoder than the one asked for reads: the first one for each reason.
+        truth: where the action is in each frame, `(B, V, T, 4)`: left, top, right, bottom as shares of the picture, NaN where
+            there is none. None where the data set does not say.
     """
 
     clip: Tensor
@@ -49,6 +55,7 @@ class Batch(NamedTuple):
     failures: tuple[Failure, ...]
     draws: tuple[int, ...] = ()
     notes: tuple[Failure, ...] = ()
+    truth: Tensor | None = None
 
 
 @contextmanager
@@ -119,6 +126,7 @@ class ClipDataset(Dataset[Batch]):
         transform: from `(T, 3, H, W)` uint8 to `(crops, T, 3, H, W)` at the model's size.
         train: random offset and transform, undecodable files replaced by another sample; else fixed views.
         reading: decoder, and what to do about an undecodable file in evaluation.
+        boxes: as `transform`, with boxes, for videos beside which the truth lies (see `truth`); None where there is none.
     """
 
     max_replacements = 20
@@ -130,8 +138,9 @@ class ClipDataset(Dataset[Batch]):
         transform: Transform,
         train: bool,
         reading: Reading | None = None,
+        boxes: BoxTransform | None = None,
     ) -> None:
-        self.videos, self.clip, self.transform, self.train = videos, clip, transform, train
+        self.videos, self.clip, self.transform, self.train, self.boxes = videos, clip, transform, train, boxes
         self.sampling = SAMPLINGS[clip.sampling](clip.frames, clip.stride)
         self.reading = reading or Reading()
         self._notes: dict[str, Failure] = {}
@@ -157,17 +166,18 @@ class ClipDataset(Dataset[Batch]):
         for _ in range(self.max_replacements):
             video = self.videos.videos[index]
             try:
-                return self._item(index, self._decode(index), video.label, True, failures)._replace(notes=self._new_notes())
+                clip, truth = self._decode(index)
+                return self._item(index, clip, truth, video.label, True, failures)._replace(notes=self._new_notes())
             except DecodeError as error:
                 if not self.train and self.reading.on_error == "raise":
                     raise
                 failures.append(Failure(str(video.path), str(error)))
                 if not self.train:
-                    return self._item(index, None, video.label, False, failures)
+                    return self._item(index, None, None, video.label, False, failures)
                 index = int(torch.randint(len(self), ()))
         raise DecodeError(f"{len(failures)} training files in a row cannot be decoded; the last: {failures[-1].reason}")
 
-    def _decode(self, index: int) -> Tensor:
+    def _decode(self, index: int) -> tuple[Tensor, Tensor | None]:
         video = self.videos.videos[index]
         with open_isolated(video.path, video.decoder or self.reading.decoder, self.reading.decode_timeout) as reader:
             total = video.frames or len(reader)
@@ -181,7 +191,11 @@ class ClipDataset(Dataset[Batch]):
             else:
                 views = self.sampling.views(total, self.clip.views, reader.rate)
             pixels = reader.frames(views.ravel())
-        return self._crops(torch.from_numpy(pixels).permute(0, 3, 1, 2), len(views))
+        frames = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        if self.boxes is None:
+            return _by_view(self.transform(frames), len(views)).transpose(1, 2), None
+        clip, truth = self.boxes(frames, boxes_at(video.path, views))
+        return _by_view(clip, len(views)).transpose(1, 2), _by_view(truth, len(views))
 
     def _new_notes(self) -> tuple[Failure, ...]:
         """Notes that no batch of this process has had."""
@@ -189,15 +203,21 @@ class ClipDataset(Dataset[Batch]):
         self._told.update(self._notes)
         return new
 
-    def _crops(self, frames: Tensor, views: int) -> Tensor:
-        """Frames `(V T, 3, H, W)` of V clips -> `(V * crops, 3, T, H', W')`, a clip's crops one after the other."""
-        return self.transform(frames).unflatten(1, (views, -1)).permute(1, 0, 3, 2, 4, 5).flatten(0, 1)
-
-    def _item(self, index: int, clip: Tensor | None, label: int, valid: bool, failures: list[Failure]) -> Batch:
+    def _item(
+        self, index: int, clip: Tensor | None, truth: Tensor | None, label: int, valid: bool, failures: list[Failure]
+    ) -> Batch:
         if clip is None:
             blank = torch.zeros(self.clip.views * self.clip.frames, 3, 8, 8, dtype=torch.uint8)
-            clip = self._crops(blank, self.clip.views)
-        return Batch(clip.contiguous(), torch.tensor(label), torch.tensor(index), torch.tensor(valid), tuple(failures))
+            clip = _by_view(self.transform(blank), self.clip.views).transpose(1, 2)
+            if self.boxes is not None:
+                truth = torch.full((*clip.shape[:1], clip.shape[2], 4), torch.nan)
+        labels = torch.tensor(label), torch.tensor(index), torch.tensor(valid)
+        return Batch(clip.contiguous(), *labels, tuple(failures), truth=truth)
+
+
+def _by_view(crops: Tensor, views: int) -> Tensor:
+    """Crops of the frames of V clips, `(crops, V T, ...)` -> `(V * crops, T, ...)`, a clip's crops one after the other."""
+    return crops.unflatten(1, (views, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def collate(items: list[Batch]) -> Batch:
@@ -206,7 +226,8 @@ def collate(items: list[Batch]) -> Batch:
     failures = tuple(chain.from_iterable(item.failures for item in items))
     draws = tuple(chain.from_iterable(item.draws for item in items))
     notes = tuple(chain.from_iterable(item.notes for item in items))
-    return Batch(clip, label, video, valid, failures, draws, notes)
+    truths = [item.truth for item in items if item.truth is not None]
+    return Batch(clip, label, video, valid, failures, draws, notes, torch.stack(truths) if truths else None)
 
 
 def list_hash(videos: VideoList) -> str:

@@ -1,8 +1,14 @@
-"""Demo videos from a seed: real H.264 files in which only some frames and one part of the picture tell the class.
+"""Demo videos from a seed: real H.264 files in which only some frames, or one part of the picture, tell the class.
 
-A warm-coloured disk shows for less than half of the video, somewhere, and moves in one of eight directions. All the while
-cool-coloured disks of the same kind move in directions of their own over a drifting texture, so that a model must find
-*when* and *where* to look. The truth of both lies beside each video as JSON.
+A warm-coloured disk moves in one of eight directions: that is the action. All the while cool-coloured disks of the same kind
+move in directions of their own over a drifting texture, so that a model must find *when* and *where* to look. Three settings
+say where the action is:
+
+- `when`: a large disk, in less than a quarter of the video. Evenly spaced frames miss most of it.
+- `where`: a small disk, anywhere in the picture, all the time. A window in the middle misses most of them.
+- `both`: a small disk, anywhere, in a third of the video.
+
+The truth lies beside each video as JSON: see `data.truth`.
 """
 
 import json
@@ -26,6 +32,9 @@ from stts_lightning.progress import counting
 
 MOTIONS = ("right", "down_right", "down", "down_left", "left", "up_left", "up", "up_right")
 
+SPAN = 32
+"""Frames within which all that tells the class happens: those that any clip of 16 frames at a stride of 2 sees."""
+
 WORTH_PROCESSES = 200
 """Videos from which on processes that share the work make up for the time that they take to start."""
 
@@ -35,28 +44,61 @@ Job = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
+class Setting:
+    """How large and long the action is. Lengths are shares of the picture's side, from the least to the most.
+
+    Attributes:
+        radius: of the disk.
+        reach: from the middle of its path to either end.
+        frames: frames that the action lasts.
+        period: frames of one way along the path; then the disk starts anew.
+        others: radius and reach of the cool-coloured disks.
+    """
+
+    radius: tuple[float, float]
+    reach: tuple[float, float]
+    frames: int
+    period: int
+    others: tuple[tuple[float, float], tuple[float, float]] = ((0.08, 0.14), (0.06, 0.12))
+
+
+SETTINGS = {
+    "when": Setting(radius=(0.18, 0.22), reach=(0.1, 0.14), frames=8, period=8),
+    "where": Setting(radius=(0.09, 0.11), reach=(0.05, 0.06), frames=SPAN + 4, period=8),
+    "both": Setting(radius=(0.11, 0.14), reach=(0.07, 0.09), frames=12, period=12),
+}
+
+
+@dataclass(frozen=True)
 class DemoSpec:
     """Size of the demo.
 
     Attributes:
+        setting: where the action is; a name of `SETTINGS`.
         seed: everything follows from it.
         train: training videos a class.
         val: validation videos a class.
         side: height and width in pixels, even.
-        frames: frames of a video.
-        action: frames in which the action shows.
         distractors: number of cool-coloured disks.
         crf: quality of the H.264 files; less is better, larger and slower to decode.
     """
 
+    setting: str = "when"
     seed: int = 0
-    train: int = 150
-    val: int = 20
-    side: int = 80
-    frames: int = 36
-    action: int = 16
-    distractors: int = 2
-    crf: int = 23
+    train: int = 300
+    val: int = 50
+    side: int = 64
+    distractors: int = 4
+    crf: int = 20
+
+    def __post_init__(self) -> None:
+        if self.setting not in SETTINGS:
+            raise ValueError(f"dataset.setting={self.setting!r}: allowed are {', '.join(SETTINGS)}")
+
+    @property
+    def frames(self) -> int:
+        """Frames of a video."""
+        return SPAN + 4
 
 
 def direction(name: str) -> tuple[float, float]:
@@ -80,11 +122,10 @@ def _texture(rng: np.random.Generator, side: int, cells: int) -> Image:
 class _Disk:
     """A disk with a texture of its own that moves along with it."""
 
-    def __init__(self, rng: np.random.Generator, spec: DemoSpec, warm: bool) -> None:
-        side = spec.side
-        self.radius = side * (rng.uniform(0.2, 0.24) if warm else rng.uniform(0.12, 0.16))
+    def __init__(self, rng: np.random.Generator, side: int, radius: float, reach: float, warm: bool) -> None:
+        self.radius = side * radius
         # Pixels from the middle of its path to either end.
-        self.reach = side * rng.uniform(0.1, 0.14)
+        self.reach = side * reach
         margin = self.radius + self.reach  # The disk stays in the picture.
         self.x, self.y = rng.uniform(margin, side - margin, 2)
         low, high = ((0.75, 0.3, 0.0), (1.0, 0.55, 0.25)) if warm else ((0.1, 0.4, 0.5), (0.45, 0.75, 0.9))
@@ -112,38 +153,43 @@ def render(spec: DemoSpec, split: str, label: int, number: int) -> tuple[list[ND
     """One video and its truth.
 
     Returns:
-        Frames `(H, W, 3)` uint8, and {"label", "motion", "length", "frames": [first, end), "boxes": [[x0, y0, x1, y1], ...]}
-        with a box in pixels for each action frame.
+        Frames `(H, W, 3)` uint8, and the truth: {"label", "motion", "length", "frames": [first, end), "size": [height, width],
+        "boxes": [[x0, y0, x1, y1], ...]} with a box in pixels for each action frame.
     """
     rng = np.random.default_rng((spec.seed, ["train", "val"].index(split), label, number))
-    side = spec.side
+    side, setting = spec.side, SETTINGS[spec.setting]
     background = _texture(rng, 2 * side, 12) * 25 + _texture(rng, 2 * side, 40) * 15 + rng.uniform(40, 70)
     tint = rng.uniform(0.85, 1.1, 3).astype(np.float32)
     drift = rng.uniform(-0.8, 0.8, 2)
-    hero = _Disk(rng, spec, warm=True)
-    others = [(_Disk(rng, spec, warm=False), rng.integers(len(MOTIONS)), rng.uniform()) for _ in range(spec.distractors)]
-    # Inside the span that any clip of 16 frames at a stride of 2 sees.
-    room = max(spec.frames - 31, 0)
-    first = int(rng.integers(room, max(31 - spec.action, room) + 1))
+    hero = _Disk(rng, side, rng.uniform(*setting.radius), rng.uniform(*setting.reach), warm=True)
+    others: list[tuple[_Disk, int, float]] = []
+    for _ in range(spec.distractors):
+        radius, reach = (rng.uniform(*ends) for ends in setting.others)
+        others.append((_Disk(rng, side, radius, reach, warm=False), int(rng.integers(len(MOTIONS))), rng.uniform()))
+    # Inside the span that any clip sees; of a training clip's two offsets each sees as many of its frames.
+    room = spec.frames - SPAN
+    first = int(rng.integers(room, SPAN - setting.frames + 1)) if setting.frames < SPAN else 0
     images, boxes = [], []
     for t in range(spec.frames):
         top, left = (int(side / 2 + d * (t - spec.frames / 2)) for d in drift)
         image = background[top : top + side, left : left + side] * tint
         for disk, kind, start in others:
-            disk.paint(image, MOTIONS[kind], (start + t / spec.action) % 1)
-        if first <= t < first + spec.action:
-            x, y, r = hero.paint(image, MOTIONS[label], (t - first) / (spec.action - 1))
+            disk.paint(image, MOTIONS[kind], (start + t / 16) % 1)
+        if first <= t < first + setting.frames:
+            phase = (t - first) % setting.period / (setting.period - 1)
+            x, y, r = hero.paint(image, MOTIONS[label], phase)
             boxes.append([round(v, 1) for v in (x - r, y - r, x + r, y + r)])
         noisy = image + 4 * rng.standard_normal(image.shape, dtype=np.float32)
         images.append(np.clip(noisy, 0, 255).astype(np.uint8))
-    truth = {
+    found = {
         "label": label,
         "motion": MOTIONS[label],
         "length": spec.frames,
-        "frames": [first, first + spec.action],
+        "frames": [first, first + setting.frames],
+        "size": [side, side],
         "boxes": boxes,
     }
-    return images, truth
+    return images, found
 
 
 def _jobs(spec: DemoSpec) -> Iterator[Job]:

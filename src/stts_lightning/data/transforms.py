@@ -1,7 +1,7 @@
 """Crops, flips and colour on clips, with torchvision's v2 transforms and timm's RandAugment: one draw for a clip."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,7 +9,8 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
+from torchvision.transforms.v2.functional import crop, pil_to_tensor, resize, to_pil_image
+from torchvision.tv_tensors import BoundingBoxes, Video
 
 
 class ClipRandAugment:
@@ -75,17 +76,25 @@ class TrainTransform:
         if copies < 1:
             raise ValueError(f"clip.train_transform.copies={copies}: must be 1 or more")
         self.copies = copies
-        crop = v2.RandomResizedCrop(_pair(size), (scale[0], scale[1]), (ratio[0], ratio[1]), antialias=True)
-        steps: list[Callable[[Tensor], Tensor]] = [crop]
-        if flip > 0:
-            steps.append(v2.RandomHorizontalFlip(flip))
-        if randaugment is not None:
-            steps.append(ClipRandAugment(randaugment, _pair(size)))
-        self.steps = v2.Compose(steps)
+        part = v2.RandomResizedCrop(_pair(size), (scale[0], scale[1]), (ratio[0], ratio[1]), antialias=True)
+        self.geometry = v2.Compose([part, v2.RandomHorizontalFlip(flip)] if flip > 0 else [part])
+        self.colours = None if randaugment is None else ClipRandAugment(randaugment, _pair(size))
 
     def __call__(self, frames: Tensor) -> Tensor:
         """Frames `(T, 3, H, W)` uint8 -> `(copies, T, 3, size, size)` uint8."""
-        return torch.stack([self.steps(frames) for _ in range(self.copies)])
+        return torch.stack([self._recoloured(self.geometry(frames)) for _ in range(self.copies)])
+
+    def with_boxes(self, frames: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and where boxes `(T, 4)` come to lie: `(copies, T, 4)`. RandAugment, which may shift, is not followed."""
+        copies: list[tuple[Tensor, Tensor]] = []
+        for _ in range(self.copies):
+            clip, moved = self.geometry(Video(frames), _pixels(boxes, frames))
+            copies.append((self._recoloured(clip.as_subclass(Tensor)), _shares(moved)))
+        clips, shares = zip(*copies, strict=True)
+        return torch.stack(clips), torch.stack(shares)
+
+    def _recoloured(self, clip: Tensor) -> Tensor:
+        return clip if self.colours is None else self.colours(clip)
 
 
 class EvalTransform:
@@ -120,16 +129,44 @@ class EvalTransform:
         zoom *= max(self.height / height, self.width / width)
         return [max(round(height * zoom), self.height), max(round(width * zoom), self.width)]
 
+    def _corners(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Top and left of the crops of a resized picture."""
+        down, right = height - self.height, width - self.width
+        centre = (round(down / 2), round(right / 2))
+        if self.crops == 1:
+            return [centre]
+        first, last = ((0, centre[1]), (down, centre[1])) if down > right else ((centre[0], 0), (centre[0], right))
+        return [first, centre, last]
+
     def __call__(self, frames: Tensor) -> Tensor:
         """Frames `(T, 3, H, W)` uint8 -> `(crops, T, 3, size, size)` uint8."""
         frames = resize(frames, self._resized(frames.shape[-2], frames.shape[-1]), antialias=True)
-        down, right = frames.shape[-2] - self.height, frames.shape[-1] - self.width
-        centre = (round(down / 2), round(right / 2))
-        corners = [centre]
-        if self.crops == 3:
-            ends = ((0, centre[1]), (down, centre[1])) if down > right else ((centre[0], 0), (centre[0], right))
-            corners = [ends[0], centre, ends[1]]
+        corners = self._corners(frames.shape[-2], frames.shape[-1])
         return torch.stack([frames[..., top : top + self.height, left : left + self.width] for top, left in corners])
+
+    def with_boxes(self, frames: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and where boxes `(T, 4)` come to lie: `(crops, T, 4)`."""
+        placed = resize(_pixels(boxes, frames), self._resized(frames.shape[-2], frames.shape[-1]))
+        assert isinstance(placed, BoundingBoxes)
+        corners = self._corners(*placed.canvas_size)
+        moved = [crop(placed, top, left, self.height, self.width) for top, left in corners]
+        return self(frames), torch.stack([_shares(one) for one in moved])
+
+
+def _pixels(boxes: Tensor, frames: Tensor) -> BoundingBoxes:
+    """Boxes as shares of the frames -> in pixels, which torchvision's transforms follow."""
+    height, width = frames.shape[-2:]
+    sides = torch.tensor([width, height, width, height])
+    return BoundingBoxes(boxes * sides, format="XYXY", canvas_size=(height, width))  # type: ignore[call-overload]
+
+
+def _shares(boxes: Tensor) -> Tensor:
+    """Boxes in pixels -> as shares of their canvas; NaN for what was cut away."""
+    assert isinstance(boxes, BoundingBoxes)
+    height, width = boxes.canvas_size
+    shares = boxes.as_subclass(Tensor) / torch.tensor([width, height, width, height])
+    gone = (shares[:, 2:] <= shares[:, :2]).any(-1, keepdim=True)
+    return shares.masked_fill(gone, torch.nan)
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from stts_lightning.analysis.kept import trace
 from stts_lightning.analysis.overlay import contact_sheet
 from stts_lightning.data.datamodule import VideoDataModule
 from stts_lightning.selection.selector import Selection, Selector
+from stts_lightning.selection.truth import found
 from stts_lightning.training.module import ClassificationModule
 from stts_lightning.training.processes import gathered
 from stts_lightning.training.step_figures import HostCopy
@@ -36,9 +37,10 @@ class SelectionPanels(pl.Callback):
 
     Figures, for each slot: `selection/<slot>/entropy` (see `score_entropy`), `.../changed` (share of the validation clips for
     which it chooses otherwise than at the validation before), `.../choices` (how many different choices it made, over the
-    number of clips), `.../softness` (mean over kept tokens of 1 - largest weight in the training's soft indicator). Over the
-    model: `selection/gap`, half the summed difference between class probabilities with the training's soft selection and
-    with the test's hard one, on the fixed clips: the train-test gap that the annealing of sigma is there to close (paper
+    number of clips), `.../found` (where the data set says where the action is: the share of its frames, or of its area, that
+    reached the slot and was kept), `.../softness` (mean over kept tokens of 1 - largest weight in the training's soft
+    indicator). Over the model: `selection/gap`, half the summed difference between class probabilities with the training's
+    soft selection and with the test's hard one, on the fixed clips: the train-test gap that sigma's decay closes (paper
     Sec. 3.2). Pictures go to `folder/epoch_<n>.png` and to W&B.
 
     Args:
@@ -58,8 +60,9 @@ class SelectionPanels(pl.Callback):
         self.choices: dict[str, dict[int, int]] = defaultdict(dict)
         self.examples: dict[int, list[int]] = {}
         self.entropies: dict[str, list[float]] = defaultdict(list)
-        self.unread: list[tuple[str, HostCopy, HostCopy, HostCopy, HostCopy]] = []
-        """Of the latest batch, for each slot: videos, which are valid, choices, entropies."""
+        self.found: dict[str, list[float]] = defaultdict(list)
+        self.unread: list[tuple[str, HostCopy, HostCopy, HostCopy, HostCopy, HostCopy | None]] = []
+        """Of the latest batch, for each slot: videos, which are valid, choices, entropies, how much of the action was kept."""
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -71,12 +74,21 @@ class SelectionPanels(pl.Callback):
         while self.unread:
             self._note(*self.unread.pop())  # The batch before: its copies are on the host by now.
         videos, valid = HostCopy(batch.video), HostCopy(batch.valid)
+        shares: dict[str, Tensor] = {}
+        if batch.truth is not None and kept:
+            sizes = {name: selector.in_size for name, selector in pl_module.model.slots.selectors.items()}
+            shares = found(batch.truth[:, 0], list(kept.values()), sizes)
         for name, record in kept.items():
             entropy = score_entropy(record.scores).reshape(len(record.scores), -1).mean(1)
-            self.unread.append((name, videos, valid, HostCopy(record.indices.flatten(1)), HostCopy(entropy)))
+            share = HostCopy(shares[name]) if name in shares else None
+            self.unread.append((name, videos, valid, HostCopy(record.indices.flatten(1)), HostCopy(entropy), share))
 
-    def _note(self, name: str, videos: HostCopy, valid: HostCopy, indices: HostCopy, entropy: HostCopy) -> None:
+    def _note(
+        self, name: str, videos: HostCopy, valid: HostCopy, indices: HostCopy, entropy: HostCopy, share: HostCopy | None
+    ) -> None:
         self.entropies[name] += entropy.read().tolist()
+        if share is not None:
+            self.found[name] += [value for value in share.read().tolist() if value == value]  # NaN: no action there.
         rows = (copy.read().tolist() for copy in (videos, valid, indices))
         for video, is_valid, chosen in zip(*rows, strict=True):
             if is_valid:
@@ -97,6 +109,8 @@ class SelectionPanels(pl.Callback):
         for name, choices in self.choices.items():
             selector = pl_module.model.slots.selectors[name]
             figures[f"selection/{name}/entropy"] = float(np.mean(self.entropies[name]))
+            if self.found[name]:
+                figures[f"selection/{name}/found"] = float(np.mean(self.found[name]))
             figures[f"selection/{name}/choices"] = len(set(choices.values())) / len(choices)
             if same := [video for video in choices if video in self.before.get(name, {})]:
                 changed = sum(choices[video] != self.before[name][video] for video in same)
@@ -114,11 +128,13 @@ class SelectionPanels(pl.Callback):
         """Choices and entropies of all processes: what a selector does is judged over all videos."""
         if trainer.world_size == 1:
             return
-        parts = gathered(trainer, (dict(self.choices), dict(self.entropies)))
-        self.choices, self.entropies = defaultdict(dict), defaultdict(list)
-        for choices, entropies in parts:
-            for name, found in choices.items():
-                self.choices[name] |= found
+        parts = gathered(trainer, (dict(self.choices), dict(self.entropies), dict(self.found)))
+        self.choices, self.entropies, self.found = defaultdict(dict), defaultdict(list), defaultdict(list)
+        for choices, entropies, shares in parts:
+            for name, values in shares.items():
+                self.found[name] += values
+            for name, chosen in choices.items():
+                self.choices[name] |= chosen
             for name, values in entropies.items():
                 self.entropies[name] += values
 

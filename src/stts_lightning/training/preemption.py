@@ -142,7 +142,9 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save; end if that was asked for."""
         metrics = trainer.callback_metrics.items()
-        self.metrics = {name: float(value) for name, value in sorted(metrics) if name.startswith(("val/", "train/"))}
+        self.metrics = {
+            name: float(value) for name, value in sorted(metrics) if name.startswith(("val/", "train/", "selection/"))
+        }
         self._save(trainer)
         asked = any(gathered(trainer, self.asked is not None))
         if asked and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
