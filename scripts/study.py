@@ -1,55 +1,99 @@
-"""Which way of selecting is worth its cost: every selector and estimator on small data, equal budgets, several seeds.
+"""Does learned selection pay? Every way of choosing on the same data, with equal budgets, several seeds and the truth beside it.
 
-    python scripts/study.py runs/study --ut DIR
+    python scripts/study.py runs/study                                  # the demo's three settings
+    python scripts/study.py runs/study --data NAME=FOLDER               # also a data set made by prepare_data task=embed
+    python scripts/study.py runs/study --small                          # two seeds and the methods that matter
 
-Each seed trains one unpruned model a data set; every variant starts from it and is tuned for the same number of steps. A run is a
+Each seed trains one unpruned model a data set; every method starts from it and is tuned for the same number of steps. A run is a
 `stts_lightning.train` in a process and a folder of its own; what is finished is not run again, what fails is named and the rest
-goes on. At the end the tables in docs/study.md are written anew.
+goes on. At the end the tables in docs/study.md are written anew, with what there is.
 """
 
 import argparse
 import multiprocessing
 import os
-import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import Progress
 
+from stts_lightning.analysis.evaluation import Predictions
 from stts_lightning.analysis.results import read_result
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "study.md"
 MARKS = ("<!-- tables: written by scripts/study.py -->", "<!-- end of tables -->")
+RESAMPLES = 10_000
 
-# What is kept -> how it is chosen -> overrides. The paper's Table 1 in small, with its N/A: no attention before block 0, no
-# Gumbel-Softmax in space. Slots before block 1 are there for the attention.
-LEARNED = {f"STTS, estimator {name}": [f"selection.estimator={name}"] for name in ("official", "monte_carlo", "exact")}
-STTS = {"STTS, estimator monte_carlo": LEARNED["STTS, estimator monte_carlo"]}
-
-
-def named(*names: str) -> dict[str, list[str]]:
-    """Variants that are a selector's name."""
-    return {name: [f"selection.selector={name}"] for name in names}
+COMMON = ["backbone=mvit_tiny", "callbacks.progress=null", "callbacks.best=null", "callbacks.loading=null"]
+TUNED = ["recipe=finetune", "trainer.max_epochs=1"]
+FIXED = {"t": "uniform", "s": "centre"}
 
 
-VARIANTS: dict[str, dict[str, list[str]]] = {
-    "none": {"all tokens": []},
-    "t0_0.5": {**named("random", "uniform", "gumbel"), **LEARNED},
-    "s0_0.5": {**named("random", "centre"), **LEARNED, **named("tokens", "random_tokens", "anchor_features")},
-    "t0_0.5_s1_0.5": {
-        **named("random"),
-        **LEARNED,
-        "uniform, centre": ["selection.slots.t0.selector=uniform", "selection.slots.s1.selector=centre"],
-    },
-    "t1_0.5": {**named("random", "attention"), **STTS},
-    "s1_0.5": {**named("random", "attention"), **STTS},
-}
+@dataclass(frozen=True)
+class Method:
+    """A way of choosing.
 
-COMMON = ["backbone=mvit_tiny", "callbacks.progress=null", "callbacks.best=null"]
+    Attributes:
+        label: what tables call it.
+        overrides: of the run.
+        slots: selectors of the slots of an axis, where they differ: {"t": "gumbel"}.
+        axes: budgets that it can choose for: "t", "s", "ts".
+        main: whether the small study has it.
+    """
+
+    label: str
+    overrides: tuple[str, ...] = ()
+    slots: dict[str, str] = field(default_factory=dict)
+    axes: tuple[str, ...] = ("t", "s", "ts")
+    main: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Its part of a folder's name."""
+        return self.label.replace(", ", "_").replace(" ", "_").replace("=", "-")
+
+
+def chosen(selector: str) -> tuple[str, ...]:
+    """Overrides of a method that is a selector's name."""
+    return (f"selection.selector={selector}",)
+
+
+PAPER = ("selection.sigma=0.1",)
+WIDE = ("selection.sigma=0.5",)
+RECIPE = ("selection.sigma=0.5", "selection.normalize=windows", "selection.windows=clip", "callbacks.sigma.until=0.6")
+
+METHODS = (
+    Method("oracle", chosen("oracle"), main=True),
+    Method("oracle, one window a clip", (*chosen("oracle"), "selection.windows=clip"), axes=("s", "ts"), main=True),
+    Method("random", chosen("random"), main=True),
+    Method("fixed: uniform frames, centre window", (), FIXED, main=True),
+    Method("Gumbel-Softmax", (), {"t": "gumbel"}, axes=("t",)),
+    Method("STTS as in the paper, sigma 0.1", PAPER, main=True),
+    Method("STTS as in the paper, sigma 0.5", WIDE, main=True),
+    Method("STTS as released", ("selection.scorer=official", "selection.estimator=official", *PAPER)),
+    Method("recipe", RECIPE, main=True),
+)
+"""Rows of the main tables."""
+
+OPTIONS = (
+    Method("normalize=windows", (*WIDE, "selection.normalize=windows")),
+    Method("scope=clip", (*WIDE, "selection.scope=clip")),
+    Method("windows=clip", (*WIDE, "selection.windows=clip")),
+    Method("windows=smooth", (*WIDE, "selection.windows=smooth")),
+    Method("forward=hard", (*WIDE, "selection.forward=hard")),
+    Method("sigma of spread", ("selection.sigma=1.0", "selection.sigma_of=spread")),
+    Method("sigma until 0.6", (*WIDE, "callbacks.sigma.until=0.6")),
+    Method("scorer=context", (*WIDE, "selection.scorer=context")),
+    Method("distilled", (*WIDE, "distill.teacher={plain}")),
+)
+"""Each option alone, on top of the paper's method with sigma 0.5, where both time and place matter."""
 
 
 @dataclass(frozen=True)
@@ -59,32 +103,48 @@ class DataSet:
     Attributes:
         data: overrides of every run.
         plain: overrides of the unpruned models.
-        tuned: overrides of what starts from them.
+        budgets: what is kept, from half of the tokens down.
+        options: the budget at which each option is tried alone; empty for none.
     """
 
-    data: list[str]
-    plain: list[str]
-    tuned: list[str]
+    data: tuple[str, ...]
+    plain: tuple[str, ...]
+    budgets: tuple[str, ...]
+    options: str = ""
 
 
-def data_sets(ut: Path | None) -> dict[str, DataSet]:
-    """The data sets at hand."""
-    tuned = ["recipe=finetune", "selection.sigma=0.5", "trainer.limit_val_batches=0"]
-    demo = DataSet(["dataset=demo", "backbone.size=48"], ["recipe=scratch"], [*tuned, "trainer.max_epochs=2"])
-    if ut is None:
-        return {"demo": demo}
-    lists = [f"dataset.train={ut.resolve()}/train.csv", f"dataset.val={ut.resolve()}/val.csv", "dataset.name=ut_interaction"]
-    # Few and long videos, half as wide again as high: a clip has a frame of each sixteenth of a video, and all of the picture.
-    clip = ["backbone.size=[32,48]", "clip.sampling=segments", "clip.test_views=1", "clip.short_side=crop"]
-    light = ["clip.train_transform.scale=[0.7,1.0]", "clip.train_transform.ratio=[1.3,1.7]", "optim.lr=3e-4"]
-    return {
-        "demo": demo,
-        "ut_interaction": DataSet(
-            ["dataset=list", *lists, *clip, *light],
-            ["recipe=scratch", "trainer.max_epochs=240", "trainer.check_val_every_n_epoch=80"],
-            [*tuned, "trainer.max_epochs=20"],
-        ),
+DEMOS = {
+    "when": ("t0_0.5", "t0_0.25"),
+    "where": ("s0_0.5", "s0_0.25"),
+    "both": ("t0_0.7_s0_0.7", "t0_0.5_s0_0.25"),
+}
+
+
+def data_sets(own: Sequence[str]) -> dict[str, DataSet]:
+    """The data sets at hand: the demo's settings, and folders given as NAME=FOLDER."""
+    plain = ("recipe=scratch", "trainer.max_epochs=4")
+    found = {
+        f"demo_{setting}": DataSet(
+            ("dataset=demo", f"dataset.setting={setting}"), plain, budgets, budgets[-1] if setting == "both" else ""
+        )
+        for setting, budgets in DEMOS.items()
     }
+    for given in own:
+        name, _, place = given.partition("=")
+        root = Path(place).resolve()
+        # Few and long videos: a clip has a frame of each sixteenth of a video, and all of the picture.
+        data = (
+            "dataset=list", f"dataset.train={root}/train.csv", f"dataset.val={root}/val.csv", f"dataset.name={name}",
+            "dataset.truth=true", "clip.sampling=segments", "clip.test_views=1", "clip.short_side=crop",
+            "clip.train_transform.scale=[0.8,1.0]", "clip.train_transform.ratio=[0.9,1.1]",
+        )  # fmt: skip
+        found[name] = DataSet(data, ("recipe=scratch", "trainer.max_epochs=12"), ("t0_0.5", "s0_0.5", "t0_0.5_s0_0.5"))
+    return found
+
+
+def axes(kept: str) -> str:
+    """Axes of a budget: "t", "s" or "ts"."""
+    return "".join(sorted({part[0] for part in kept.split("_")[::2]}, key="ts".index))
 
 
 def train(log: Path, overrides: list[str], threads: int) -> None:
@@ -125,85 +185,171 @@ class Job:
         return result.is_file()
 
 
-def folder(root: Path, name: str, kept: str, how: str, seed: int) -> Path:
-    """Where a variant's run lies."""
-    return root / name / f"{kept}_{how.replace(', ', '_').replace(' ', '_')}_seed{seed}"
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: a method at a budget on a data set, and where its runs lie."""
+
+    data: str
+    kept: str
+    method: Method
+
+    def folder(self, root: Path, seed: int) -> Path:
+        """Of one run."""
+        return root / self.data / f"{self.kept}_{self.method.folder}_seed{seed}"
 
 
-def plain_jobs(root: Path, name: str, data: DataSet, seeds: range) -> list[Job]:
-    """The models that variants start from."""
-    return [
-        Job(
-            root / name / f"plain_seed{seed}",
-            [*data.data, "selection=none", *data.plain, f"seed={seed}"],
-        )
-        for seed in seeds
-    ]
+ALL = Method("all tokens, tuned as the others", main=True)
 
 
-def tuned_jobs(root: Path, name: str, data: DataSet, seeds: range) -> Iterator[Job]:
-    """All variants, each of all seeds."""
-    for kept, variants in VARIANTS.items():
-        slots = [f"+selection.slots.{slot}.ratio={ratio}" for slot, ratio in zip(*[iter(kept.split("_"))] * 2, strict=False)]
-        for how, overrides in variants.items():
-            chosen = ["selection=none", *slots, *(f"+{o}" if ".slots." in o else o for o in overrides)]
-            for seed in seeds:
-                start = f"pretrained={root}/{name}/plain_seed{seed}/checkpoints/last.ckpt"
-                yield Job(folder(root, name, kept, how, seed), [*data.data, *chosen, *data.tuned, start, f"seed={seed}"])
+def plain_folder(root: Path, data: str, seed: int) -> Path:
+    """Of the unpruned model that the methods start from."""
+    return root / data / f"plain_seed{seed}"
 
 
-def row(results: list[dict[str, object]], *labels: str) -> str:
-    """A line of a table: mean and standard deviation over seeds."""
-    top1 = [100 * float(str(result["top1"])) for result in results]
-    spread = f" ± {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
-    each = ", ".join(f"{value:.1f}" for value in top1)
-    cost = float(str(results[0]["gflops_per_view"]))
-    return "| " + " | ".join([*labels, f"{cost:.3f}", f"{statistics.mean(top1):.1f}{spread}", each]) + " |"
+def rows(name: str, data: DataSet, small: bool) -> Iterator[Row]:
+    """What is compared on a data set."""
+    yield Row(name, "none", ALL)
+    for kept in data.budgets:
+        yield from (Row(name, kept, method) for method in METHODS if axes(kept) in method.axes and (method.main or not small))
+    if data.options and not small:
+        yield from (Row(name, data.options, method) for method in OPTIONS)
 
 
-def tables(root: Path, names: list[str], seeds: range) -> str:
+def job(root: Path, row: Row, data: DataSet, seed: int) -> Job:
+    """A row's run with one seed."""
+    parts = [] if row.kept == "none" else list(zip(*[iter(row.kept.split("_"))] * 2, strict=True))
+    slots = [f"+selection.slots.{slot}.ratio={ratio}" for slot, ratio in parts]
+    slots += [f"+selection.slots.{slot}.selector={row.method.slots[slot[0]]}" for slot, _ in parts if slot[0] in row.method.slots]
+    plain = f"{plain_folder(root, row.data, seed)}/checkpoints/last.ckpt"
+    own = [override.replace("{plain}", plain) for override in row.method.overrides]
+    start = [f"pretrained={plain}", f"seed={seed}"]
+    return Job(row.folder(root, seed), [*data.data, "selection=none", *slots, *TUNED, *own, *start])
+
+
+def right(folder: Path) -> NDArray[np.bool_]:
+    """Which test videos a run has right, in the order of the list."""
+    found = Predictions.load(folder / "test" / "predictions.npz")
+    order = np.argsort(found.video)
+    return (found.logits.mean(1).argmax(-1) == found.label)[order]
+
+
+def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean over videos, by the bootstrap."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def percent(low: float, high: float, sign: bool = False) -> str:
+    """An interval in points."""
+    return f"{100 * low:+.1f} to {100 * high:+.1f}" if sign else f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+class Outcome:
+    """What the runs of a row with all finished seeds say."""
+
+    def __init__(self, root: Path, row: Row, seeds: range, plain: bool = False) -> None:
+        folders = [plain_folder(root, row.data, seed) if plain else row.folder(root, seed) for seed in seeds]
+        self.seeds = [seed for seed, folder in zip(seeds, folders, strict=True) if (folder / "result.json").is_file()]
+        done = [folders[seed] for seed in self.seeds]
+        self.right = {seed: right(folder) for seed, folder in zip(self.seeds, done, strict=True)}
+        self.results: list[dict[str, Any]] = [read_result(folder) for folder in done]
+
+    def minus(self, other: "Outcome") -> str:
+        """Interval of the difference to another row, over the videos, paired, as a mean over the seeds that both have."""
+        both = [seed for seed in self.seeds if seed in other.seeds]
+        if not both:
+            return ""
+        pairs = [self.right[seed].astype(float) - other.right[seed] for seed in both]
+        return percent(*interval(np.mean(pairs, 0)), sign=True)
+
+    def found(self) -> str:
+        """How much of the action was kept, of each slot, in percent."""
+        slots = self.results[0]["slots"] or {}
+        keys = [f"last/selection/{slot}/found" for slot in slots]
+        means = [np.mean([result[key] for result in self.results]) for key in keys if key in self.results[0]]
+        return ", ".join(f"{100 * mean:.0f}" for mean in means)
+
+    def cells(self, against: Sequence["Outcome | None"]) -> list[str]:
+        """Cost, accuracy with its interval, each seed, what was found, and differences."""
+        top1 = [100 * float(result["top1"]) for result in self.results]
+        low, high = interval(np.mean([self.right[seed] for seed in self.seeds], 0))
+        each = ", ".join(f"{value:.1f}" for value in top1)
+        differences = [self.minus(other) if other else "" for other in against]
+        cost = f"{float(self.results[0]['gflops_per_view']):.3f}"
+        return [cost, f"{np.mean(top1):.1f} ({percent(low, high)})", each, self.found(), *differences]
+
+
+def table(root: Path, found: Sequence[Row], seeds: range, plain: Row | None = None) -> list[str]:
+    """A table in Markdown; differences are to the random and the fixed choice of the same budget."""
+    head = ["chosen by", "GFLOPs a view", "top-1 (95 % interval)", "each seed", "action found, %", "minus random", "minus fixed"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    outcomes = {row.method.label: Outcome(root, row, seeds) for row in found}
+    random = next((one for label, one in outcomes.items() if label == "random" and one.seeds), None)
+    fixed = next((one for label, one in outcomes.items() if label.startswith("fixed") and one.seeds), None)
+    if plain is not None:
+        outcomes = {"the unpruned model, before tuning": Outcome(root, plain, seeds, plain=True), **outcomes}
+    for label, outcome in outcomes.items():
+        against = [None, None] if label in ("random",) or "unpruned" in label or label.startswith("all") else [random, fixed]
+        cells = outcome.cells(against) if outcome.seeds else ["", "no result"] + [""] * 4
+        lines.append("| " + " | ".join([label, *cells]) + " |")
+    return lines
+
+
+def tables(root: Path, found: dict[str, DataSet], seeds: range) -> str:
     """All tables in Markdown, of the runs that have a result."""
     lines: list[str] = []
-    for name in names:
-        lines += ["", f"### {name}", "", "| keeps | chosen by | GFLOPs a view | top-1, mean ± deviation | each seed |"]
-        lines.append("|---|---|---|---|---|")
-        groups = {("all tokens", "the unpruned model, before tuning"): [root / name / f"plain_seed{seed}" for seed in seeds]}
-        for kept, variants in VARIANTS.items():
-            for how in variants:
-                label = ("all tokens", "the unpruned model, tuned as the others") if kept == "none" else (kept, how)
-                groups[label] = [folder(root, name, kept, how, seed) for seed in seeds]
-        for labels, folders in groups.items():
-            results = [read_result(f) for f in folders if (f / "result.json").is_file()]
-            lines.append(row(results, *labels) if results else f"| {labels[0]} | {labels[1]} | | no result | |")
+    for name, data in found.items():
+        if not any((plain_folder(root, name, seed) / "result.json").is_file() for seed in seeds):
+            continue
+        everything = list(rows(name, data, small=False))
+        lines += ["", f"### {name}", "", *table(root, everything[:1], seeds, everything[0])]
+        for kept in data.budgets:
+            main = [row for row in everything if row.kept == kept and row.method in METHODS]
+            lines += ["", f"**{kept}**", "", *table(root, main, seeds)]
+        if data.options:
+            base = [row for row in everything if row.kept == data.options and row.method.label in BASES]
+            alone = [row for row in everything if row.method in OPTIONS]
+            if any(Outcome(root, row, seeds).seeds for row in alone):
+                lines += ["", f"**{data.options}, each option alone**", "", *table(root, [*base, *alone], seeds)]
     return "\n".join(lines).strip()
+
+
+BASES = ("random", "fixed: uniform frames, centre window", "STTS as in the paper, sigma 0.5", "recipe")
 
 
 def main() -> None:
     """Run what is missing, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder of the runs")
-    parser.add_argument("--ut", type=Path, help="folder of UT-Interaction, with train.csv, val.csv and classes.txt")
-    parser.add_argument("--only", choices=["demo", "ut_interaction"], help="run one data set alone")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", action="append", default=[], metavar="NAME=FOLDER", help="a folder with train.csv and val.csv")
+    parser.add_argument("--only", nargs="*", help="these data sets alone")
+    parser.add_argument("--small", action="store_true", help="two seeds and the methods that matter")
+    parser.add_argument("--seeds", type=int, help="5, or 2 with --small")
     parser.add_argument("--parallel", type=int, default=max((os.cpu_count() or 2) // 2, 1), help="runs at a time")
     parser.add_argument("--threads", type=int, default=2, help="threads a run")
     parser.add_argument("--tables", action="store_true", help="only write the tables of what is there")
     options = parser.parse_args()
-    root, seeds = options.root.resolve(), range(options.seeds)
-    found = data_sets(options.ut)
+    root, seeds = options.root.resolve(), range(options.seeds or (2 if options.small else 5))
+    found = data_sets(options.data)
     if not options.tables:
-        chosen = {name: data for name, data in found.items() if options.only in (None, name)}
-        plain = [job for name, data in chosen.items() for job in plain_jobs(root, name, data, seeds)]
-        tuned = [job for name, data in chosen.items() for job in tuned_jobs(root, name, data, seeds)]
+        picked = {name: data for name, data in found.items() if not options.only or name in options.only}
+        # A seed is finished on all data sets before the next begins: what is cut off has fewer seeds, not fewer rows.
+        jobs: list[list[Job]] = []
+        for seed in seeds:
+            for name, data in picked.items():
+                jobs.append([Job(plain_folder(root, name, seed), [*data.data, "selection=none", *data.plain, f"seed={seed}"])])
+                jobs.append([job(root, row, data, seed) for row in rows(name, data, options.small)])
         with Progress() as progress, ThreadPoolExecutor(options.parallel) as pool:
-            for title, jobs in (("unpruned models", plain), ("variants", tuned)):
-                task = progress.add_task(title, total=len(jobs))
-                for _ in pool.map(lambda job: job.run(options.threads), jobs):
+            task = progress.add_task("runs", total=sum(map(len, jobs)))
+            for together in jobs:  # The second of two starts from the first.
+                for _ in pool.map(lambda one: one.run(options.threads), together):
                     progress.advance(task)
     page = PAGE.read_text()
     head, _, rest = page.partition(MARKS[0])
     tail = rest.partition(MARKS[1])[2]
-    PAGE.write_text(f"{head}{MARKS[0]}\n\n{tables(root, list(found), seeds)}\n\n{MARKS[1]}{tail}")
+    PAGE.write_text(f"{head}{MARKS[0]}\n\n{tables(root, found, seeds)}\n\n{MARKS[1]}{tail}")
 
 
 if __name__ == "__main__":

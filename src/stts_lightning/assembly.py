@@ -15,14 +15,14 @@ from omegaconf import DictConfig
 
 from stts_lightning.analysis.flops import count_gflops
 from stts_lightning.backbones.checkpoints import CheckpointError
-from stts_lightning.classifier import COMPILE, VideoClassifier, create_model
+from stts_lightning.classifier import COMPILE, VideoClassifier, create_model, load_model
 from stts_lightning.data.datamodule import LoaderOptions, VideoDataModule
 from stts_lightning.data.dataset import ClipSpec
 from stts_lightning.data.transforms import EvalTransform
 from stts_lightning.data.windows import WindowRule
 from stts_lightning.run_config import ConfigError, to_container
 from stts_lightning.training.augment import BatchAugment
-from stts_lightning.training.module import ClassificationModule
+from stts_lightning.training.module import ClassificationModule, Teacher
 from stts_lightning.training.optim import OptimSpec, PartSpec
 from stts_lightning.training.precision import CAST_WEIGHTS, CastWeights
 from stts_lightning.training.preemption import WholeCheckpointIO
@@ -54,6 +54,19 @@ def build_untrained(cfg: DictConfig, num_classes: int, slots: dict[str, Any] | N
     values: dict[str, Any] = to_container(cfg.backbone)
     selection = to_container(cfg.selection) if slots is None else {**to_container(cfg.selection), "slots": slots}
     return create_model(values.pop("name"), selection, num_classes, kernels=cfg.get("kernels", "auto"), **values)
+
+
+def check_truth(model: VideoClassifier, known: bool) -> None:
+    """Refuse a selector that reads where the action is, unless the data says so.
+
+    Raises:
+        ConfigError: names the slots, and data that says it.
+    """
+    if model.slots.wants_truth and not known:
+        raise ConfigError(
+            f"selection {', '.join(model.slots.selectors)}: the selector oracle must know where the action is; take dataset=demo,"
+            " or a data set made by prepare_data task=embed, with dataset.truth=true"
+        )
 
 
 class ExperimentCost(NamedTuple):
@@ -164,7 +177,28 @@ def build_module(cfg: DictConfig, model: VideoClassifier, labels: NDArray[np.int
         values["randaugment"] = None
     augment = BatchAugment(classes, **values) if any(values.values()) else None
     weights = class_weights(cfg.get("class_weights"), labels, classes)
-    return ClassificationModule(model, build_optim(cfg), classes, cfg.label_smoothing, augment, how, weights)
+    options = (build_optim(cfg), classes, cfg.label_smoothing, augment, how, weights, build_teacher(cfg, model))
+    return ClassificationModule(model, *options)
+
+
+def build_teacher(cfg: DictConfig, model: VideoClassifier) -> Teacher | None:
+    """The model that `distill.teacher` names, for a model with its head; None without one.
+
+    Raises:
+        ConfigError: if it is for other classes or clips.
+    """
+    values = to_container(cfg.distill) if cfg.get("distill") else {}  # A test, or a run of an earlier version.
+    path = values.pop("teacher", None)
+    if path is None:
+        return None
+    teacher = load_model(path, trust=cfg.trust, kernels=cfg.get("kernels", "auto"))
+    for what, found, wanted in (
+        ("classes", teacher.num_classes, model.num_classes),
+        ("clips of (frames, height, width)", teacher.backbone.clip_size, model.backbone.clip_size),
+    ):
+        if found != wanted:
+            raise ConfigError(f"distill.teacher={path}: is for {found} {what}, this model for {wanted}")
+    return Teacher(teacher, **values)
 
 
 def class_weights(asked: Any, labels: NDArray[np.int64] | None, classes: int) -> list[float] | None:

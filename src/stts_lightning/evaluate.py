@@ -34,6 +34,7 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         model = assembly.build_body(cfg)
         data = assembly.build_data(cfg, model.backbone.clip_size)
+        assembly.check_truth(model, data.source.truth)
         check_question(cfg.views, cfg.missing, data.test_views)
         trainer = assembly.build_trainer(cfg)
         data.prepare_data()

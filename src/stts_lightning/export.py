@@ -29,6 +29,7 @@ def main(cfg: DictConfig) -> None:
             cfg, checkpoint = run_config.trained_config(cfg, list(HydraConfig.get().overrides.task), "export")
             run_config.check_numbers(cfg)
             model = assembly.build_model(cfg)
+            assembly.check_truth(model, known=False)
             names = run_config.class_names(None, checkpoint, model.num_classes)
         out = Path(cfg.out) if cfg.out else Path(cfg.run_dir) / "model"
         with console.as_user_errors():

@@ -37,6 +37,7 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
         run_config.check_numbers(cfg)
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         model = assembly.build_model(cfg)
+        assembly.check_truth(model, known=False)
         rule = assembly.build_windows(cfg, model.backbone.clip_size)
         trainer = assembly.build_trainer(cfg)
         classes = run_config.class_names(cfg.classes, checkpoint, model.num_classes)

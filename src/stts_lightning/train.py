@@ -48,6 +48,7 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
         # Before any data is read or made: an impossible selection or a wrong checkpoint is refused at once.
         model = assembly.build_body(cfg)
         data = assembly.build_data(cfg, model.backbone.clip_size)
+        assembly.check_truth(model, data.source.truth)
         assembly.build_optim(cfg)
         trainer = assembly.build_trainer(cfg)
         data.prepare_data()

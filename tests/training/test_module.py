@@ -28,7 +28,7 @@ from stts_lightning.training import callbacks
 from stts_lightning.training import module as training_module
 from stts_lightning.training.callbacks import FailureLog, SigmaAnnealing
 from stts_lightning.training.metrics import MeanClassAccuracy
-from stts_lightning.training.module import ClassificationModule, TrainingError
+from stts_lightning.training.module import ClassificationModule, Teacher, TrainingError
 from stts_lightning.training.optim import OptimSpec
 from stts_lightning.training.preemption import ASKING, EXIT_REQUEUE, BestCheckpoint, LastCheckpoint
 from stts_lightning.training.step_figures import HostCopy
@@ -413,3 +413,21 @@ def test_one_class_is_refused_and_two_are_enough(tmp_path: Path) -> None:
     assert predictions is not None
     found = score(predictions)
     assert "top5" not in found and 0 <= found["top1"] <= 1 and 0 <= found["calibration_error"] <= 1
+
+
+def test_a_teacher_adds_the_divergence_from_its_predictions_and_is_no_part_of_the_model(tmp_path: Path) -> None:
+    teaching, clip = module().model, torch.randn(2, 3, 4, 32, 32)
+    teacher = Teacher(teaching, weight=0.5, temperature=2.0)
+    own = torch.randn(2, 4, requires_grad=True)
+    p, q = ((logits / 2).softmax(-1) for logits in (teaching(clip), own))
+    expected = 0.5 * 4 * (p * (p / q).log()).sum(-1).mean()
+    assert teacher.loss(clip, own).item() == pytest.approx(expected.item(), rel=1e-4)
+    trained = module(teacher=teacher)
+    assert list(trained.state_dict()) == list(module().state_dict())
+    before = {name: value.clone() for name, value in teaching.state_dict().items()}
+    trainer(max_epochs=1).fit(trained, Data())
+    assert all(torch.equal(value, before[name]) for name, value in teaching.state_dict().items())
+    assert not teaching.training
+    alone = module()
+    trainer(max_epochs=1).fit(alone, Data())
+    assert not torch.equal(alone.model.head.weight, trained.model.head.weight), "it is learned from"

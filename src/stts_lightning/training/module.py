@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torchmetrics import Metric, MetricCollection
 
@@ -54,6 +54,30 @@ def _checked_weights(weights: Sequence[float], num_classes: int) -> Tensor:
     return torch.tensor(weights, dtype=torch.float32)
 
 
+class Teacher:
+    """A trained model whose predictions another learns (Hinton et al. 2015; DynamicViT, Rao et al. 2021, for pruned tokens).
+
+    No module: it is no part of the model that learns, nor of its checkpoints.
+
+    Args:
+        model: unpruned, for the same classes and clips.
+        weight: of its part of the loss.
+        temperature: both models' logits are divided by it.
+    """
+
+    def __init__(self, model: VideoClassifier, weight: float = 1.0, temperature: float = 1.0) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.weight, self.temperature = weight, temperature
+
+    def loss(self, clip: Tensor, logits: Tensor) -> Tensor:
+        """Kullback-Leibler divergence from its predictions to those of a batch, times `weight` and the squared temperature."""
+        with torch.no_grad():
+            target = self.model(clip) / self.temperature
+        own = (logits / self.temperature).log_softmax(-1)
+        divergence = kl_div(own, target.log_softmax(-1), reduction="batchmean", log_target=True)
+        return divergence * (self.weight * self.temperature**2)
+
+
 class ClassificationModule(pl.LightningModule):
     """Trains and tests a video classifier.
 
@@ -64,6 +88,7 @@ class ClassificationModule(pl.LightningModule):
         label_smoothing: of the cross-entropy.
         augment: of training batches, or None.
         compile: how the model runs, of `classifier.COMPILE`.
+        teacher: whose predictions are learned beside the labels, or None.
         class_weights: of each class in the cross-entropy, by label; None: all alike. As torch has it, the mean over clips is
             divided by the sum of their labels' weights (of all processes), but over mixed clips, which have no one label, by
             their number.
@@ -83,6 +108,7 @@ class ClassificationModule(pl.LightningModule):
         augment: BatchAugment | None = None,
         compile: str = "false",
         class_weights: Sequence[float] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -98,6 +124,7 @@ class ClassificationModule(pl.LightningModule):
         self.augment = augment
         freeze(model, optim)
         self.label_smoothing = label_smoothing
+        self.teacher = teacher
         weights = None if class_weights is None else _checked_weights(class_weights, num_classes)
         self.register_buffer("class_weights", weights, persistent=False)  # No part of a checkpoint: the configuration has them.
         accuracy: dict[str, Metric | MetricCollection] = {f"top{k}": Accuracy(k) for k in (1, 5) if k <= num_classes}
@@ -116,12 +143,15 @@ class ClassificationModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Nothing is known of any step."""
+        if self.teacher is not None:
+            self.teacher.model.to(self.device)
         self.known, self._unread, self._batches, self._spoilt = Known(), [], [], None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of the clips of a batch, `(B, copies, 3, T, H, W)`; all that is random follows from its draws."""
         copies = batch.clip.shape[1]
         self.model.slots.seed_noise([draw + copy for draw in batch.draws for copy in range(copies)] or None)
+        self._tell_truth(batch)
         if batch.draws:
             torch.manual_seed(batch.draws[0])  # Dropout and drop path: apart on each process and step, repeated by a resumed run.
         clip, label = batch.clip.flatten(0, 1), batch.label.repeat_interleave(copies)
@@ -131,6 +161,8 @@ class ClassificationModule(pl.LightningModule):
             clip, target = self.augment(self.model.normalize(pixels), label, batch.draws)
         logits = self.run(clip)
         loss = self._loss(logits, target)
+        if self.teacher is not None:
+            loss = loss + self.teacher.loss(clip, logits)
         self._batches.append((loss.detach(), batch.video))
         self._labelled = target is label  # A mixed clip is of no one class.
         top1 = (logits.argmax(-1) == label).float().mean() if self._labelled and is_logged(self.trainer) else None
@@ -242,12 +274,17 @@ class ClassificationModule(pl.LightningModule):
 
     on_test_epoch_end = on_validation_epoch_end
 
+    def _tell_truth(self, batch: Batch, views: int | None = None) -> None:
+        """Tell the selectors where the action is in the first views of a batch, or in all of them, if it says so."""
+        self.model.slots.tell_truth(None if batch.truth is None else batch.truth[:, :views].flatten(0, 1))
+
     def view_logits(self, clip: Tensor) -> Tensor:
         """Logits of each view: `(B, V, 3, T, H, W)` -> `(B, V, num_classes)`, float32."""
         return self.run(clip.flatten(0, 1)).float().unflatten(0, clip.shape[:2])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Selection]:
         """Accuracies of the centre clip; what each slot kept of it, for callbacks."""
+        self._tell_truth(batch, 1)
         logits, kept = self.run(batch.clip[:, 0], return_selection=True)
         self._check_logits(logits, batch)
         self.val_metrics.update(logits.float(), batch.label, batch.valid)
@@ -256,6 +293,7 @@ class ClassificationModule(pl.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Logits of each view, for `training.testing`."""
+        self._tell_truth(batch)
         logits = self.view_logits(batch.clip)
         self._check_logits(logits, batch)
         return logits
