@@ -57,7 +57,7 @@ class Method:
     @property
     def folder(self) -> str:
         """Its part of a folder's name."""
-        return self.label.replace(", ", "_").replace(" ", "_").replace("=", "-")
+        return self.label.replace(", ", "_").replace(" ", "_").replace("=", "-").replace("(", "").replace(")", "")
 
 
 def chosen(selector: str) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ METHODS = (
     Method("oracle", chosen("oracle"), main=True),
     Method("oracle, one window a clip", (*chosen("oracle"), "selection.windows=clip"), axes=("s", "ts"), main=True),
     Method("random", chosen("random"), main=True),
-    Method("fixed: uniform frames, centre window", (), FIXED, main=True),
+    Method("fixed (uniform, centre)", (), FIXED, main=True),
     Method("Gumbel-Softmax", (), {"t": "gumbel"}, axes=("t",)),
     Method("STTS as in the paper, sigma 0.1", PAPER, main=True),
     Method("STTS as in the paper, sigma 0.5", WIDE, main=True),
@@ -316,7 +316,7 @@ def tables(root: Path, found: dict[str, DataSet], seeds: range) -> str:
     return "\n".join(lines).strip()
 
 
-BASES = ("random", "fixed: uniform frames, centre window", "STTS as in the paper, sigma 0.5", "recipe")
+BASES = ("random", "fixed (uniform, centre)", "STTS as in the paper, sigma 0.5", "recipe")
 
 
 def main() -> None:

@@ -79,7 +79,7 @@ class SlotBank(nn.Module):
         return any(self._selector(name).needs_truth for name in self.selectors)
 
     def tell_truth(self, truth: Tensor | None) -> None:
-        """Where the action is in the clips of the next forward passes, `(B, T, 4)`; see `truth`. None where nobody knows."""
+        """Where the action is in the clips of the next forward pass alone, `(B, T, 4)`; see `truth`. None where nobody knows."""
         self._truth = truth
 
     def wants_attention(self, block: int) -> bool:
@@ -119,7 +119,8 @@ class SlotBank(nn.Module):
 
     def _tell(self, selector: Selector) -> None:
         if selector.slot == next(iter(self.selectors)):  # A new pass.
-            self._boxes = None if self._truth is None else of_grid(self._truth, selector.in_size[0])
+            truth, self._truth = self._truth, None
+            self._boxes = None if truth is None else of_grid(truth, selector.in_size[0])
         if isinstance(selector, Told):
             selector.boxes = self._boxes
 

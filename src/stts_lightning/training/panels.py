@@ -163,10 +163,14 @@ class SelectionPanels(pl.Callback):
             return {}
         model = module.model
         clips = torch.stack([item.clip[0] for item in items]).to(module.device)
+        truths = [item.truth[0] for item in items if item.truth is not None]
+        truth = torch.stack(truths).to(module.device) if truths else None
+        model.slots.tell_truth(truth)
         hard, kept = model(clips, return_selection=True)
         # Only the selectors: dropout and drop path are no part of this gap.
         model.slots.train()
         model.slots.seed_noise(range(len(items)))
+        model.slots.tell_truth(truth)
         soft, soft_kept = model(clips, return_selection=True)
         model.slots.eval()
         figures = {"selection/gap": float((soft.softmax(-1) - hard.softmax(-1)).abs().sum(-1).mean() / 2)}
