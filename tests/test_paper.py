@@ -11,11 +11,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from stts_lightning import assembly
-from stts_lightning.analysis.paper import TABLES, Row, measured
+from stts_lightning.analysis.paper import FIGURE_3, TABLES, Row, measured, published_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "conf/experiment/paper").glob("*.yaml"))
-ROWS = [(number, row) for number, table in TABLES.items() for row in table.rows if row.experiment]
+SHOWN = {**{f"Table {number}": table for number, table in TABLES.items()}, "Figure 3": FIGURE_3}
+ROWS = [(name, row) for name, table in SHOWN.items() for row in table.rows if row.experiment]
 
 
 def composed(name: str) -> DictConfig:
@@ -25,8 +26,7 @@ def composed(name: str) -> DictConfig:
 
 def test_every_row_of_ours_has_its_experiment() -> None:
     named = {row.experiment for _, row in ROWS}
-    assert named <= {f"paper/{file.stem}" for file in FILES}
-    assert {f"paper/{file.stem}" for file in FILES} - named == {"paper/mvit_b16_t0_0.4_s4_0.6", "paper/mvit_b16_t0_0.5_s4_0.7"}
+    assert named == {f"paper/{file.stem}" for file in FILES}
     assert {number: len(table.rows) for number, table in TABLES.items()} == {1: 16, 2: 13, 3: 12, 4: 7, 5: 4, 6: 5, 7: 4, 8: 4}
 
 
@@ -52,20 +52,21 @@ def test_an_experiment_is_what_its_header_says(file: Path) -> None:
         assert cfg.trainer.max_epochs == 0
         assert "nothing is trained" in text
     assembly.build_optim(cfg)
-    for number, row in ROWS:
+    for shown, row in ROWS:
         if row.experiment == name:
-            assert re.search(rf"Tables?[\d, ]* {number}\b", text), "its tables are named"
+            kind, _, number = shown.partition(" ")
+            assert re.search(rf"{kind}s?[\d, ]* {number}\b", text), "its tables and figures are named"
             assert all(f"{value}" in text for value in (row.top1, row.cost) if value), "and what they say"
 
 
-@pytest.mark.parametrize(("number", "row"), ROWS, ids=lambda v: v.experiment.split("/")[1] if isinstance(v, Row) else str(v))
-def test_a_row_is_the_configuration_that_it_names(number: int, row: Row) -> None:
+@pytest.mark.parametrize(("shown", "row"), ROWS, ids=lambda v: v.experiment.split("/")[1] if isinstance(v, Row) else str(v))
+def test_a_row_is_the_configuration_that_it_names(shown: str, row: Row) -> None:
     cfg = composed(str(row.experiment))
-    assert cfg.dataset.name == TABLES[number].data
+    assert cfg.dataset.name == SHOWN[shown].data
     notes = dict(row.notes)
     if "sigma" in notes and notes["sigma"] != "-":
         assert cfg.selection.sigma == float(notes["sigma"])
-    expected = {"Rand.": "random", "Atten.": "attention", "GS": "gumbel", "STTS": "learned"}
+    expected = {"Rand.": "random", "Atten.": "attention", "GS": "gumbel", "STTS": "learned", "unpruned": "learned"}
     if "method" in notes:
         assert cfg.selection.selector == expected[notes["method"]]
     if "anchor" in notes:
@@ -92,6 +93,14 @@ def test_official_costs_are_the_reference_s(shared: Path) -> None:
     ours = {row.experiment: row.official for _, row in ROWS}
     assert ours["paper/mvit_b16_t0_0.5"] == pytest.approx(table["T0 .5"][2], abs=0.006)
     assert ours["paper/mvit_b16_s0_0.5"] == pytest.approx(table["S0 .5"][6], abs=0.006)
+
+
+def test_figure_3_has_its_published_points_and_a_random_row_for_each_selection() -> None:
+    methods = {how: {row.label for row in FIGURE_3.rows if ("method", how) in row.notes} for how in ("STTS", "Rand.")}
+    assert methods["STTS"] == methods["Rand."] and len(methods["STTS"]) == 5
+    curves = published_curves()
+    assert curves["unpruned"] == [(70.5, 78.4)] and len(curves["STTS"]) == 5
+    assert dict(curves["STTS"])[12.1] - dict(curves["Rand."])[12.1] == pytest.approx(5.7)
 
 
 def test_our_accuracies_are_told_apart_by_data_and_model() -> None:

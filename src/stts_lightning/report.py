@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig
@@ -13,6 +13,9 @@ from omegaconf import DictConfig
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.overrides import for_hydra
+
+if TYPE_CHECKING:
+    from stts_lightning.analysis.paper import PaperTable
 
 Lines = list[dict[str, str]]
 
@@ -42,16 +45,55 @@ def benchmarked(file: Path) -> dict[str, Any] | None:
 
 def paper_table(number: int, roots: Sequence[Path], benchmark: Path | None = None) -> tuple[str, Lines]:
     """Title and lines of a table, a dictionary by column each; Table 7 with the speeds that a benchmark wrote."""
-    from stts_lightning import assembly, run_config
-    from stts_lightning.analysis.paper import TABLES, measured, speeds
-    from stts_lightning.analysis.runs import find_runs
+    from stts_lightning import run_config
+    from stts_lightning.analysis.paper import TABLES
 
     if number not in TABLES:
         raise run_config.ConfigError(f"paper_table={number}: allowed are {min(TABLES)} to {max(TABLES)}")
-    table = TABLES[number]
-    results = [run.result for run in find_runs(root for root in roots if root.is_dir())]
+    title, lines = beside_paper(TABLES[number], roots, benchmark if number == 7 else None, number == 7)
+    return f"Table {number}: {title}", lines
+
+
+def paper_figure(number: int, roots: Sequence[Path], plot: str | None) -> tuple[str, Lines]:
+    """Title and lines of what Figure 3 draws; the picture, ours beside the published points, where a file is named."""
+    from stts_lightning import assembly, run_config
+    from stts_lightning.analysis.paper import FIGURE_3, measured, published_curves
+
+    if number != 3:
+        raise run_config.ConfigError(f"paper_figure={number}: allowed is 3")
+    if plot:
+        from stts_lightning.analysis import charts
+
+        curves = {f"{method} (paper)": points for method, points in published_curves().items()}
+        results = results_below(roots)
+        for row in FIGURE_3.rows:
+            cost = assembly.experiment_cost(str(row.experiment))
+            for found in measured(results, str(row.experiment), cost.backbone):
+                name = f"{dict(row.notes)['method']} ({found.where})"
+                curves.setdefault(name, []).append((cost.gflops, found.top1))
+        with charts.style():
+            charts.method_curves(curves, f"Figure 3: {FIGURE_3.title}").savefig(plot, dpi=130)
+    title, lines = beside_paper(FIGURE_3, roots)
+    return f"Figure {number}: {title}", lines
+
+
+def results_below(roots: Sequence[Path]) -> list[dict[str, Any]]:
+    """Results of all runs below folders; a folder that does not exist has none."""
+    from stts_lightning.analysis.runs import find_runs
+
+    return [run.result for run in find_runs(root for root in roots if root.is_dir())]
+
+
+def beside_paper(
+    table: "PaperTable", roots: Sequence[Path], benchmark: Path | None = None, speedy: bool = False
+) -> tuple[str, Lines]:
+    """Title and lines of a table of the paper beside our figures; those of Table 7 (`speedy`) with measured speeds."""
+    from stts_lightning import assembly
+    from stts_lightning.analysis.paper import measured, speeds
+
+    results = results_below(roots)
     tera = table.unit == "TFLOPs"
-    speed = benchmarked(benchmark) if number == 7 and benchmark else None
+    speed = benchmarked(benchmark) if benchmark else None
     lines: Lines = []
     for row in table.rows:
         line = {"configuration": row.label, **dict(row.notes)}
@@ -63,17 +105,17 @@ def paper_table(number: int, roots: Sequence[Path], benchmark: Path | None = Non
             official = change(row.official * scale, row.cost, tera) if row.official else ""
             ours = change(cost.gflops * scale, row.cost, tera)
             top1 = "; ".join(map(str, measured(results, row.experiment, cost.backbone)))
-        line |= {"official code": official, "ours": ours}
-        line["top-1, paper"] = "" if row.top1 is None else f"{row.top1:.1f}"
-        if number == 7:
+        line |= {f"{table.unit}, official code": official, f"{table.unit}, ours": ours}
+        line["top-1 %, paper"] = "" if row.top1 is None else f"{row.top1:.1f}"
+        if speedy:
             line |= speeds(row, speed["rows"] if speed else [])
-        lines.append({**line, "top-1, ours": top1, "experiment": row.experiment or ""})
+        lines.append({**line, "top-1 %, ours": top1, "experiment": row.experiment or ""})
     # A column without any entry says nothing.
-    named = [name for name in lines[-1] if any(line[name] for line in lines) or name == "top-1, ours"]
-    title = f"Table {number}: {table.title} ({table.data})"
+    named = [name for name in lines[-1] if any(line[name] for line in lines) or name == "top-1 %, ours"]
+    title = f"{table.title} ({table.data})"
     if speed:
         title += f"; ours: {speed['device']}, torch {speed['torch']}, {speed['rows'][0]['views']} views a video"
-    elif number == 7:
+    elif speedy:
         title += "; ours: python -m stts_lightning.benchmark what=table7"
     return title, [{name: line.get(name, "") for name in named} for line in lines]
 
@@ -139,9 +181,8 @@ def compare(roots: Sequence[Path], out: Path) -> None:
     print(printable(f"{count} runs; {page}; figures and tables: {out / 'report'}"))
 
 
-def print_paper_table(number: int, roots: Sequence[Path], benchmark: Path, into: str | None, csv_file: str | None) -> None:
-    """Print a table of the paper; add it to a Markdown file or write it as CSV where that is asked."""
-    title, lines = paper_table(number, roots, benchmark)
+def print_table(title: str, lines: Lines, into: str | None, csv_file: str | None) -> None:
+    """Print a table; add it to a Markdown file or write it as CSV where that is asked."""
     show(title, lines)
     if into:
         with Path(into).open("a") as file:
@@ -164,10 +205,13 @@ def main(cfg: DictConfig) -> None:
         with console.as_user_errors():
             values = run_config.to_container(cfg)
         roots = folders(values["runs"])
-        if values["paper_table"] is None:
-            compare(roots, Path(values["out"]) if values["out"] else roots[0])
+        if values["paper_figure"] is not None:
+            print_table(*paper_figure(values["paper_figure"], roots, values["plot"]), values["markdown"], values["csv"])
+        elif values["paper_table"] is not None:
+            table = paper_table(values["paper_table"], roots, Path(str(values["benchmark"])))
+            print_table(*table, values["markdown"], values["csv"])
         else:
-            print_paper_table(values["paper_table"], roots, Path(str(values["benchmark"])), values["markdown"], values["csv"])
+            compare(roots, Path(values["out"]) if values["out"] else roots[0])
 
 
 if __name__ == "__main__":

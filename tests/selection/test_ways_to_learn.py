@@ -106,6 +106,26 @@ def test_the_context_decides_in_the_context_scorer_and_cancels_in_the_papers() -
         assert torch.allclose(*differences, atol=1e-6) == cancels, kind
 
 
+@pytest.mark.parametrize("scorer", ["paper", "context", "official"])
+@pytest.mark.parametrize("make", [spatial, temporal])
+def test_an_even_start_prefers_nothing_and_the_first_gradients_decide(make: Any, scorer: str, grid: Tensor) -> None:
+    selector = make(start="even", scorer=scorer).train()
+    kept, selection = selector(grid, SIGMA, Noise.of(range(2)))
+    assert torch.equal(selection.scores, torch.zeros_like(selection.scores))
+    assert float(selection.indicator.detach().std(-1).mean()) < float(
+        make(scorer=scorer, normalize="windows").train()(grid, SIGMA, Noise.of(range(2)))[1].indicator.detach().std(-1).mean()
+    )
+    weight = torch.randn(kept.shape, generator=torch.Generator().manual_seed(3))
+    before = (kept * weight).sum()
+    before.backward()
+    assert all(p.grad.isfinite().all() for p in selector.parameters())
+    with torch.no_grad():
+        for parameter in selector.parameters():
+            parameter -= 1e-3 * parameter.grad / parameter.grad.norm().clamp_min(1e-12)
+        after = (selector(grid, SIGMA, Noise.of(range(2)))[0] * weight).sum()
+    assert after < before.detach(), "one step down the gradient lowers the loss"
+
+
 @pytest.mark.parametrize("key", list(CHOICES))
 def test_unknown_ways_are_refused_and_the_first_is_the_default(key: str) -> None:
     with pytest.raises(SelectionError, match=rf"selection.{key}='none': allowed are {CHOICES[key][0]}, "):

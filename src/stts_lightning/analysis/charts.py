@@ -43,7 +43,9 @@ def _axes(title: str, x: str) -> tuple[Figure, Axes]:
 
 
 def accuracy_against(points: Sequence[Point], cost: str, names: Sequence[str], anchors: Sequence[str], title: str) -> Figure:
-    """Top-1 of points against GFLOPs or measured clips a second, the Pareto front drawn.
+    """Top-1 of points against GFLOPs or measured clips a second: a line for each backbone and method (paper Figure 3).
+
+    Unpruned models are diamonds, with their accuracy as a dotted line. The Pareto front is drawn for each number of views.
 
     Args:
         points: of one data set.
@@ -56,19 +58,31 @@ def accuracy_against(points: Sequence[Point], cost: str, names: Sequence[str], a
     figure, axes = _axes(title, labels[cost])
     front = pareto(points, cost)
     place = {n: x for n, p in enumerate(points) if (x := p.gflops if cost == "gflops" else p.mean(cost)) is not None}
-    backbones = list(dict.fromkeys(point.backbone for point in points))
+    several = len({point.views for point in points}) > 1
+    kinds = [(p.backbone, p.method, p.views if several else 0) for p in points]
+    colours = {kind: COLOURS[number % len(COLOURS)] for number, kind in enumerate(dict.fromkeys(kinds))}
     for number, x in place.items():
-        point, best = points[number], number in front
-        colour = COLOURS[backbones.index(point.backbone) % len(COLOURS)]
+        point, colour = points[number], colours[kinds[number]]
         y, spread = 100 * point.top1, 100 * (point.spread() or 0)
         if spread:
             axes.errorbar(x, y, spread, color=colour, alpha=0.5, capsize=2, lw=1)
-        mark = axes.scatter([x], [y], s=130 if best else 48, marker="*" if best else "o", color=colour, zorder=3)
+        size, shape = (60, "o") if point.method else (80, "D")
+        size, shape = (140, "*") if number in front and point.method else (size, shape)
+        mark = axes.scatter([x], [y], s=size, marker=shape, color=colour, zorder=3)
         mark.set_urls([f"#{anchors[number]}"])
-    line = sorted((place[number], 100 * points[number].top1) for number in front)
-    axes.plot(*zip(*line, strict=True), color="#868e96", lw=1, ls="--", zorder=1, label="Pareto front")
-    for backbone in backbones:
-        axes.scatter([], [], color=COLOURS[backbones.index(backbone) % len(COLOURS)], label=_plain(backbone))
+        if not point.method:
+            axes.axhline(y, color=colour, lw=0.8, ls=":", zorder=1)
+    for kind, colour in colours.items():
+        backbone, method, views = kind
+        line = sorted((x, 100 * points[number].top1) for number, x in place.items() if kinds[number] == kind)
+        name = ", ".join([backbone, method or "unpruned", *([f"{views} views"] if views else [])])
+        shape = "o" if method else "D"
+        if line:
+            axes.plot(*zip(*line, strict=True), color=colour, lw=1.6, marker=shape, ms=4, label=_plain(name))
+    for views in dict.fromkeys(points[number].views for number in front):
+        line = sorted((place[number], 100 * points[number].top1) for number in front if points[number].views == views)
+        axes.plot(*zip(*line, strict=True), color="#868e96", lw=1, ls="--", zorder=1)
+    axes.plot([], [], color="#868e96", lw=1, ls="--", label="Pareto front")
     written: list[tuple[float, float]] = []
     width = (max(place.values()) - min(place.values())) or 1.0
     lowest, highest = axes.get_ylim()
@@ -84,6 +98,26 @@ def accuracy_against(points: Sequence[Point], cost: str, names: Sequence[str], a
     axes.legend(fontsize=8, frameon=False, loc="best")
     axes.margins(x=0.18, y=0.12)
     axes.set_ylim(max(axes.get_ylim()[0], 0), min(axes.get_ylim()[1], 104))
+    return figure
+
+
+def method_curves(lines: Mapping[str, Sequence[tuple[float, float]]], title: str) -> Figure:
+    """Top-1 against GFLOPs, a line for each method, as the paper draws Figure 3; published ones are hollow and dashed.
+
+    Args:
+        lines: by name, points of GFLOPs and top-1 in per cent; a name that ends in "(paper)" is published.
+        title: of the figure.
+    """
+    figure, axes = _axes(title, "GFLOPs a view (multiply-adds)")
+    methods = list(dict.fromkeys(name.removesuffix(" (paper)") for name in lines))
+    for name, points in lines.items():
+        method = name.removesuffix(" (paper)")
+        published, colour = name != method, COLOURS[methods.index(method) % len(COLOURS)]
+        shape = "D" if method == "unpruned" else "o"
+        look: Any = {"ls": "--", "mfc": "white"} if published else {"ls": "-"}
+        axes.plot(*zip(*sorted(points), strict=True), color=colour, marker=shape, lw=1.6, label=_plain(name), **look)
+    axes.legend(fontsize=8, frameon=False, loc="best")
+    axes.margins(x=0.08, y=0.12)
     return figure
 
 

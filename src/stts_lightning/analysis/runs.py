@@ -110,6 +110,14 @@ class Point:
         return mean
 
     @property
+    def method(self) -> str:
+        """How its slots choose, as in "learned" or "uniform + centre"; empty for the unpruned model."""
+        if self.keeps == "all":
+            return ""
+        named = (re.search(r"\((\w+)\)", slot) for slot in self.keeps.split("; "))
+        return " + ".join(dict.fromkeys(found[1] if found else "learned" for found in named))
+
+    @property
     def ratios(self) -> dict[str, float]:
         """Ratio of each slot, from the selection's name."""
         return {slot: float(ratio) for slot, ratio in re.findall(r"([ts]\d+)_([0-9.]+)", self.selection)}
@@ -370,6 +378,9 @@ def _shortened(values: Iterable[str], longest: int = 36) -> dict[str, str]:
 def pareto(points: Sequence[Point], better: str = "gflops") -> set[int]:
     """Numbers of the points that no other beats: none is as good in both, and better in one.
 
+    Compared are points with as many views of a test video: more of them raise the accuracy, and are no part of a view's cost.
+    An oracle, which reads the truth, is left aside.
+
     Args:
         points: of one data set.
         better: "gflops" (less is better) or "clips_per_second" (more is), beside top-1.
@@ -379,11 +390,15 @@ def pareto(points: Sequence[Point], better: str = "gflops") -> set[int]:
         speed = point.mean("clips_per_second")
         return point.gflops if better == "gflops" else None if speed is None else -speed
 
-    known = [(number, value, point.top1) for number, point in enumerate(points) if (value := cost(point)) is not None]
+    known = [
+        (number, value, point.top1, point.views)
+        for number, point in enumerate(points)
+        if "oracle" not in point.method and (value := cost(point)) is not None
+    ]
     return {
         number
-        for number, value, top1 in known
-        if not any(v <= value and t >= top1 and (v, t) != (value, top1) for _, v, t in known)
+        for number, value, top1, views in known
+        if not any(v <= value and t >= top1 and (v, t) != (value, top1) and views == w for _, v, t, w in known)
     }
 
 

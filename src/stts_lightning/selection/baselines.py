@@ -255,7 +255,7 @@ class Tokens(TokenSelector):
 
     def __init__(self, context: SlotContext) -> None:
         super().__init__(context)
-        self.scorer = build_scorer(context.selection)(context.dim)
+        self.scorer = build_scorer(context.selection, context.dim, "s")
         self.soft_topk = SoftTopK(context.selection)
 
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:

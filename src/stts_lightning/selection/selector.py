@@ -112,9 +112,24 @@ class SoftTopK(nn.Module):
         return straight_through(indicator, hard_topk(scores.detach(), k)) if self.hard else indicator
 
 
-def build_scorer(selection: SelectionSpec) -> type[Scorer]:
-    """The scorer's class by name. Raises SelectionError for an unknown one."""
-    return _named(SCORERS, "scorer", selection.scorer)
+def build_scorer(selection: SelectionSpec, dim: int, axis: str) -> Scorer:
+    """A new scorer.
+
+    Args:
+        selection: its name, and how it starts.
+        dim: channels of the grid.
+        axis: "t" scores descriptors of frames, "s" those of tokens.
+
+    Raises:
+        SelectionError: for an unknown name.
+    """
+    kind = _named(SCORERS, "scorer", selection.scorer)
+    scorer = kind(kind.frame_width * dim if axis == "t" else dim)
+    if selection.start == "even":
+        *_, last = (module for module in scorer.modules() if isinstance(module, nn.Linear))
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    return scorer
 
 
 def _named(table: dict[str, T], key: str, name: str) -> T:

@@ -108,7 +108,7 @@ class SpatialSelector(WindowSelector):
     def __init__(self, context: SlotContext) -> None:
         super().__init__(context)
         selection = context.selection
-        self.scorer = build_scorer(selection)(context.dim)
+        self.scorer = build_scorer(selection, context.dim, "s")
         self.soft_topk = SoftTopK(selection)
         self.of_tokens = self.scorer.normalizes_tokens if selection.normalize == "scorer" else selection.normalize == "tokens"
         self.scope, self.moving = selection.scope, selection.windows

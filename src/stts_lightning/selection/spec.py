@@ -25,6 +25,7 @@ CHOICES = {
     "windows": ("frame", "clip", "smooth"),
     "forward": ("soft", "hard"),
     "sigma_of": ("scores", "spread"),
+    "start": ("random", "even"),
 }
 """Ways to learn a selection, each apart from the others. The first of each is the paper's."""
 
@@ -129,6 +130,8 @@ class SelectionSpec:
             (`smooth`: scores are averaged over three frames).
         forward: what the network sees in training: `soft`, the weighted sum of Eq. 9, or `hard`, the best frames or windows
             as in evaluation, with the gradients of the weighted sum (straight-through).
+        start: new scorers begin with `random` weights, as any layer, or `even`: their last layer is 0, so that all scores are
+            equal and the first gradients decide. Random scores are stretched to [0, 1] as well, and may avoid the action.
         sigma_of: sigma is given on `scores` in [0, 1], or as a multiple of their `spread`, the standard deviation of a row.
     """
 
@@ -143,6 +146,7 @@ class SelectionSpec:
     windows: str = "frame"
     forward: str = "soft"
     sigma_of: str = "scores"
+    start: str = "random"
 
     def __post_init__(self) -> None:
         for key, allowed in CHOICES.items():

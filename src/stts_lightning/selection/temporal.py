@@ -46,8 +46,7 @@ class TemporalSelector(FrameSelector):
 
     def __init__(self, context: SlotContext) -> None:
         super().__init__(context)
-        scorer = build_scorer(context.selection)
-        self.scorer = scorer(scorer.frame_width * context.dim)
+        self.scorer = build_scorer(context.selection, context.dim, "t")
         self.soft_topk = SoftTopK(context.selection)
 
     def scores(self, described: Tensor) -> Tensor:
