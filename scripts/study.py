@@ -2,7 +2,7 @@
 
     python scripts/study.py runs/study                                  # the demo's three settings
     python scripts/study.py runs/study --data NAME=FOLDER               # also a data set made by prepare_data task=embed
-    python scripts/study.py runs/study --small                          # two seeds and the methods that matter
+    python scripts/study.py runs/study --small                          # two seeds, the smallest budgets and the methods that matter
 
 Each seed trains one unpruned model a data set; every method starts from it and is tuned for the same number of steps. A run is a
 `stts_lightning.train` in a process and a folder of its own; what is finished is not run again, what fails is named and the rest
@@ -32,7 +32,7 @@ MARKS = ("<!-- tables: written by scripts/study.py -->", "<!-- end of tables -->
 RESAMPLES = 10_000
 
 COMMON = ["backbone=mvit_tiny", "callbacks.progress=null", "callbacks.best=null", "callbacks.loading=null"]
-TUNED = ["recipe=finetune", "trainer.max_epochs=1"]
+TUNED = ["trainer.max_epochs=2"]
 FIXED = {"t": "uniform", "s": "centre"}
 
 
@@ -43,6 +43,7 @@ class Method:
     Attributes:
         label: what tables call it.
         overrides: of the run.
+        recipe: of the run.
         slots: selectors of the slots of an axis, where they differ: {"t": "gumbel"}.
         axes: budgets that it can choose for: "t", "s", "ts".
         main: whether the small study has it.
@@ -50,6 +51,7 @@ class Method:
 
     label: str
     overrides: tuple[str, ...] = ()
+    recipe: str = "finetune"
     slots: dict[str, str] = field(default_factory=dict)
     axes: tuple[str, ...] = ("t", "s", "ts")
     main: bool = False
@@ -67,22 +69,25 @@ def chosen(selector: str) -> tuple[str, ...]:
 
 PAPER = ("selection.sigma=0.1",)
 WIDE = ("selection.sigma=0.5",)
-RECIPE = ("selection.sigma=0.5", "selection.normalize=windows", "selection.windows=clip", "callbacks.sigma.until=0.6")
-
 METHODS = (
     Method("oracle", chosen("oracle"), main=True),
     Method("oracle, one window a clip", (*chosen("oracle"), "selection.windows=clip"), axes=("s", "ts"), main=True),
     Method("random", chosen("random"), main=True),
-    Method("fixed (uniform, centre)", (), FIXED, main=True),
-    Method("Gumbel-Softmax", (), {"t": "gumbel"}, axes=("t",)),
+    Method("fixed (uniform, centre)", slots=FIXED, main=True),
+    Method("Gumbel-Softmax", slots={"t": "gumbel"}, axes=("t",)),
     Method("STTS as in the paper, sigma 0.1", PAPER, main=True),
     Method("STTS as in the paper, sigma 0.5", WIDE, main=True),
     Method("STTS as released", ("selection.scorer=official", "selection.estimator=official", *PAPER)),
-    Method("recipe", RECIPE, main=True),
+    Method("recipe=learn_selection", recipe="learn_selection", main=True),
 )
 """Rows of the main tables."""
 
 OPTIONS = (
+    Method("start=even", (*WIDE, "selection.start=even")),
+    Method(
+        "backbone frozen at first",
+        (*WIDE, "+optim.parts.backbone.frozen_epochs=1", "+optim.parts.head.frozen_epochs=1"),
+    ),
     Method("normalize=windows", (*WIDE, "selection.normalize=windows")),
     Method("scope=clip", (*WIDE, "selection.scope=clip")),
     Method("windows=clip", (*WIDE, "selection.windows=clip")),
@@ -209,7 +214,7 @@ def plain_folder(root: Path, data: str, seed: int) -> Path:
 def rows(name: str, data: DataSet, small: bool) -> Iterator[Row]:
     """What is compared on a data set."""
     yield Row(name, "none", ALL)
-    for kept in data.budgets:
+    for kept in data.budgets[-1:] if small else data.budgets:
         yield from (Row(name, kept, method) for method in METHODS if axes(kept) in method.axes and (method.main or not small))
     if data.options and not small:
         yield from (Row(name, data.options, method) for method in OPTIONS)
@@ -223,7 +228,9 @@ def job(root: Path, row: Row, data: DataSet, seed: int) -> Job:
     plain = f"{plain_folder(root, row.data, seed)}/checkpoints/last.ckpt"
     own = [override.replace("{plain}", plain) for override in row.method.overrides]
     start = [f"pretrained={plain}", f"seed={seed}"]
-    return Job(row.folder(root, seed), [*data.data, "selection=none", *slots, *TUNED, *own, *start])
+    return Job(
+        row.folder(root, seed), [*data.data, "selection=none", *slots, f"recipe={row.method.recipe}", *TUNED, *own, *start]
+    )
 
 
 def right(folder: Path) -> NDArray[np.bool_]:
@@ -316,7 +323,7 @@ def tables(root: Path, found: dict[str, DataSet], seeds: range) -> str:
     return "\n".join(lines).strip()
 
 
-BASES = ("random", "fixed (uniform, centre)", "STTS as in the paper, sigma 0.5", "recipe")
+BASES = ("random", "fixed (uniform, centre)", "STTS as in the paper, sigma 0.5", "recipe=learn_selection")
 
 
 def main() -> None:
@@ -325,7 +332,7 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="folder of the runs")
     parser.add_argument("--data", action="append", default=[], metavar="NAME=FOLDER", help="a folder with train.csv and val.csv")
     parser.add_argument("--only", nargs="*", help="these data sets alone")
-    parser.add_argument("--small", action="store_true", help="two seeds and the methods that matter")
+    parser.add_argument("--small", action="store_true", help="two seeds, the smallest budgets and the methods that matter")
     parser.add_argument("--seeds", type=int, help="5, or 2 with --small")
     parser.add_argument("--parallel", type=int, default=max((os.cpu_count() or 2) // 2, 1), help="runs at a time")
     parser.add_argument("--threads", type=int, default=2, help="threads a run")
