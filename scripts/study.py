@@ -1,8 +1,8 @@
 """Does learned selection pay? Every way of choosing on the same data, with equal budgets, several seeds and the truth beside it.
 
-    python scripts/study.py runs/study                                  # the demo's three settings
-    python scripts/study.py runs/study --data NAME=FOLDER               # also a data set made by prepare_data task=embed
-    python scripts/study.py runs/study --small                          # two seeds, the smallest budgets and the methods that matter
+    python scripts/study.py runs/study                            # the demo's three settings
+    python scripts/study.py runs/study --data NAME=FOLDER         # also a data set made by prepare_data task=embed
+    python scripts/study.py runs/study --small                    # two seeds and what matters: an hour
 
 Each seed trains one unpruned model a data set; every method starts from it and is tuned for the same number of steps. A run is a
 `stts_lightning.train` in a process and a folder of its own; what is finished is not run again, what fails is named and the rest
