@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stts_lightning.analysis import charts
 from stts_lightning.analysis.page import latex, named, rows, write_report
 from stts_lightning.analysis.runs import find_runs, pareto, points, ratio_curves, sigma_curves
 
@@ -61,6 +62,32 @@ def test_seeds_are_one_point_and_the_front_is_right(folder: Path) -> None:
     assert [x for x, _ in curve] == [0.1, 0.2]
     ((_, curve),) = ratio_curves(group)["t0"].items()
     assert [x for x, _ in curve] == [0.25, 0.5, 0.75]
+
+
+def test_the_front_compares_what_is_comparable_and_each_method_has_its_line(tmp_path: Path) -> None:
+    write(tmp_path / "plain", selection="none", slots={}, gflops_per_view=2.0, top1=0.8)
+    for number, (ratio, cost, learned, drawn) in enumerate(((0.25, 0.6, 0.7, 0.4), (0.5, 1.0, 0.75, 0.6))):
+        keeps, kept = f"{2 + 2 * number} of 8 frames", {"selection": f"t0_{ratio}", "gflops_per_view": cost}
+        write(tmp_path / f"l{number}", "a: 1", slots={"t0": keeps}, top1=learned, **kept)
+        write(tmp_path / f"r{number}", "a: 2", slots={"t0": f"{keeps} (random)"}, top1=drawn, **kept)
+    write(tmp_path / "oracle", "a: 3", selection="t0_0.25", slots={"t0": "2 of 8 frames (oracle)"}, gflops_per_view=0.6, top1=0.9)
+    write(tmp_path / "one", "a: 4", selection="t0_0.3", slots={"t0": "2 of 8 frames"}, gflops_per_view=0.6, top1=0.65, views=1)
+    mixed = {"t0": "4 of 8 frames (uniform)", "s1": "8x8 of 16x16, 9 anchors (centre)"}
+    write(tmp_path / "mixed", "a: 5", selection="t0_0.5_s1_0.25", slots=mixed, gflops_per_view=0.9, top1=0.3)
+    group = points(find_runs([tmp_path]))
+    front = {(point.selection, point.method, point.views) for n, point in enumerate(group) if n in pareto(group)}
+    assert front == {("none", "", 5), ("t0_0.25", "learned", 5), ("t0_0.5", "learned", 5), ("t0_0.3", "learned", 1)}
+    assert {point.method for point in group} == {"", "learned", "random", "oracle", "uniform + centre"}
+    names = named(group)
+    figure = charts.accuracy_against(group, "gflops", names, names, "a title")
+    drawn = {str(line.get_label()): line for line in figure.axes[0].lines if not str(line.get_label()).startswith("_")}
+    assert set(drawn) == {
+        *(f"mvit_tiny, {how}, 5 views" for how in ("unpruned", "learned", "random", "oracle", "uniform + centre")),
+        "mvit_tiny, learned, 1 view", "Pareto front",
+    }  # fmt: skip
+    assert drawn["mvit_tiny, learned, 5 views"].get_xydata().tolist() == [[0.6, 70.0], [1.0, 75.0]]
+    level = [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert [float(line.get_ydata()[0]) for line in level] == [80.0], "the unpruned model's accuracy"
 
 
 def test_runs_with_other_pretraining_or_lists_are_separate_points(tmp_path: Path) -> None:

@@ -408,13 +408,19 @@ def test_report_sets_our_runs_beside_the_paper(tmp_path: Path) -> None:
     with (tmp_path / "four.csv").open() as file:
         lines = {line["configuration"]: line for line in csv.DictReader(file)}
     assert len(lines) == 7
-    assert lines["T0:0.6 S4:0.9"]["top-1 %, ours"] == f"{100 * found['top1']:.1f} (demo, mvit_tiny)"
+    assert lines["T0:0.6 S4:0.9"]["top-1 %, ours"] == f"{100 * found['top1']:.1f} (demo_when, mvit_tiny)"
     assert lines["T0:0.6 S4:0.9"]["GFLOPs, paper"] == "38.1"
     assert lines["S0:0.6"]["GFLOPs, ours"].endswith("%)"), "a difference that needs explaining is marked"
     assert lines["T0:0.6"]["GFLOPs, ours"] == "41.29"
     assert lines["T0:0.6"]["top-1 %, ours"] == ""
     door("report", tmp_path, "paper_table=8", "markdown=tables.md")
     assert (tmp_path / "tables.md").read_text().count("### Table") == 2
+    door("report", tmp_path, "paper_figure=3", "plot=three.png", "csv=three.csv")
+    with (tmp_path / "three.csv").open() as file:
+        drawn = [line for line in csv.DictReader(file) if line["configuration"] == "T0:0.6 S4:0.9"]
+    assert [line["method"] for line in drawn] == ["STTS", "Rand."]
+    assert drawn[0]["top-1 %, ours"] == lines["T0:0.6 S4:0.9"]["top-1 %, ours"] and drawn[1]["top-1 %, paper"] == "76.4"
+    assert (tmp_path / "three.png").read_bytes().startswith(b"\x89PNG")
     failed = door("report", tmp_path, "paper_table=9", check=False)
     assert failed.stderr.strip().splitlines()[-1] == "error: paper_table=9: allowed are 1 to 8"
     done = door("report", tmp_path)

@@ -75,7 +75,7 @@ def accuracy_against(points: Sequence[Point], cost: str, names: Sequence[str], a
     for kind, colour in colours.items():
         backbone, method, views = kind
         line = sorted((x, 100 * points[number].top1) for number, x in place.items() if kinds[number] == kind)
-        name = ", ".join([backbone, method or "unpruned", *([f"{views} views"] if views else [])])
+        name = ", ".join([backbone, method or "unpruned", *([f"{views} view" + "s" * (views > 1)] if views else [])])
         shape = "o" if method else "D"
         if line:
             axes.plot(*zip(*line, strict=True), color=colour, lw=1.6, marker=shape, ms=4, label=_plain(name))
