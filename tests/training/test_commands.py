@@ -161,7 +161,7 @@ def test_predict_labels_any_videos_and_shows_what_was_kept(place: Path, finished
     folder = place / "unknown" / "deep"
     folder.mkdir(parents=True)
     for number, name in enumerate(("left", "up")):
-        source = sorted((place / "data/demo/val" / name).glob("*.mp4"))[0]
+        source = sorted((place / "data/demo_when/val" / name).glob("*.mp4"))[0]
         (folder / f"{number}.mp4").write_bytes(source.read_bytes())
     (folder / "2.mp4").write_text("no video")
     done = door("predict", place, "run=runs/full", "videos=unknown", "overlay=true", "trainer.accelerator=cpu", "every=0.5")
@@ -263,7 +263,7 @@ def test_wandb_without_a_key_stays_offline_and_holds_what_dashboards_need(place:
     (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
     records = wandb_records(file)
     (about,) = {(r.run.run_id, r.run.run_group, r.run.job_type, tuple(r.run.tags)) for r in records if r.HasField("run")}
-    assert about == ((run / "wandb_id.txt").read_text(), "sweep_x", "train", ("mvit_tiny", "demo"))
+    assert about == ((run / "wandb_id.txt").read_text(), "sweep_x", "train", ("mvit_tiny", "demo_when"))
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     history: set[str] = set()
@@ -288,7 +288,7 @@ def test_undecodable_training_file_is_counted(place: Path, finished: Path) -> No
     for split in ("train", "val"):
         for name in ("left", "right"):
             (folder / split / name).mkdir(parents=True, exist_ok=True)
-            for file in (place / "data" / "demo" / split / name).glob("*.mp4"):
+            for file in (place / "data" / "demo_when" / split / name).glob("*.mp4"):
                 (folder / split / name / file.name).write_bytes(file.read_bytes())
     (folder / "train" / "left" / "rotten.mp4").write_text("rotten")
     own = [
@@ -424,7 +424,7 @@ def test_report_sets_our_runs_beside_the_paper(tmp_path: Path) -> None:
     failed = door("report", tmp_path, "paper_table=9", check=False)
     assert failed.stderr.strip().splitlines()[-1] == "error: paper_table=9: allowed are 1 to 8"
     done = door("report", tmp_path)
-    assert "1 runs; runs/report.html" in done.stdout and (tmp_path / "runs/report/demo.csv").is_file()
+    assert "1 runs; runs/report.html" in done.stdout and (tmp_path / "runs/report/demo_when.csv").is_file()
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         (["runs=empty"], "error: runs=empty: no run below has a result with a top-1 yet"),

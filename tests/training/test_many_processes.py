@@ -64,7 +64,7 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(place: Path) -> None:
 def test_a_rotten_file_at_one_process_is_replaced_in_training_and_ends_all_in_a_test(place: Path) -> None:
     done = train(place, "hydra.run.dir=runs/any", "debug=fast")  # Makes the videos.
     for split in ("train", "val"):
-        for file in (place / "data" / "demo" / split).rglob("*.mp4"):
+        for file in (place / "data" / "demo_when" / split).rglob("*.mp4"):
             target = place / "own" / split / file.parent.name / file.name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(file.read_bytes())

@@ -315,7 +315,7 @@ def test_a_prediction_that_is_ended_goes_on_and_gives_the_same(place: Path, copy
     assert re.search(r"[1-9]\d* of \d+ videos were predicted before; it goes on", done.stdout)
     door("predict", place, *predict, "hydra.run.dir=runs/predicted")
     one, two = (json.loads((f / "predictions.json").read_text()) for f in (folder, place / "runs/predicted"))
-    assert one == two and len(one) == len(list((place / "data/demo/val").rglob("*.mp4")))
+    assert one == two and len(one) == len(list((place / "data/demo_when/val").rglob("*.mp4")))
 
 
 def test_pieces_of_another_question_are_left_aside(place: Path, copy: Path) -> None:
