@@ -121,9 +121,9 @@ def test_evaluate_gives_what_the_run_gave_and_asks_again_without_a_pass(place: P
 
 def test_two_processes_test_each_video_once(place: Path, finished: Path) -> None:
     """11 videos on 2 processes are 11, with the figures of one process."""
-    lines = (place / "data/demo/val.csv").read_text().splitlines()
-    (place / "data/demo/eleven.csv").write_text("\n".join(lines[-11:]) + "\n")
-    data = ["dataset=list", "dataset.train=null", "dataset.val=data/demo/eleven.csv", "dataset.classes=runs/full/classes.txt"]
+    lines = (place / "data/demo_when/val.csv").read_text().splitlines()
+    (place / "data/demo_when/eleven.csv").write_text("\n".join(lines[-11:]) + "\n")
+    data = ["dataset=list", "dataset.train=null", "dataset.val=data/demo_when/eleven.csv", "dataset.classes=runs/full/classes.txt"]
     found = []
     for name, trainer in (("one", []), ("two", ["trainer=ddp", "trainer.devices=2", "trainer.precision=32-true"])):
         run = [f"hydra.run.dir=runs/{name}", "clip.short_side=72", "clip.stride=2", "clip.test_views=2"]
@@ -168,7 +168,7 @@ def test_predict_labels_any_videos_and_shows_what_was_kept(place: Path, finished
     assert "3 videos, 1 not decoded; " in done.stdout
     found = json.loads((finished / "predictions" / "predictions.json").read_text())
     assert [Path(video["video"]).name for video in found] == ["0.mp4", "1.mp4", "2.mp4"]
-    classes = (place / "data/demo/classes.txt").read_text().split()
+    classes = (place / "data/demo_when/classes.txt").read_text().split()
     for number, video in enumerate(found[:2]):
         assert {one["class"] for one in video["top"]} <= set(classes)
         assert len(video["windows"]) > 1
@@ -198,7 +198,7 @@ def test_predict_labels_any_videos_and_shows_what_was_kept(place: Path, finished
     for arguments, message in (
         (["videos=nothing/*.mp4"], "error: videos=nothing/*.mp4: no video there"),
         (["videos=unknown", "every=-1"], "error: every=-1"),
-        (["videos=unknown", "classes=data/demo/train.csv"], "error: classes=data/demo/train.csv: "),
+        (["videos=unknown", "classes=data/demo_when/train.csv"], "error: classes=data/demo_when/train.csv: "),
     ):
         failed = door("predict", place, "run=runs/full", *arguments, "trainer.accelerator=cpu", check=False)
         assert failed.returncode == 2, failed.stdout + failed.stderr
@@ -355,7 +355,7 @@ def test_a_converted_swin_is_tested_by_name_alone(place: Path, finished: Path) -
 
     model = create_model("video_swin_t", "t0_0.5", 8, dim=8, depths=(1, 1), heads=(1, 1), frames=8, size=48)
     save_weights(model, model.recipe, place / "swin.safetensors")
-    data = ["dataset=list", "dataset.train=null", "dataset.val=data/demo/val.csv", "dataset.classes=eight.txt"]
+    data = ["dataset=list", "dataset.train=null", "dataset.val=data/demo_when/val.csv", "dataset.classes=eight.txt"]
     (place / "eight.txt").write_text("\n".join(f"c{i}" for i in range(8)))
     some = ["+trainer.limit_test_batches=1", "loader.batch_size=4", "hydra.run.dir=runs/swin"]
     door("evaluate", place, "checkpoint=swin.safetensors", *data, *EVALUATE, *some)
