@@ -81,7 +81,7 @@ def test_no_option_says_pixels(group: str) -> None:
     """So that another size is enough: `backbone.size` moves all that is cut out of videos."""
     for option in options(group) if group in ("backbone", "dataset", "recipe") else ():
         clip = compose("train", [f"{group}={option}", *GIVEN.get(option, [])]).clip
-        assert clip.short_side is None and clip.test_short_side in (None, "crop"), option
+        assert clip.short_side in (None, "crop") and clip.test_short_side in (None, "crop"), option
     assert build(["backbone=mvit_tiny", "backbone.size=112"], "demo") == ""
 
 

@@ -167,7 +167,7 @@ def test_a_checkpoint_that_is_due_is_written_once(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_and_names_the_files(place: Path) -> None:
-    process = start(place, "nan", "optim.lr=1e30", "trainer.gradient_clip_val=null", "loader.num_workers=0")
+    process = start(place, "nan", "recipe=finetune", "optim.lr=1e30", "trainer.gradient_clip_val=null", "loader.num_workers=0")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     last = output.strip().splitlines()[-1]

@@ -63,7 +63,7 @@ def finished(place: Path) -> Path:
             )
             assert len(re.findall(line, text)) == 1, text
     assert "font" not in done.stdout
-    assert "T0: 5 of 8 frames; S4: 3x3 of 3x3" in done.stdout
+    assert "T0: 5 of 8 frames; S4: 4x4 of 4x4" in done.stdout
     assert re.search(r"steps +│ 8 ", done.stdout)
     return place / "runs" / "full"
 
@@ -71,7 +71,7 @@ def finished(place: Path) -> Path:
 def test_result_json_holds_all_facts(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert result["selection"] == "t0_0.6_s4_0.9"
-    assert result["slots"] == {"t0": "5 of 8 frames", "s4": "3x3 of 3x3, 1 anchors"}
+    assert result["slots"] == {"t0": "5 of 8 frames", "s4": "4x4 of 4x4, 1 anchors"}
     assert 0 <= result["top1"] <= result["top5"] <= 1
     assert result["gflops_per_view"] > 0.01
     assert result["dataset"]["val_videos"] == 16
@@ -123,7 +123,12 @@ def test_two_processes_test_each_video_once(place: Path, finished: Path) -> None
     """11 videos on 2 processes are 11, with the figures of one process."""
     lines = (place / "data/demo_when/val.csv").read_text().splitlines()
     (place / "data/demo_when/eleven.csv").write_text("\n".join(lines[-11:]) + "\n")
-    data = ["dataset=list", "dataset.train=null", "dataset.val=data/demo_when/eleven.csv", "dataset.classes=runs/full/classes.txt"]
+    data = [
+        "dataset=list",
+        "dataset.train=null",
+        "dataset.val=data/demo_when/eleven.csv",
+        "dataset.classes=runs/full/classes.txt",
+    ]
     found = []
     for name, trainer in (("one", []), ("two", ["trainer=ddp", "trainer.devices=2", "trainer.precision=32-true"])):
         run = [f"hydra.run.dir=runs/{name}", "clip.short_side=72", "clip.stride=2", "clip.test_views=2"]
@@ -222,10 +227,10 @@ def test_export_gives_programs_that_say_the_same(place: Path, finished: Path) ->
     done = door("export", place, "run=runs/full", "out=exported/m")
     assert done.stdout.count("logits differ by") == 2
     facts = json.loads((place / "exported" / "m.json").read_text())
-    assert facts["input"] == ["batch", 3, 16, 48, 48] and len(facts["classes"]) == 8
+    assert facts["input"] == ["batch", 3, 16, 64, 64] and len(facts["classes"]) == 8
     assert all(file["difference"] < 1e-3 and (place / file["file"]).is_file() for file in facts["files"])
     model = load_model(finished / "checkpoints" / "last.ckpt").eval()
-    clip = torch.randint(0, 256, (5, 3, 16, 48, 48), dtype=torch.uint8)
+    clip = torch.randint(0, 256, (5, 3, 16, 64, 64), dtype=torch.uint8)
     program = torch.export.load(place / "exported" / "m.pt2").module()
     with torch.no_grad():
         assert torch.allclose(program(clip), model(clip), atol=1e-5)
@@ -263,7 +268,7 @@ def test_wandb_without_a_key_stays_offline_and_holds_what_dashboards_need(place:
     (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
     records = wandb_records(file)
     (about,) = {(r.run.run_id, r.run.run_group, r.run.job_type, tuple(r.run.tags)) for r in records if r.HasField("run")}
-    assert about == ((run / "wandb_id.txt").read_text(), "sweep_x", "train", ("mvit_tiny", "demo_when"))
+    assert about == ((run / "wandb_id.txt").read_text(), "sweep_x", "train", ("mvit_tiny", "demo"))
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     history: set[str] = set()
@@ -329,7 +334,7 @@ def test_undecodable_training_file_is_counted(place: Path, finished: Path) -> No
         (["clip.stride=0"], "clip.stride=0: must be 1 or more"),
         (["clip.decoder=cv2"], "clip.decoder='cv2': allowed are decord, pyav"),
         (["trainer.precision=17"], "Precision 17 is invalid. Allowed precision values: "),
-        (["selection.scorer=best"], "selection.scorer='best': allowed are paper, official"),
+        (["selection.scorer=best"], "selection.scorer='best': allowed are paper, context, official"),
         (["+optim.parts.bacbone={}"], "optim.parts.bacbone: unknown; the parts are selectors, backbone, head"),
     ],
 )

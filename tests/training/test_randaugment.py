@@ -143,7 +143,7 @@ def test_the_device_does_it_and_on_a_cpu_the_workers(tmp_path: Path) -> None:
             cfg = compose("train", small)
             data = assembly.build_data(cfg, (4, 32, 32))
             module = assembly.build_module(cfg, assembly.build_model(cfg, 4))
-            assert any(isinstance(step, ClipRandAugment) for step in data._train_transform.steps.transforms) is in_workers
+            assert isinstance(data._train_transform.colours, ClipRandAugment) is in_workers
             assert module.augment is not None and (module.augment.randaugment is None) is in_workers
             twice = compose("train", [*small, f"clip.train_transform.randaugment={POLICY}"])
             with pytest.raises(ConfigError, match="does it already, in the workers; set one of them to null"):
