@@ -293,14 +293,16 @@ def table(root: Path, found: Sequence[Row], seeds: range, plain: Row | None = No
     head = ["chosen by", "GFLOPs a view", "top-1 (95 % interval)", "each seed", "action found, %", "minus random", "minus fixed"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     outcomes = {row.method.label: Outcome(root, row, seeds) for row in found}
-    random = next((one for label, one in outcomes.items() if label == "random" and one.seeds), None)
-    fixed = next((one for label, one in outcomes.items() if label.startswith("fixed") and one.seeds), None)
+    random = outcomes.get("random")
+    fixed_label = "fixed (uniform, centre)"
+    fixed = outcomes.get(fixed_label)
     if plain is not None:
         outcomes = {"the unpruned model, before tuning": Outcome(root, plain, seeds, plain=True), **outcomes}
     for label, outcome in outcomes.items():
-        against = [None, None] if label in ("random",) or "unpruned" in label or label.startswith("all") else [random, fixed]
-        cells = outcome.cells(against) if outcome.seeds else ["", "no result"] + [""] * 4
-        lines.append("| " + " | ".join([label, *cells]) + " |")
+        if not outcome.seeds:
+            continue
+        against = {"random": [None, None], fixed_label: [random, None]}.get(label, [random, fixed])
+        lines.append("| " + " | ".join([label, *outcome.cells(against)]) + " |")
     return lines
 
 
@@ -314,7 +316,8 @@ def tables(root: Path, found: dict[str, DataSet], seeds: range) -> str:
         lines += ["", f"### {name}", "", *table(root, everything[:1], seeds, everything[0])]
         for kept in data.budgets:
             main = [row for row in everything if row.kept == kept and row.method in METHODS]
-            lines += ["", f"**{kept}**", "", *table(root, main, seeds)]
+            if any(Outcome(root, row, seeds).seeds for row in main):
+                lines += ["", f"**{kept}**", "", *table(root, main, seeds)]
         if data.options:
             base = [row for row in everything if row.kept == data.options and row.method.label in BASES]
             alone = [row for row in everything if row.method in OPTIONS]
