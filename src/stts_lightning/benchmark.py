@@ -189,7 +189,7 @@ def measured(cfg: DictConfig) -> Iterator[Row]:
     """Rows of what was asked for."""
     import torch
 
-    from stts_lightning.analysis import benchmarks
+    from stts_lightning.analysis import benchmarks, launches
     from stts_lightning.run_config import ConfigError
 
     if cfg.what == "loader":
@@ -197,7 +197,7 @@ def measured(cfg: DictConfig) -> Iterator[Row]:
         return
     if cfg.what == "launches":
         entrants = [benchmarks.entrant(text, torch.device("cpu"), compare=False) for text in cfg.models]
-        yield from benchmarks.launches(entrants, cfg.batch or [8], names(cfg.precision or ["bf16", "bf16-true"]))
+        yield from launches.counted(entrants, cfg.batch or [8], names(cfg.precision or ["bf16", "bf16-true"]))
         return
     device = chosen_device(cfg.device)
     if "tf32" in names(cfg.precision or []) and device.type != "cuda":
@@ -233,7 +233,7 @@ def table7(plan: "benchmarks.Plan") -> Iterator[Row]:
 
 def loaded(cfg: DictConfig) -> Iterator[Row]:
     """Rows of decoders."""
-    from stts_lightning.analysis.benchmarks import loading
+    from stts_lightning.analysis.loader_speed import loading
     from stts_lightning.run_config import ConfigError
 
     place = Path(cfg.videos)

@@ -151,8 +151,9 @@ def compare(roots: Sequence[Path], out: Path) -> None:
     """Write the comparison of all runs below folders, and print its tables."""
     from stts_lightning import console, run_config
     from stts_lightning.analysis.page import named, rows, write_report
+    from stts_lightning.analysis.points import notes, pareto, points
     from stts_lightning.analysis.results import printable
-    from stts_lightning.analysis.runs import find_runs, left_out, notes, pareto, points
+    from stts_lightning.analysis.runs import find_runs, left_out
 
     with console.as_user_errors():
         try:

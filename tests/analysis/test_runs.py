@@ -14,7 +14,8 @@ from PIL import Image
 
 from stts_lightning.analysis import charts
 from stts_lightning.analysis.page import latex, named, rows, write_report
-from stts_lightning.analysis.runs import find_runs, pareto, points, ratio_curves, sigma_curves
+from stts_lightning.analysis.points import pareto, points, ratio_curves, sigma_curves
+from stts_lightning.analysis.runs import find_runs
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 
@@ -124,7 +125,8 @@ def test_tables_in_markdown_and_latex(folder: Path) -> None:
 
 
 def test_latex_escapes() -> None:
-    from stts_lightning.analysis.runs import Point, Run
+    from stts_lightning.analysis.points import Point
+    from stts_lightning.analysis.runs import Run
 
     point = Point("d", "b", "t0_0.5", "T0: 4 of 8", "", 0.1, 1.0, 1, (), (Run(Path("r"), {"top1": 0.5}),))
     assert r"a\_b \& 50\%" in latex(rows([point], ["a_b & 50%"]), "x_y")

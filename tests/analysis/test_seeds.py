@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from stts_lightning.analysis.page import named, rows, write_report
-from stts_lightning.analysis.runs import Point, find_runs, left_out, notes, points, ratio_curves, sigma_curves
+from stts_lightning.analysis.points import Point, notes, points, ratio_curves, sigma_curves
+from stts_lightning.analysis.runs import find_runs, left_out
 
 CONFIG: dict[str, Any] = {
     "run_dir": "", "experiment_name": "demo", "resume": None, "pretrained": None, "head": "keep", "seed": 0, "compile": False,

@@ -1,4 +1,4 @@
-"""What is measured, and the rows that come of it: forward passes, training steps, the operator, loading."""
+"""What is measured of models, and the rows that come of it: forward passes, training steps, the operator."""
 
 import ast
 import contextlib
@@ -6,21 +6,16 @@ import copy
 import functools
 import gc
 import itertools
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.analysis import peers
 from stts_lightning.analysis.flops import count_gflops
-from stts_lightning.analysis.launches import count_forward, count_training
 from stts_lightning.analysis.speed import (
     CAPTURED,
     DeviceTimer,
@@ -34,9 +29,6 @@ from stts_lightning.analysis.speed import (
     peak_memory,
 )
 from stts_lightning.classifier import VideoClassifier, create_model
-from stts_lightning.data.decode import open_video
-from stts_lightning.data.sampling import Spread
-from stts_lightning.data.transforms import EvalTransform, TrainTransform
 from stts_lightning.errors import UserError
 from stts_lightning.kernels import in_use, prepacked_weights
 from stts_lightning.selection.noise import Noise
@@ -500,27 +492,6 @@ def _selectors(model: VideoClassifier, batch: int, device: torch.device, held: l
     return work
 
 
-def launches(entrants: Sequence[Entrant], batches: Sequence[int], precisions: Sequence[str]) -> Iterator[Row]:
-    """What a GPU would be asked to do, counted without one: by forward passes, and by training steps in bf16."""
-    for batch, number, one in itertools.product(batches, precisions, entrants):
-        forward = count_forward(functools.partial(copy.deepcopy, one.model), batch, one.clip, number)
-        host, device = forward.seconds(batch * one.gflops)
-        step = count_training(functools.partial(copy.deepcopy, one.model), batch, one.clip) if number == "bf16" else None
-        yield {
-            "model": one.name,
-            "batch": batch,
-            "precision": number,
-            "launches": forward.launches,
-            "gigabytes": forward.bytes / 1e9,
-            "waits": len(forward.waits),
-            "host_ms": 1e3 * host,
-            "arithmetic_ms": 1e3 * device,
-            "bound_by": "host" if host > device else "device",
-            "training_launches": step.launches if step else None,
-            "training_gigabytes": step.bytes / 1e9 if step else None,
-        }
-
-
 def operator(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
     """The Top-K's estimators, forward and backward, at the sizes of the entrants' slots."""
     for batch in plan.batches:
@@ -559,65 +530,6 @@ def _estimators(name: str, rows: int, candidates: int, keep: int, samples: int, 
             yield {**facts, "remark": run.failure}
             continue
         yield {**facts, **_times(timings[kind]), "memory_mib": _mib(memory[kind])}
-
-
-def loading(
-    videos: Sequence[Path],
-    decoders: Sequence[str],
-    size: tuple[int, int, int],
-    stride: int,
-    seconds: float,
-    rounds: int,
-    copies: int = 1,
-) -> Iterator[Row]:
-    """Decode, resize and crop clips on one core, decoders in turns over the same clips; times are of the processor.
-
-    Args:
-        videos: files, all of which decode.
-        decoders: names as in `clip.decoder`.
-        size: frames, height and width of a clip.
-        stride: frames from one of a clip's to the next.
-        seconds: how long to go on, over all decoders.
-        rounds: clips of each decoder at least.
-        copies: differently cropped clips of each decoded one, as in training.
-    """
-    frames, *sides = size
-    sampling, rng = Spread(frames, stride), np.random.default_rng(0)
-    transforms = {
-        "test": EvalTransform(sides),
-        "train": TrainTransform(sides, copies=copies),
-        "train_randaugment": TrainTransform(sides, randaugment="rand-m7-n4-mstd0.5-inc1", copies=copies),
-    }
-    taken: dict[str, dict[str, list[float]]] = {name: {} for name in decoders}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    begun = time.perf_counter()
-    try:
-        for number in itertools.count():
-            if number >= rounds and time.perf_counter() - begun > seconds:
-                break
-            path, place = videos[number % len(videos)], int(rng.integers(2**31))
-            for decoder in [*decoders[number % len(decoders) :], *decoders[: number % len(decoders)]]:
-                start = time.process_time()
-                with open_video(path, decoder) as reader:
-                    clip = reader.frames(sampling.train(len(reader), np.random.default_rng(place), reader.rate))
-                taken[decoder].setdefault("decode", []).append(time.process_time() - start)
-                for name, transform in transforms.items():
-                    start = time.process_time()
-                    transform(torch.from_numpy(clip).permute(0, 3, 1, 2))
-                    taken[decoder].setdefault(name, []).append(time.process_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    for decoder, times in taken.items():
-        middle = {name: statistics.median(values) for name, values in times.items()}
-        yield {
-            "decoder": decoder,
-            "clips": len(times["decode"]),
-            **{f"{name}_ms": 1e3 * value for name, value in middle.items()},
-            "clips_per_second_per_core": copies / (middle["decode"] + middle["train"]),
-            "clips_per_second_per_core_randaugment": copies / (middle["decode"] + middle["train_randaugment"]),
-            "clips_per_second_per_core_test": 1 / (middle["decode"] + middle["test"]),
-        }
 
 
 def _release() -> None:

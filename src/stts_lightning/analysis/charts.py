@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from stts_lightning.analysis.points import Curve, Point, pareto
 from stts_lightning.analysis.results import printable
-from stts_lightning.analysis.runs import Curve, Point, pareto
 
 COLOURS = ("#0b6bcb", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#5f3dc4", "#087f5b", "#495057")
 STYLE: Any = {

@@ -7,6 +7,9 @@ tensors would ask the driver: launches and bytes are the same there.
 A convolution counts as one launch. cuDNN adds some that transpose its inputs: a profiler counts about a tenth more.
 """
 
+import copy
+import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stts_lightning.analysis.benchmarks import Entrant, Row
 from stts_lightning.classifier import VideoClassifier
 
 OWN = {"pool": 2, "pool_backward": 8, "window_attention": 1, "window_attention_backward": 4}
@@ -240,3 +244,24 @@ def _reset(asked: Asked) -> None:
     asked.launches, asked.bytes = 0, 0
     asked.waits.clear()
     asked.by_operator.clear()
+
+
+def counted(entrants: Sequence[Entrant], batches: Sequence[int], precisions: Sequence[str]) -> Iterator[Row]:
+    """What a GPU would be asked to do, counted without one: by forward passes, and by training steps in bf16."""
+    for batch, number, one in itertools.product(batches, precisions, entrants):
+        forward = count_forward(functools.partial(copy.deepcopy, one.model), batch, one.clip, number)
+        host, device = forward.seconds(batch * one.gflops)
+        step = count_training(functools.partial(copy.deepcopy, one.model), batch, one.clip) if number == "bf16" else None
+        yield {
+            "model": one.name,
+            "batch": batch,
+            "precision": number,
+            "launches": forward.launches,
+            "gigabytes": forward.bytes / 1e9,
+            "waits": len(forward.waits),
+            "host_ms": 1e3 * host,
+            "arithmetic_ms": 1e3 * device,
+            "bound_by": "host" if host > device else "device",
+            "training_launches": step.launches if step else None,
+            "training_gigabytes": step.bytes / 1e9 if step else None,
+        }

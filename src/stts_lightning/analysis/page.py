@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from stts_lightning.analysis import charts
+from stts_lightning.analysis.points import Point, differences, notes, pareto, points, ratio_curves, sigma_curves
 from stts_lightning.analysis.results import printable
-from stts_lightning.analysis.runs import Point, Run, differences, notes, pareto, points, ratio_curves, sigma_curves
+from stts_lightning.analysis.runs import Run
 
 PICTURES = 80
 """Pictures on a page at most; each takes some 100 kB."""
