@@ -22,6 +22,7 @@ from stts_lightning import assembly
 from stts_lightning.configuration import conf_dir
 from stts_lightning.selection.selector import Selection
 from stts_lightning.selection.truth import found
+from stts_lightning.training.optim import part_parameters
 
 SLOTS = ("+selection.slots.t0.ratio=0.5", "+selection.slots.s0.ratio=0.25")
 PAPER = Method("the paper's way, sigma 0.5", ("selection.sigma=0.5",))
@@ -58,9 +59,7 @@ def looked_at(method: Method, plain: Path, seed: int) -> dict[str, float]:
     logits, kept = model(batch.clip[:, 0], return_selection=True)
     loss = cross_entropy(logits, batch.label)
     loss.backward()
-    parts = assembly.build_module(cfg, model).model
-    selectors = list(parts.slots.parameters())
-    others = [p for p in parts.parameters() if all(p is not q for q in selectors)]
+    parts = part_parameters(model)
     figures: dict[str, float] = {}
     for name, selection in kept.items():
         values = mixed(selection)
@@ -68,7 +67,12 @@ def looked_at(method: Method, plain: Path, seed: int) -> dict[str, float]:
     sizes = {name: selector.in_size for name, selector in model.slots.selectors.items()}
     for name, shares in found(batch.truth[:, 0], list(kept.values()), sizes).items():
         figures[f"{name} found"] = 100 * float(shares.nanmean())
-    return {**figures, "loss": loss.item(), "gradient, scorers": norm(selectors), "gradient, the rest": norm(others)}
+    return {
+        **figures,
+        "loss": loss.item(),
+        "gradient, scorers": norm(parts["selectors"]),
+        "gradient, the rest": norm([*parts["backbone"], *parts["head"]]),
+    }
 
 
 def main() -> None:

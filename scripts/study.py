@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.progress import Progress
+from torch import Tensor
 
-from stts_lightning.analysis.evaluation import Predictions
+from stts_lightning.analysis.evaluation import Predictions, bootstrap, probabilities
 from stts_lightning.analysis.results import read_result
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "study.md"
@@ -99,6 +99,11 @@ OPTIONS = (
     Method("distilled", (*WIDE, "distill.teacher={plain}")),
 )
 """Each option alone, on top of the paper's method with sigma 0.5, where both time and place matter."""
+
+
+RANDOM, FIXED_CHOICE = "random", "fixed (uniform, centre)"
+BASES = (RANDOM, FIXED_CHOICE, "STTS as in the paper, sigma 0.5", "recipe=learn_selection")
+"""Rows that each option alone is compared with."""
 
 
 @dataclass(frozen=True)
@@ -233,19 +238,16 @@ def job(root: Path, row: Row, data: DataSet, seed: int) -> Job:
     )
 
 
-def right(folder: Path) -> NDArray[np.bool_]:
-    """Which test videos a run has right, in the order of the list."""
+def right(folder: Path) -> Tensor:
+    """Which test videos a run has right, 0 or 1 in the order of the list, `(N,)` float64."""
     found = Predictions.load(folder / "test" / "predictions.npz")
     order = np.argsort(found.video)
-    return (found.logits.mean(1).argmax(-1) == found.label)[order]
+    return (probabilities(found).argmax(1) == torch.from_numpy(found.label))[order].double()
 
 
-def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+def interval(values: Tensor) -> tuple[float, float]:
     """95 % interval of the mean over videos, by the bootstrap."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975))
-    return float(low), float(high)
+    return bootstrap(values, RESAMPLES)
 
 
 def percent(low: float, high: float, sign: bool = False) -> str:
@@ -268,8 +270,8 @@ class Outcome:
         both = [seed for seed in self.seeds if seed in other.seeds]
         if not both:
             return ""
-        pairs = [self.right[seed].astype(float) - other.right[seed] for seed in both]
-        return percent(*interval(np.mean(pairs, 0)), sign=True)
+        pairs = [self.right[seed] - other.right[seed] for seed in both]
+        return percent(*interval(torch.stack(pairs).mean(0)), sign=True)
 
     def found(self) -> str:
         """How much of the action was kept, of each slot, in percent."""
@@ -281,7 +283,7 @@ class Outcome:
     def cells(self, against: Sequence["Outcome | None"]) -> list[str]:
         """Cost, accuracy with its interval, each seed, what was found, and differences."""
         top1 = [100 * float(result["top1"]) for result in self.results]
-        low, high = interval(np.mean([self.right[seed] for seed in self.seeds], 0))
+        low, high = interval(torch.stack([self.right[seed] for seed in self.seeds]).mean(0))
         each = ", ".join(f"{value:.1f}" for value in top1)
         differences = [self.minus(other) if other else "" for other in against]
         cost = f"{float(self.results[0]['gflops_per_view']):.3f}"
@@ -293,15 +295,13 @@ def table(root: Path, found: Sequence[Row], seeds: range, plain: Row | None = No
     head = ["chosen by", "GFLOPs a view", "top-1 (95 % interval)", "each seed", "action found, %", "minus random", "minus fixed"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     outcomes = {row.method.label: Outcome(root, row, seeds) for row in found}
-    random = outcomes.get("random")
-    fixed_label = "fixed (uniform, centre)"
-    fixed = outcomes.get(fixed_label)
+    random, fixed = outcomes.get(RANDOM), outcomes.get(FIXED_CHOICE)
     if plain is not None:
         outcomes = {"the unpruned model, before tuning": Outcome(root, plain, seeds, plain=True), **outcomes}
     for label, outcome in outcomes.items():
         if not outcome.seeds:
             continue
-        against = {"random": [None, None], fixed_label: [random, None]}.get(label, [random, fixed])
+        against = {RANDOM: [None, None], FIXED_CHOICE: [random, None]}.get(label, [random, fixed])
         lines.append("| " + " | ".join([label, *outcome.cells(against)]) + " |")
     return lines
 
@@ -324,9 +324,6 @@ def tables(root: Path, found: dict[str, DataSet], seeds: range) -> str:
             if any(Outcome(root, row, seeds).seeds for row in alone):
                 lines += ["", f"**{data.options}, each option alone**", "", *table(root, [*base, *alone], seeds)]
     return "\n".join(lines).strip()
-
-
-BASES = ("random", "fixed (uniform, centre)", "STTS as in the paper, sigma 0.5", "recipe=learn_selection")
 
 
 def main() -> None:

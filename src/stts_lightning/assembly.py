@@ -22,7 +22,8 @@ from stts_lightning.data.transforms import EvalTransform
 from stts_lightning.data.windows import WindowRule
 from stts_lightning.run_config import ConfigError, to_container
 from stts_lightning.training.augment import BatchAugment
-from stts_lightning.training.module import ClassificationModule, Teacher
+from stts_lightning.training.distillation import Teacher
+from stts_lightning.training.module import ClassificationModule
 from stts_lightning.training.optim import OptimSpec, PartSpec
 from stts_lightning.training.precision import CAST_WEIGHTS, CastWeights
 from stts_lightning.training.preemption import WholeCheckpointIO

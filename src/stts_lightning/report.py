@@ -50,7 +50,7 @@ def paper_table(number: int, roots: Sequence[Path], benchmark: Path | None = Non
 
     if number not in TABLES:
         raise run_config.ConfigError(f"paper_table={number}: allowed are {min(TABLES)} to {max(TABLES)}")
-    title, lines = beside_paper(TABLES[number], roots, benchmark if number == 7 else None, number == 7)
+    title, lines = beside_paper(TABLES[number], roots, benchmark)
     return f"Table {number}: {title}", lines
 
 
@@ -84,16 +84,14 @@ def results_below(roots: Sequence[Path]) -> list[dict[str, Any]]:
     return [run.result for run in find_runs(root for root in roots if root.is_dir())]
 
 
-def beside_paper(
-    table: "PaperTable", roots: Sequence[Path], benchmark: Path | None = None, speedy: bool = False
-) -> tuple[str, Lines]:
-    """Title and lines of a table of the paper beside our figures; those of Table 7 (`speedy`) with measured speeds."""
+def beside_paper(table: "PaperTable", roots: Sequence[Path], benchmark: Path | None = None) -> tuple[str, Lines]:
+    """Title and lines of a table of the paper beside our figures; those of Table 7 with the speeds that a benchmark wrote."""
     from stts_lightning import assembly
-    from stts_lightning.analysis.paper import measured, speeds
+    from stts_lightning.analysis.paper import TABLES, measured, speeds
 
-    results = results_below(roots)
+    results, speedy = results_below(roots), table is TABLES[7]
     tera = table.unit == "TFLOPs"
-    speed = benchmarked(benchmark) if benchmark else None
+    speed = benchmarked(benchmark) if speedy and benchmark else None
     lines: Lines = []
     for row in table.rows:
         line = {"configuration": row.label, **dict(row.notes)}

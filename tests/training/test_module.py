@@ -27,8 +27,9 @@ from stts_lightning.errors import UserError
 from stts_lightning.training import callbacks
 from stts_lightning.training import module as training_module
 from stts_lightning.training.callbacks import FailureLog, SigmaAnnealing
+from stts_lightning.training.distillation import Teacher
 from stts_lightning.training.metrics import MeanClassAccuracy
-from stts_lightning.training.module import ClassificationModule, Teacher, TrainingError
+from stts_lightning.training.module import ClassificationModule, TrainingError
 from stts_lightning.training.optim import OptimSpec
 from stts_lightning.training.preemption import ASKING, EXIT_REQUEUE, BestCheckpoint, LastCheckpoint
 from stts_lightning.training.step_figures import HostCopy

@@ -306,14 +306,11 @@ def test_a_test_that_is_ended_goes_on_and_gives_the_same(place: Path, copy: Path
     assert not (folder / "partial").exists()
 
 
+PREDICTED = ["videos=data/demo_when/val", "trainer.accelerator=cpu", "loader.batch_size=1", "loader.num_workers=0"]
+
+
 def test_a_prediction_that_is_ended_goes_on_and_gives_the_same(place: Path, copy: Path) -> None:
-    predict = [
-        f"run={copy}",
-        "videos=data/demo_when/val",
-        "trainer.accelerator=cpu",
-        "loader.batch_size=1",
-        "loader.num_workers=0",
-    ]
+    predict = [f"run={copy}", *PREDICTED]
     folder = copy / "predictions"
     ended("predict", place, predict, folder / "partial", signal.SIGUSR1)
     assert not (folder / "predictions.json").exists()
@@ -325,13 +322,7 @@ def test_a_prediction_that_is_ended_goes_on_and_gives_the_same(place: Path, copy
 
 
 def test_pieces_of_another_question_are_left_aside(place: Path, copy: Path) -> None:
-    predict = [
-        f"run={copy}",
-        "videos=data/demo_when/val",
-        "trainer.accelerator=cpu",
-        "loader.batch_size=1",
-        "loader.num_workers=0",
-    ]
+    predict = [f"run={copy}", *PREDICTED]
     ended("predict", place, predict, copy / "predictions/partial", signal.SIGTERM)
     done = door("predict", place, *predict, "top=3")
     assert "predicted before" not in done.stdout

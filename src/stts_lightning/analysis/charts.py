@@ -66,8 +66,7 @@ def accuracy_against(points: Sequence[Point], cost: str, names: Sequence[str], a
         y, spread = 100 * point.top1, 100 * (point.spread() or 0)
         if spread:
             axes.errorbar(x, y, spread, color=colour, alpha=0.5, capsize=2, lw=1)
-        size, shape = (60, "o") if point.method else (80, "D")
-        size, shape = (140, "*") if number in front and point.method else (size, shape)
+        size, shape = (80, "D") if not point.method else (140, "*") if number in front else (60, "o")
         mark = axes.scatter([x], [y], s=size, marker=shape, color=colour, zorder=3)
         mark.set_urls([f"#{anchors[number]}"])
         if not point.method:

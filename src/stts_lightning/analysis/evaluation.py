@@ -83,6 +83,13 @@ def check_question(views: Sequence[int] | None, missing: str, available: int) ->
         raise ValueError(f"views={list(views)}: allowed are numbers from 0 to {available - 1}")
 
 
+def bootstrap(values: Tensor, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of a mean over videos, `(N,)` float64, from as many means of videos drawn with replacement."""
+    draws = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(seed))
+    low, high = values[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
 def score(
     predictions: Predictions, views: Sequence[int] | None = None, missing: str = "skip", resamples: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
@@ -114,15 +121,13 @@ def score(
     hits = (ranked == label[:, None]) & valid[:, None]
     first, five = hits[counted, 0].double(), hits[counted].any(1).double()
     per_class = [float(first[label[counted] == c].mean()) for c in range(classes) if bool((label[counted] == c).any())]
-    draws = torch.randint(len(first), (resamples, len(first)), generator=torch.Generator().manual_seed(seed))
-    low, high = first[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     error = multiclass_calibration_error(chances[valid], label[valid], classes, n_bins=15) if bool(valid.any()) else torch.nan
     return {
         "top1": float(first.mean()),
         **({"top5": float(five.mean())} if classes > 5 else {}),
         "mean_class_accuracy": float(np.mean(per_class)),
         "calibration_error": float(error),
-        "top1_interval": [low, high],
+        "top1_interval": list(bootstrap(first, resamples, seed)),
         "videos": int(counted.sum()),
         "missing": int((~valid).sum()),
         "views": len(views) if views is not None else predictions.logits.shape[1],

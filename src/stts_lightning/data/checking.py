@@ -4,14 +4,14 @@ import multiprocessing
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from stts_lightning.data.decode import DecodeError, examine, probe
-from stts_lightning.data.embed import Embedding, embed, is_embedded
-from stts_lightning.data.encode import Encoding, is_encoded, transcode
+from stts_lightning.data.embed import Embedding
+from stts_lightning.data.encode import Encoding
 from stts_lightning.data.manifest import Entry
 from stts_lightning.data.streams import is_transport_stream, why_not_decord
 
@@ -47,13 +47,9 @@ def _findings(task: Task) -> Iterator[tuple[str, Any]]:
     if not path.exists():
         yield "status", "missing"
         return
-    if task.target is not None:
+    if task.target is not None and task.how is not None:
         try:
-            if isinstance(task.how, Embedding):
-                if not is_embedded(path, task.target, task.how):
-                    embed(path, task.target, task.how)
-            elif task.how is not None and not is_encoded(path, task.target, task.how):
-                warning = transcode(path, task.target, **asdict(task.how))
+            warning = task.how.write(path, task.target)
         except DecodeError as error:
             yield "warning", str(error)
             yield "status", "broken"

@@ -4,8 +4,8 @@ A warm-coloured disk moves in one of eight directions: that is the action. All t
 move in directions of their own over a drifting texture, so that a model must find *when* and *where* to look. Three settings
 say where the action is:
 
-- `when`: a large disk, in less than a quarter of the video. Evenly spaced frames miss most of it.
-- `where`: a small disk, anywhere in the picture, all the time. A window in the middle misses most of them.
+- `when`: a large disk, in less than a quarter of the video. A few evenly spaced frames miss most of it.
+- `where`: a small disk, anywhere in the picture, all the time. A small window in the middle misses half of them.
 - `both`: a small disk, anywhere, in a third of the video.
 
 The truth lies beside each video as JSON: see `data.truth`.
@@ -34,6 +34,9 @@ MOTIONS = ("right", "down_right", "down", "down_left", "left", "up_left", "up", 
 
 SPAN = 32
 """Frames within which all that tells the class happens: those that any clip of 16 frames at a stride of 2 sees."""
+
+WAY = 16
+"""Frames of one way of a cool-coloured disk along its path."""
 
 WORTH_PROCESSES = 200
 """Videos from which on processes that share the work make up for the time that they take to start."""
@@ -183,14 +186,14 @@ def render(spec: DemoSpec, split: str, label: int, number: int) -> tuple[list[ND
         top, left = (int(side / 2 + d * (t - spec.frames / 2)) for d in drift)
         image = background[top : top + side, left : left + side] * tint
         for disk, kind, start in others:
-            disk.paint(image, MOTIONS[kind], (start + t / 16) % 1)
+            disk.paint(image, MOTIONS[kind], (start + t / WAY) % 1)
         if first <= t < first + setting.frames:
             phase = (t - first) % setting.period / (setting.period - 1)
             x, y, r = hero.paint(image, MOTIONS[label], phase)
             boxes.append([round(v, 1) for v in (x - r, y - r, x + r, y + r)])
         noisy = image + 4 * rng.standard_normal(image.shape, dtype=np.float32)
         images.append(np.clip(noisy, 0, 255).astype(np.uint8))
-    found = {
+    truth = {
         "label": label,
         "motion": MOTIONS[label],
         "length": spec.frames,
@@ -198,7 +201,7 @@ def render(spec: DemoSpec, split: str, label: int, number: int) -> tuple[list[ND
         "size": [side, side],
         "boxes": boxes,
     }
-    return images, found
+    return images, truth
 
 
 def _jobs(spec: DemoSpec) -> Iterator[Job]:

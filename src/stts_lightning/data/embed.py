@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from stts_lightning.data.decode import open_video
-from stts_lightning.data.encode import write_mp4
+from stts_lightning.data.encode import even, write_mp4
 from stts_lightning.data.truth import truth_file
 from stts_lightning.files import write_text
 
@@ -49,6 +49,12 @@ class Embedding:
         """What a file says of how it was made."""
         return {**asdict(self), "scene": self.scene.name if self.scene else None, "source": source.name}
 
+    def write(self, source: Path, target: Path) -> str:
+        """Embed a video, unless that is done; returns nothing to say. Raises DecodeError if it or the scene does not decode."""
+        if not is_embedded(source, target, self):
+            embed(source, target, self)
+        return ""
+
 
 def is_embedded(source: Path, target: Path, embedding: Embedding) -> bool:
     """Whether a target was made from this source with these settings: its truth says so."""
@@ -63,10 +69,6 @@ def _pixels(path: Path) -> tuple[Tensor, float]:
     with open_video(path, "pyav") as reader:
         frames = torch.from_numpy(reader.frames(np.arange(len(reader))))
         return frames.permute(0, 3, 1, 2), reader.rate
-
-
-def _even(length: float) -> int:
-    return max(round(length / 2) * 2, 2)
 
 
 def _to_and_fro(length: int, wanted: int, start: int) -> NDArray[np.int64]:
@@ -84,9 +86,9 @@ def embed(source: Path, target: Path, embedding: Embedding) -> None:
     action, rate = _pixels(source)
     frames, _, height, width = action.shape
     zoom = embedding.short_side / embedding.larger / min(height, width)
-    height, width = _even(height * zoom), _even(width * zoom)
+    height, width = even(height * zoom), even(width * zoom)
     action = resize(action, [height, width], antialias=True)
-    size = (_even(height * embedding.larger), _even(width * embedding.larger))
+    size = (even(height * embedding.larger), even(width * embedding.larger))
     rng = np.random.default_rng([embedding.seed, embedding.copy, *source.name.encode()])
     total = max(round(frames * embedding.longer), frames)
     first = int(rng.integers(total - frames + 1))

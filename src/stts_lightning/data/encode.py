@@ -35,6 +35,10 @@ class Encoding:
     keyframe_every: int = 12
     crf: int = 20
 
+    def write(self, source: Path, target: Path) -> str:
+        """Write a video again, unless that is done; returns what does not decode. Raises DecodeError if nothing does."""
+        return "" if is_encoded(source, target, self) else transcode(source, target, **asdict(self))
+
 
 def is_encoded(source: Path, target: Path, encoding: Encoding) -> bool:
     """Whether a target was written from this source with these settings: it says so itself."""
@@ -86,7 +90,7 @@ def transcode(source: str | Path, target: str | Path, short_side: int, keyframe_
                 turn = getattr(frame, "rotation", 0) // 90 % 4
                 if stream is None:
                     zoom = min(encoding.short_side / min(frame.width, frame.height), 1.0)
-                    width, height = _even(frame.width * zoom), _even(frame.height * zoom)
+                    width, height = even(frame.width * zoom), even(frame.height * zoom)
                     stream = output.add_stream("libx264", rate=rate, options={"crf": str(encoding.crf), "preset": "fast"})
                     stream.width, stream.height = (height, width) if turn % 2 else (width, height)
                     stream.pix_fmt, stream.gop_size, stream.thread_count = "yuv420p", encoding.keyframe_every, 1
@@ -125,7 +129,7 @@ def _decoding(source: Path, errors: list[str]) -> Iterator[tuple[Iterator[Any], 
         yield decoded_frames(container, stream, errors), rate, promised
 
 
-def _even(side: float) -> int:
+def even(side: float) -> int:
     """The nearest even length, which 4:2:0 needs."""
     return max(round(side / 2) * 2, 2)
 

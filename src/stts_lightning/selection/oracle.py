@@ -14,7 +14,6 @@ from stts_lightning.selection.truth import joined
 class Told(Selector):
     """A selector to which the slots tell, before each pass, where the action is in the grid that reaches it."""
 
-    needs_truth = True
     boxes: Tensor | None = None
     """`(B, T, 4)`, see `truth`."""
 

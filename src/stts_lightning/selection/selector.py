@@ -59,8 +59,6 @@ class Selector(nn.Module, ABC):
 
     needs_attention = False
     """Whether `forward` is to be given the class token's attention of the block before."""
-    needs_truth = False
-    """Whether it reads where the action is; see `oracle`."""
 
     def __init__(self, context: SlotContext) -> None:
         super().__init__()

@@ -76,7 +76,7 @@ class SlotBank(nn.Module):
     @property
     def wants_truth(self) -> bool:
         """Whether a selector reads where the action is."""
-        return any(self._selector(name).needs_truth for name in self.selectors)
+        return any(isinstance(selector, Told) for selector in self.selectors.values())
 
     def tell_truth(self, truth: Tensor | None) -> None:
         """Where the action is in the clips of the next forward pass alone, `(B, T, 4)`; see `truth`. None where nobody knows."""

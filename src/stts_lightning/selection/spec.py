@@ -27,7 +27,7 @@ CHOICES = {
     "sigma_of": ("scores", "spread"),
     "start": ("random", "even"),
 }
-"""Ways to learn a selection, each apart from the others. The first of each is the paper's."""
+"""Ways to learn a selection, each apart from the others. The first of each is the paper's, or torch's where it says nothing."""
 
 
 class SelectionError(UserError):

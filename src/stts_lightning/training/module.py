@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torchmetrics import Metric, MetricCollection
 
@@ -20,6 +20,7 @@ from stts_lightning.data.windows import WindowBatch
 from stts_lightning.errors import UserError
 from stts_lightning.selection.selector import Selection
 from stts_lightning.training.augment import BatchAugment
+from stts_lightning.training.distillation import Teacher
 from stts_lightning.training.metrics import Accuracy, MeanClassAccuracy
 from stts_lightning.training.optim import OptimSpec, build_optimizer, freeze
 from stts_lightning.training.processes import end_all, gathered, mean_of_all
@@ -52,30 +53,6 @@ def _checked_weights(weights: Sequence[float], num_classes: int) -> Tensor:
         if not 0 < weight < math.inf:
             raise TrainingError(f"class_weights: {weight} is not allowed; each must be above 0, and finite")
     return torch.tensor(weights, dtype=torch.float32)
-
-
-class Teacher:
-    """A trained model whose predictions another learns (Hinton et al. 2015; DynamicViT, Rao et al. 2021, for pruned tokens).
-
-    No module: it is no part of the model that learns, nor of its checkpoints.
-
-    Args:
-        model: unpruned, for the same classes and clips.
-        weight: of its part of the loss.
-        temperature: both models' logits are divided by it.
-    """
-
-    def __init__(self, model: VideoClassifier, weight: float = 1.0, temperature: float = 1.0) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.weight, self.temperature = weight, temperature
-
-    def loss(self, clip: Tensor, logits: Tensor) -> Tensor:
-        """Kullback-Leibler divergence from its predictions to those of a batch, times `weight` and the squared temperature."""
-        with torch.no_grad():
-            target = self.model(clip) / self.temperature
-        own = (logits / self.temperature).log_softmax(-1)
-        divergence = kl_div(own, target.log_softmax(-1), reduction="batchmean", log_target=True)
-        return divergence * (self.weight * self.temperature**2)
 
 
 class ClassificationModule(pl.LightningModule):
