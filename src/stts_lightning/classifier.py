@@ -48,6 +48,7 @@ class VideoClassifier(nn.Module):
     def __init__(self, backbone: Backbone, num_classes: int, dropout: float = 0.0, kernels: str = "auto") -> None:
         super().__init__()
         backbone.kernels = kernels_for(backbone, kernels)
+        backbone.slots.start_scorers()
         self.recipe = {}
         self.weights = "random"
         self.backbone = backbone

@@ -1,11 +1,13 @@
 """Each way to learn a selection does what it says, and the defaults are the paper's."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from stts_lightning import create_model
 from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.scorer import ContextScorer, PaperScorer
 from stts_lightning.selection.selector import SlotContext
@@ -124,6 +126,23 @@ def test_an_even_start_prefers_nothing_and_the_first_gradients_decide(make: Any,
             parameter -= 1e-3 * parameter.grad / parameter.grad.norm().clamp_min(1e-12)
         after = (selector(grid, SIGMA, Noise.of(range(2)))[0] * weight).sum()
     assert after < before.detach(), "one step down the gradient lowers the loss"
+
+
+@pytest.mark.parametrize("scorer", ["paper", "context", "official"])
+@pytest.mark.parametrize("backbone", ["mvit_tiny", "video_swin_tiny"])
+def test_an_even_start_outlasts_the_backbones_own_initialisation(backbone: str, scorer: str, tmp_path: Path) -> None:
+    asked = {"slots": {"t0": 0.5, "s1": 0.5}, "scorer": scorer, "start": "even"}
+    clip = torch.randint(0, 256, (2, 3, 16, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    plain = create_model(backbone, None, 3, size=64)
+    torch.save(plain.state_dict(), tmp_path / "plain.pt")
+    for pretrained in (None, tmp_path / "plain.pt"):
+        model = create_model(backbone, asked, 3, pretrained=pretrained, size=64)
+        kept = model(clip, return_selection=True)[1]
+        assert all(not selection.scores.any() for selection in kept.values())
+    other = create_model(backbone, {**asked, "start": "random"}, 3, size=64)
+    torch.save(other.state_dict(), tmp_path / "learned.pt")
+    again = create_model(backbone, asked, 3, pretrained=tmp_path / "learned.pt", size=64).eval()
+    assert torch.equal(again(clip), other.eval()(clip)), "what was learned is kept"
 
 
 @pytest.mark.parametrize("key", list(CHOICES))

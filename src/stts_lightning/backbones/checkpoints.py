@@ -71,7 +71,8 @@ class Checkpoint:
         if not self.selector_keys:
             return None
         if self.layout is OWN:
-            return "official" if any(".scorer.features." in key for key in self.selector_keys) else "paper"
+            parts = {"official": ".scorer.features.", "context": ".scorer.score.0."}  # The official code's has both.
+            return next((name for name, part in parts.items() if any(part in key for key in self.selector_keys)), "paper")
         return self.layout.scorer
 
     def translated(self, selection: SelectionSpec) -> State:

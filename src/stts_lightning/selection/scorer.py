@@ -34,6 +34,12 @@ class Scorer(nn.Module, ABC):
     def forward(self, candidates: Tensor) -> Tensor:
         """Candidates `(B, N, E)` -> raw scores `(B, N)`."""
 
+    def start_even(self) -> None:
+        """Set the last layer to 0: all scores are equal until the first gradients decide."""
+        *_, last = (module for module in self.modules() if isinstance(module, nn.Linear))
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
 
 class PaperScorer(Scorer):
     """Two fully connected layers over [local, global] features (Eq. 2-3), E' = E / 2.

@@ -124,9 +124,7 @@ def build_scorer(selection: SelectionSpec, dim: int, axis: str) -> Scorer:
     kind = _named(SCORERS, "scorer", selection.scorer)
     scorer = kind(kind.frame_width * dim if axis == "t" else dim)
     if selection.start == "even":
-        *_, last = (module for module in scorer.modules() if isinstance(module, nn.Linear))
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        scorer.start_even()
     return scorer
 
 

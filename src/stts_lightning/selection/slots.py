@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from stts_lightning.selection.baselines import find_selector
 from stts_lightning.selection.noise import Noise, mixed_seeds
 from stts_lightning.selection.oracle import Told
+from stts_lightning.selection.scorer import Scorer
 from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext
 from stts_lightning.selection.spec import SelectionError, SelectionSpec
 from stts_lightning.selection.truth import follow, of_grid
@@ -63,6 +64,12 @@ class SlotBank(nn.Module):
         for slot in self.selection.slots:
             if slot.name not in self.selectors:
                 raise SelectionError(f"selection.slots.{slot.name}: no block {slot.block}; this backbone has 0 to {blocks - 1}")
+
+    def start_scorers(self) -> None:
+        """Let new scorers start as the selection says, once more: a backbone that initialises all its layers has reset them."""
+        for module in self.modules():
+            if isinstance(module, Scorer) and self.selection.start == "even":
+                module.start_even()
 
     def seed_noise(self, seeds: Sequence[int] | None) -> None:
         """Draw the next forward passes' noise from these seeds, one for each clip; None is torch's default generator."""
