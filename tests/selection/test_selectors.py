@@ -180,6 +180,6 @@ def test_official_scorer_has_the_published_size(dim: int, parameters: int) -> No
 
 @pytest.mark.parametrize("family", [PaperScorer, OfficialScorer])
 def test_normalized_scores_lie_between_0_and_1(family: type[Scorer]) -> None:
-    scores = family.normalize(torch.randn(50, 9) * 10)
+    scores = family(8).normalize(torch.randn(50, 9) * 10)
     assert scores.min() >= 0
     assert scores.max() <= 1

@@ -110,8 +110,8 @@ def test_the_context_decides_in_the_context_scorer_and_cancels_in_the_papers() -
 
 @pytest.mark.parametrize("scorer", ["paper", "context", "official"])
 @pytest.mark.parametrize("make", [spatial, temporal])
-def test_an_even_start_prefers_nothing_and_the_first_gradients_decide(make: Any, scorer: str, grid: Tensor) -> None:
-    selector = make(start="even", scorer=scorer).train()
+def test_an_even_start_prefers_nothing_and_learns(make: Any, scorer: str, grid: Tensor) -> None:
+    selector = make(start="even", scorer=scorer, estimator="exact").train()
     kept, selection = selector(grid, SIGMA, Noise.of(range(2)))
     assert torch.equal(selection.scores, torch.zeros_like(selection.scores))
     assert float(selection.indicator.detach().std(-1).mean()) < float(
@@ -120,12 +120,15 @@ def test_an_even_start_prefers_nothing_and_the_first_gradients_decide(make: Any,
     weight = torch.randn(kept.shape, generator=torch.Generator().manual_seed(3))
     before = (kept * weight).sum()
     before.backward()
-    assert all(p.grad.isfinite().all() for p in selector.parameters())
+    largest = max(float(parameter.grad.abs().max()) for parameter in selector.parameters())
+    assert 0 < largest < 1e3, "not stretched, so that float16 holds it"
     with torch.no_grad():
         for parameter in selector.parameters():
-            parameter -= 1e-3 * parameter.grad / parameter.grad.norm().clamp_min(1e-12)
+            parameter -= 1e-2 * parameter.grad / parameter.grad.norm().clamp_min(1e-12)
         after = (selector(grid, SIGMA, Noise.of(range(2)))[0] * weight).sum()
+        scores = selector(grid, SIGMA, Noise.of(range(2)))[1].scores
     assert after < before.detach(), "one step down the gradient lowers the loss"
+    assert 0 < float(scores.max() - scores.min()) < 0.1, "a small step is a small preference"
 
 
 @pytest.mark.parametrize("scorer", ["paper", "context", "official"])

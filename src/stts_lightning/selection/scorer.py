@@ -19,26 +19,33 @@ class Scorer(nn.Module, ABC):
     """Channels of a frame's descriptor, as a multiple of the grid's channels."""
     normalizes_tokens: bool
     """Spatial selection: normalise the scores of tokens before averaging them in an anchor, or the anchors' after."""
+    least_range: float = 1e-5
+    """Scores of a row are divided by their range, or by this where the range is smaller."""
 
     @staticmethod
     @abstractmethod
     def describe_frames(grid: Tensor) -> Tensor:
         """Grid `(B, T, H, W, C)` -> one descriptor a frame, `(B, T, frame_width * C)`."""
 
-    @staticmethod
-    @abstractmethod
-    def normalize(scores: Tensor) -> Tensor:
-        """Raw scores `(B, N)` -> `(B, N)` between 0 and 1; finite where all scores are equal."""
+    def normalize(self, scores: Tensor) -> Tensor:
+        """Min-max over the row (Eq. 3): raw scores `(B, N)` -> `(B, N)`; equal scores give 0, with finite gradients."""
+        low = scores.amin(-1, keepdim=True)
+        return (scores - low) / (scores.amax(-1, keepdim=True) - low).clamp_min(self.least_range)
 
     @abstractmethod
     def forward(self, candidates: Tensor) -> Tensor:
         """Candidates `(B, N, E)` -> raw scores `(B, N)`."""
 
     def start_even(self) -> None:
-        """Set the last layer to 0: all scores are equal until the first gradients decide."""
+        """Begin without a preference, and let it grow as it is learned.
+
+        The last layer is 0: all scores are equal. Ranges below 1 are not stretched to 1: otherwise the first step, however
+        small, would decide all, and its gradient would be 1e5 times too large, which float16 cannot hold.
+        """
         *_, last = (module for module in self.modules() if isinstance(module, nn.Linear))
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
+        self.least_range = 1.0
 
 
 class PaperScorer(Scorer):
@@ -62,12 +69,6 @@ class PaperScorer(Scorer):
     def describe_frames(grid: Tensor) -> Tensor:
         """Mean over space (Sec. 3.3): `(B, T, H, W, C)` -> `(B, T, C)`."""
         return grid.mean(dim=(2, 3))
-
-    @staticmethod
-    def normalize(scores: Tensor) -> Tensor:
-        """Min-max over the row (Eq. 3): `(B, N)` -> `(B, N)`; equal scores give 0, with finite gradients."""
-        low = scores.amin(-1, keepdim=True)
-        return (scores - low) / (scores.amax(-1, keepdim=True) - low).clamp_min(1e-5)
 
     def forward(self, candidates: Tensor) -> Tensor:
         """Candidates `(B, N, E)` -> raw scores `(B, N)`."""
@@ -110,11 +111,10 @@ class OfficialScorer(Scorer):
         """Mean and maximum over space: `(B, T, H, W, C)` -> `(B, T, 2 C)`."""
         return torch.cat((grid.mean(dim=(2, 3)), grid.amax(dim=(2, 3))), dim=-1)
 
-    @staticmethod
-    def normalize(scores: Tensor) -> Tensor:
-        """Min-max with 1e-5 in the denominator: `(B, N)` -> `(B, N)`."""
+    def normalize(self, scores: Tensor) -> Tensor:
+        """Min-max with 1e-5 added to the range: `(B, N)` -> `(B, N)`."""
         low = scores.amin(-1, keepdim=True)
-        return (scores - low) / (scores.amax(-1, keepdim=True) - low + 1e-5)
+        return (scores - low) / (scores.amax(-1, keepdim=True) - low + 1e-5).clamp_min(self.least_range)
 
     def forward(self, candidates: Tensor) -> Tensor:
         """Candidates `(B, N, E)` -> raw scores `(B, N)`."""

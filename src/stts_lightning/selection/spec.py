@@ -130,8 +130,8 @@ class SelectionSpec:
             (`smooth`: scores are averaged over three frames).
         forward: what the network sees in training: `soft`, the weighted sum of Eq. 9, or `hard`, the best frames or windows
             as in evaluation, with the gradients of the weighted sum (straight-through).
-        start: new scorers begin with `random` weights, as any layer, or `even`: their last layer is 0, so that all scores are
-            equal and the first gradients decide. Random scores are stretched to [0, 1] as well, and may avoid the action.
+        start: new scorers begin with `random` weights, as any layer, whose scores are stretched to [0, 1] and may avoid the
+            action; or `even`: all scores are equal (the last layer is 0), and ranges below 1 are not stretched.
         sigma_of: sigma is given on `scores` in [0, 1], or as a multiple of their `spread`, the standard deviation of a row.
     """
 
