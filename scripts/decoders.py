@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stts_lightning.analysis.benchmarks import loading
+from stts_lightning.analysis.loader_speed import loading
 from stts_lightning.data.decode import DECODERS, DecodeError, Frames, open_video
 
 

@@ -64,8 +64,7 @@ def looked_at(method: Method, plain: Path, seed: int) -> dict[str, float]:
     for name, selection in kept.items():
         values = mixed(selection)
         figures |= dict(zip((f"{name} mixed of", f"{name} largest weight", f"{name} range of scores"), values, strict=True))
-    sizes = {name: selector.in_size for name, selector in model.slots.selectors.items()}
-    for name, shares in found(batch.truth[:, 0], list(kept.values()), sizes).items():
+    for name, shares in found(batch.truth[:, 0], list(kept.values()), model.slots.sizes).items():
         figures[f"{name} found"] = 100 * float(shares.nanmean())
     return {
         **figures,

@@ -100,10 +100,14 @@ OPTIONS = (
 )
 """Each option alone, on top of the paper's method with sigma 0.5, where both time and place matter."""
 
+ATTENTION = Method("attention of the class token", chosen("attention"))
+"""Chooses what the block before attended to; needs a block before it."""
 
 RANDOM, FIXED_CHOICE = "random", "fixed (uniform, centre)"
 BASES = (RANDOM, FIXED_CHOICE, "STTS as in the paper, sigma 0.5", "recipe=learn_selection")
 """Rows that each option alone is compared with."""
+BESIDE_ATTENTION = ("oracle", RANDOM, FIXED_CHOICE, "STTS as in the paper, sigma 0.1", "recipe=learn_selection")
+"""Rows that attention is compared with."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +118,23 @@ class DataSet:
         data: overrides of every run.
         plain: overrides of the unpruned models.
         budgets: what is kept, from half of the tokens down.
+        attended: the budget at which attention is compared; empty for none.
         options: the budget at which each option is tried alone; empty for none.
     """
 
     data: tuple[str, ...]
     plain: tuple[str, ...]
     budgets: tuple[str, ...]
+    attended: str = ""
     options: str = ""
 
 
 DEMOS = {
-    "when": ("t0_0.5", "t0_0.25"),
-    "where": ("s0_0.5", "s0_0.25"),
-    "both": ("t0_0.7_s0_0.7", "t0_0.5_s0_0.25"),
+    "when": (("t0_0.5", "t0_0.25"), "t1_0.25"),
+    "where": (("s0_0.5", "s0_0.25"), "s1_0.25"),
+    "both": (("t0_0.7_s0_0.7", "t0_0.5_s0_0.25"), "t1_0.5_s1_0.25"),
 }
+"""Budgets of each setting, and that of attention."""
 
 
 def data_sets(own: Sequence[str]) -> dict[str, DataSet]:
@@ -135,9 +142,9 @@ def data_sets(own: Sequence[str]) -> dict[str, DataSet]:
     plain = ("recipe=scratch", "trainer.max_epochs=4")
     found = {
         f"demo_{setting}": DataSet(
-            ("dataset=demo", f"dataset.setting={setting}"), plain, budgets, budgets[-1] if setting == "both" else ""
+            ("dataset=demo", f"dataset.setting={setting}"), plain, budgets, attended, budgets[-1] if setting == "both" else ""
         )
-        for setting, budgets in DEMOS.items()
+        for setting, (budgets, attended) in DEMOS.items()
     }
     for given in own:
         name, _, place = given.partition("=")
@@ -221,8 +228,18 @@ def rows(name: str, data: DataSet, small: bool) -> Iterator[Row]:
     yield Row(name, "none", ALL)
     for kept in data.budgets[-1:] if small else data.budgets:
         yield from (Row(name, kept, method) for method in METHODS if axes(kept) in method.axes and (method.main or not small))
-    if data.options and not small:
+    if small:
+        return
+    if data.attended:
+        beside = [method for method in METHODS if method.label in BESIDE_ATTENTION]
+        yield from (Row(name, data.attended, method) for method in (*beside, ATTENTION))
+    if data.options:
         yield from (Row(name, data.options, method) for method in OPTIONS)
+
+
+def plain(root: Path, name: str, data: DataSet, seed: int) -> Job:
+    """The run of the unpruned model that the methods start from."""
+    return Job(plain_folder(root, name, seed), [*data.data, "selection=none", *data.plain, f"seed={seed}"])
 
 
 def job(root: Path, row: Row, data: DataSet, seed: int) -> Job:
@@ -230,11 +247,20 @@ def job(root: Path, row: Row, data: DataSet, seed: int) -> Job:
     parts = [] if row.kept == "none" else list(zip(*[iter(row.kept.split("_"))] * 2, strict=True))
     slots = [f"+selection.slots.{slot}.ratio={ratio}" for slot, ratio in parts]
     slots += [f"+selection.slots.{slot}.selector={row.method.slots[slot[0]]}" for slot, _ in parts if slot[0] in row.method.slots]
-    plain = f"{plain_folder(root, row.data, seed)}/checkpoints/last.ckpt"
-    own = [override.replace("{plain}", plain) for override in row.method.overrides]
-    start = [f"pretrained={plain}", f"seed={seed}"]
+    start = f"{plain_folder(root, row.data, seed)}/checkpoints/last.ckpt"
+    own = [override.replace("{plain}", start) for override in row.method.overrides]
     return Job(
-        row.folder(root, seed), [*data.data, "selection=none", *slots, f"recipe={row.method.recipe}", *TUNED, *own, *start]
+        row.folder(root, seed),
+        [
+            *data.data,
+            "selection=none",
+            *slots,
+            f"recipe={row.method.recipe}",
+            *TUNED,
+            *own,
+            f"pretrained={start}",
+            f"seed={seed}",
+        ],
     )
 
 
@@ -314,8 +340,8 @@ def tables(root: Path, found: dict[str, DataSet], seeds: range) -> str:
             continue
         everything = list(rows(name, data, small=False))
         lines += ["", f"### {name}", "", *table(root, everything[:1], seeds, everything[0])]
-        for kept in data.budgets:
-            main = [row for row in everything if row.kept == kept and row.method in METHODS]
+        for kept in (*data.budgets, data.attended):
+            main = [row for row in everything if row.kept == kept and row.method in (*METHODS, ATTENTION)]
             if any(Outcome(root, row, seeds).seeds for row in main):
                 lines += ["", f"**{kept}**", "", *table(root, main, seeds)]
         if data.options:
@@ -345,12 +371,11 @@ def main() -> None:
         # A seed is finished on all data sets before the next begins: what is cut off has fewer seeds, not fewer rows.
         jobs: list[list[Job]] = []
         for seed in seeds:
-            for name, data in picked.items():
-                jobs.append([Job(plain_folder(root, name, seed), [*data.data, "selection=none", *data.plain, f"seed={seed}"])])
-                jobs.append([job(root, row, data, seed) for row in rows(name, data, options.small)])
+            jobs.append([plain(root, name, data, seed) for name, data in picked.items()])
+            jobs.append([job(root, row, data, seed) for name, data in picked.items() for row in rows(name, data, options.small)])
         with Progress() as progress, ThreadPoolExecutor(options.parallel) as pool:
             task = progress.add_task("runs", total=sum(map(len, jobs)))
-            for together in jobs:  # The second of two starts from the first.
+            for together in jobs:  # Methods start from the unpruned models.
                 for _ in pool.map(lambda one: one.run(options.threads), together):
                     progress.advance(task)
     page = PAGE.read_text()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from stts_lightning.analysis.kept import trace
-from stts_lightning.analysis.overlay import contact_sheet, dimmed, film
+from stts_lightning.analysis.kept import shown_boxes, trace
+from stts_lightning.analysis.overlay import TRUTH, contact_sheet, dimmed, film
 from stts_lightning.classifier import create_model
 from stts_lightning.selection.selector import Selection
 
@@ -72,7 +72,7 @@ def test_a_model_uses_exactly_what_the_mask_shows(name: str, selection: str, arg
     model = create_model(name, fixed, 5, **arguments).eval()
     clip = torch.randint(0, 256, (1, 3, *model.backbone.clip_size), dtype=torch.uint8)
     logits, kept = model(clip, return_selection=True)
-    found = trace(list(kept.values()), {n: s.in_size for n, s in model.slots.selectors.items()}, 0)
+    found = trace(list(kept.values()), model.slots.sizes, 0)
     step = clip.shape[2] // found.frames
     # Where a stem's kernels overlap frames, neighbours of kept ones count too.
     near = {f + d for f in found.boxes for d in ((-1, 0, 1) if "mvit" in name else (0,))}
@@ -96,6 +96,12 @@ def test_overlay_pictures_show_what_was_kept(tmp_path: object) -> None:
     assert (shown[24:, 32:] == 200).all() and (shown[:24] < 110).all()
     sheet = contact_sheet(frames, found, "a title")
     assert sheet.shape == contact_sheet(frames, found, "another").shape and sheet.dtype == np.uint8
+    truth = shown_boxes(torch.tensor([[0.5, 0.0, 1.0, 0.25]] * 2 + [[torch.nan] * 4] * 6), found.frames)
+    assert truth == [(0.0, 0.5, 0.25, 1.0), None, None, None]
+    marked = (contact_sheet(frames, found, "a title", truth=truth) == TRUTH).all(-1)
+    across = marked.any(0).nonzero()[0]
+    assert not (sheet == TRUTH).all(-1).any() and marked.any(1).sum() == 112 // 4, "the height of a quarter of a picture"
+    assert (across.min(), across.max()) == (40 + 75, 40 + 149), "the right half of the first picture"
     movie = list(film(frames, found, ["x"]))
     assert len(movie) == 8
     assert len({frame.shape for frame in movie}) == 1

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from stts_lightning.selection.selector import GridSize, Selection
+from stts_lightning.selection.truth import of_grid
 
 Box = tuple[float, float, float, float]
 """Top, left, bottom and right, as shares of the picture."""
@@ -63,6 +65,12 @@ def _merged(boxes: NDArray[np.float64], height: int, width: int) -> NDArray[np.f
 def _merged_side(before: int, after: int) -> int:
     """How many neighbours along a side became one token: each stage of a backbone merges 2 and rounds up (10 -> 5 -> 3)."""
     return next(2**stages for stages in range(before.bit_length() + 1) if math.ceil(before / 2**stages) == after)
+
+
+def shown_boxes(truth: Tensor, frames: int) -> list[Box | None]:
+    """Where the action of one clip is in each of its token frames: truth `(T, 4)`, see `selection.truth`."""
+    boxes = of_grid(truth[None], frames)[0].cpu().tolist()
+    return [None if left != left else (top, left, bottom, right) for left, top, right, bottom in boxes]
 
 
 def trace(kept: Sequence[Selection], sizes: Mapping[str, GridSize], sample: int) -> Kept:

@@ -1,4 +1,7 @@
-"""Pictures of what was kept, as in the paper's Figure 4: the rest is dimmed, the kept window framed, scores beneath."""
+"""Pictures of what was kept, as in the paper's Figure 4: the rest is dimmed, the kept window framed, scores beneath.
+
+Where it is known where the action is, it has a frame of its own.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from stts_lightning.analysis.kept import Kept
+from stts_lightning.analysis.kept import Box, Kept
 
 Pictures = NDArray[np.uint8]
 """`(T, H, W, 3)` RGB."""
 
 Colour = tuple[int, int, int]
 KEPT, DROPPED, PAPER, INK, DARK = (245, 176, 0), (190, 197, 204), (255, 255, 255), (20, 22, 26), (24, 26, 30)
+TRUTH = (0, 170, 255)
 COLUMNS = 8
 
 
@@ -29,7 +33,9 @@ def _text(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: i
     draw.text(at, text, fill=fill, font=ImageFont.load_default(size))
 
 
-def contact_sheet(frames: Pictures, kept: Kept, title: str = "", width: int = 150) -> Pictures:
+def contact_sheet(
+    frames: Pictures, kept: Kept, title: str = "", width: int = 150, truth: Sequence[Box | None] | None = None
+) -> Pictures:
     """All token frames of a clip side by side, and for each slot a bar a frame.
 
     Args:
@@ -37,6 +43,7 @@ def contact_sheet(frames: Pictures, kept: Kept, title: str = "", width: int = 15
         kept: what was kept of the clip.
         title: written above.
         width: of a picture on the sheet.
+        truth: where the action is in each token frame; None where it is not.
 
     Returns:
         The sheet, `(H', W', 3)`; two clips of the same shape and slots give sheets of the same size.
@@ -54,10 +61,12 @@ def contact_sheet(frames: Pictures, kept: Kept, title: str = "", width: int = 15
         x, y = margin + column * (width + gap), head + row * row_height
         picture = np.asarray(Image.fromarray(frames[number * step]).resize((width, height), Image.Resampling.LANCZOS))
         sheet.paste(Image.fromarray(dimmed(picture, kept.mask[number])), (x, y))
-        if number in kept.boxes:
-            top, left, bottom, right = kept.boxes[number]
-            box = (x + left * width, y + top * height, x + right * width - 1, y + bottom * height - 1)
-            draw.rectangle(box, outline=KEPT, width=4)
+        action = truth[number] if truth else None
+        for box, colour in ((kept.boxes.get(number), KEPT), (action, TRUTH)):
+            if box is not None:
+                top, left, bottom, right = box
+                corners = (x + left * width, y + top * height, x + right * width - 1, y + bottom * height - 1)
+                draw.rectangle(corners, outline=colour, width=4 if colour == KEPT else 2)
         for place, slot in enumerate(kept.slots):
             at = y + height + bar * place
             if column == 0:

@@ -132,6 +132,11 @@ class SlotBank(nn.Module):
             selector.boxes = self._boxes
 
     @property
+    def sizes(self) -> dict[str, GridSize]:
+        """Frames, height and width of the grid that reaches each slot, by name, in the order of the slots."""
+        return {name: self._selector(name).in_size for name in self.selectors}
+
+    @property
     def share(self) -> float:
         """Share of tokens that passes all slots: the product of what each keeps. 1 for the unpruned model."""
         selectors = [self._selector(name) for name in self.selectors]

@@ -13,10 +13,10 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from torch import Tensor
 
-from stts_lightning.analysis.kept import trace
+from stts_lightning.analysis.kept import shown_boxes, trace
 from stts_lightning.analysis.overlay import contact_sheet
 from stts_lightning.data.datamodule import VideoDataModule
-from stts_lightning.selection.selector import Selection, Selector
+from stts_lightning.selection.selector import GridSize, Selection, Selector
 from stts_lightning.selection.truth import found
 from stts_lightning.training.module import ClassificationModule
 from stts_lightning.training.processes import gathered
@@ -76,8 +76,7 @@ class SelectionPanels(pl.Callback):
         videos, valid = HostCopy(batch.video), HostCopy(batch.valid)
         shares: dict[str, Tensor] = {}
         if batch.truth is not None and kept:
-            sizes = {name: selector.in_size for name, selector in pl_module.model.slots.selectors.items()}
-            shares = found(batch.truth[:, 0], list(kept.values()), sizes)
+            shares = found(batch.truth[:, 0], list(kept.values()), pl_module.model.slots.sizes)
         for name, record in kept.items():
             entropy = score_entropy(record.scores).reshape(len(record.scores), -1).mean(1)
             share = HostCopy(shares[name]) if name in shares else None
@@ -178,20 +177,19 @@ class SelectionPanels(pl.Callback):
             if record.indicator is not None:
                 figures[f"selection/{name}/softness"] = float(1 - record.indicator.float().amax(-1).mean())
         if trainer.is_global_zero:
-            self._draw(trainer, model.slots.selectors, clips, items, hard, list(kept.values()), data.classes)
+            self._draw(trainer, model.slots.sizes, clips, items, hard, list(kept.values()), data.classes)
         return figures
 
     def _draw(
         self,
         trainer: pl.Trainer,
-        selectors: Any,
+        sizes: Mapping[str, GridSize],
         clips: Tensor,
         items: list[Any],
         logits: Tensor,
         kept: list[Selection],
         classes: Any,
     ) -> None:
-        sizes = {name: selector.in_size for name, selector in selectors.items()}
         pictures = clips.permute(0, 2, 3, 4, 1).cpu().numpy()
         chances = logits.float().softmax(-1).cpu()
         sheets = []
@@ -200,7 +198,9 @@ class SelectionPanels(pl.Callback):
             title = (
                 f"video {int(item.video)}: {classes[int(item.label)]}   taken for {classes[guess]} ({chances[row, guess]:.0%})"
             )
-            sheets.append(contact_sheet(pictures[row], trace(kept, sizes, row), title))
+            traced = trace(kept, sizes, row)
+            truth = None if item.truth is None else shown_boxes(item.truth[0], traced.frames)
+            sheets.append(contact_sheet(pictures[row], traced, title, truth=truth))
         page = np.concatenate(sheets)
         self.folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(page).save(self.folder / f"epoch_{trainer.current_epoch:03d}.png")

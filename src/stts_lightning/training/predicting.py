@@ -127,7 +127,7 @@ class Predictor(pl.Callback):
         logits, kept = outputs
         chances = [] if logits is None else list(logits.softmax(-1).mean(1).cpu())
         crops = 1 if logits is None else logits.shape[1]
-        sizes = {name: selector.in_size for name, selector in pl_module.model.slots.selectors.items()}
+        sizes = pl_module.model.slots.sizes
         row = 0
         for window in batch.windows:
             if not window.failure:
