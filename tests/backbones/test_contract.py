@@ -10,6 +10,7 @@ from stts_lightning.backbones import list_backbones, register_backbone
 from stts_lightning.selection.spec import SelectionError
 
 SWIN = {"frames": 16, "size": 64, "dim": 16, "depths": (2, 2, 2, 2), "heads": (1, 1, 2, 2)}
+VIT = {"size": 64, "patch": 8, "dim": 32, "heads": 2, "depth": 6}
 SMALL = {
     "mvit_b16": {"size": 64, "dim": 24},
     "mvit_tiny": {"size": 64},
@@ -17,6 +18,10 @@ SMALL = {
     "video_swin_s": SWIN,
     "video_swin_t": SWIN,
     "video_swin_tiny": {},
+    "vit_s": VIT,
+    "vit_b": VIT,
+    "vit_l": VIT,
+    "vit_tiny": {},
 }
 SELECTIONS = ["none", "t0_0.5", "s0_0.5", "t1_0.6_s1_0.6", "t0_0.6_s4_0.9", "t2_0.5_s3_0.5", "t0_0.9_s0_0.9_t4_0.7_s4_0.7"]
 
@@ -96,6 +101,10 @@ KEYS = {
     "video_swin_s": "dee840eb31c1a38a",
     "video_swin_t": "b6da96f56fe69a9c",
     "video_swin_tiny": "505ab80c6f163779",
+    "vit_s": "9c5f629017223cda",
+    "vit_b": "74fb811e5212165b",
+    "vit_l": "5e6c4f0aefe8b864",
+    "vit_tiny": "a2599fc576512780",
 }
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from stts_lightning.data.sampling import SAMPLINGS, Parts, Segments, SlowFast, Spread
+from stts_lightning.data.sampling import SAMPLINGS, Parts, Segments, SlowFast, Spread, Ticks, VideoMAE
 
 
 def test_views_spread_from_start_to_end_and_one_is_the_centre() -> None:
@@ -29,6 +29,31 @@ def test_short_videos_hold_their_last_frame(total: int) -> None:
         assert indices.min() >= 0
         assert indices.max() <= total - 1
         assert (np.diff(indices) >= 0).all()
+
+
+def test_videomaes_test_clips_count_in_every_fourth_frame() -> None:
+    """M = ceil(n / 4) frames, padded with the last; clip c of 5 starts at int(c (M - 16) / 4) of them (VideoMAE, kinetics.py)."""
+    for total in (5, 64, 100, 250, 301):
+        listed = list(range(0, total, 4))
+        padded = listed + [listed[-1]] * max(16 - len(listed), 0)
+        firsts = [int(clip * max((len(listed) - 16) / 4, 0)) for clip in range(5)]
+        assert VideoMAE(16, 4).views(total, 5).tolist() == [padded[first : first + 16] for first in firsts]
+
+
+def test_videomaes_training_clips_step_a_little_more_than_the_stride() -> None:
+    clips = [VideoMAE(16, 4).train(70, np.random.default_rng(seed)) for seed in range(300)]
+    assert {int(clip[0]) for clip in clips} == set(range(6))
+    assert all((clip - clip[0]).tolist() == [int(i * 64 / 15) for i in range(15)] + [63] for clip in clips)
+    short = VideoMAE(16, 4).train(40, np.random.default_rng(0))
+    assert short.tolist() == np.linspace(0, 40, 10).clip(0, 39).astype(int).tolist() + [39] * 6
+
+
+def test_ticks_read_the_whole_video_and_each_view_another_place_of_the_tick() -> None:
+    views = Ticks(16, 1).views(48, 2)
+    assert views[0].tolist() == [3 * i for i in range(16)] and views[1].tolist() == [int(1.5 + 3 * i) for i in range(16)]
+    drawn = np.stack([Ticks(16, 1).train(50, np.random.default_rng(seed)) for seed in range(200)])
+    assert {tuple(sorted(set(column // 3))) for column in drawn.T} == {(i,) for i in range(16)}
+    assert Ticks(16, 1).train(5, np.random.default_rng(0)).tolist() == [int(5 / 16 * i) for i in range(16)]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values())

@@ -3,7 +3,7 @@ import torch
 
 from stts_lightning import create_model
 from stts_lightning.training.callbacks import annealed_sigma
-from stts_lightning.training.optim import OptimSpec, PartSpec, build_optimizer, freeze, lr_factor, parameter_groups
+from stts_lightning.training.optim import OptimSpec, PartSpec, build_optimizer, freeze, layers, lr_factor, parameter_groups
 
 PAPER = OptimSpec(
     lr=1e-4,
@@ -51,6 +51,24 @@ def test_decay_spares_norms_biases_and_embeddings() -> None:
     official = named(create_model("mvit_tiny", {"slots": {"t0": 0.6}, "scorer": "official"}, 5, size=64), OFFICIAL)
     assert "selectors/no_decay" not in official
     assert "backbone.cls_token" in official["backbone/decay"]
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny", "mvit_tiny", "video_swin_tiny"])
+def test_layers_learn_the_slower_the_nearer_to_the_stem(backbone: str) -> None:
+    model = create_model(backbone, "t0_0.5", 5)
+    names = layers(model.backbone)
+    depth = len(model.backbone.block_sizes)
+    assert sorted(set(names.values())) == list(range(depth + 2))
+    assert names["patch_embed.weight"] == 0 and names["norm.weight"] == depth + 1
+    assert names[next(name for name in reversed(names) if "blocks." in name and "mlp" in name)] == depth
+    spec = OptimSpec(lr=1.0, weight_decay=0.1, epochs=1, parts={"backbone": PartSpec(layer_decay=0.5)})
+    rates = {str(group["name"]): float(group["lr"]) for group in parameter_groups(model, spec)}  # type: ignore[arg-type]
+    assert rates["backbone/decay/0"] == 0.5 ** (depth + 1) and rates["backbone/no_decay/1"] == 0.5**depth
+    assert rates[f"backbone/no_decay/{depth + 1}"] == rates["head/decay"] == rates["selectors/decay"] == 1.0
+    listed = [name for found in named(model, spec).values() for name in found]
+    assert sorted(listed) == sorted(name for name, _ in model.named_parameters())
+    with pytest.raises(ValueError, match=r"optim.parts.head.layer_decay=0.5: only the backbone has layers"):
+        OptimSpec(lr=1.0, weight_decay=0.1, epochs=1, parts={"head": PartSpec(layer_decay=0.5)})
 
 
 def test_schedule_matches_the_paper() -> None:

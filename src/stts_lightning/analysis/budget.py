@@ -1,7 +1,7 @@
 """Which selections a budget of GFLOPs allows.
 
 A search asks for the cost of hundreds of selections. `count` takes some tenths of a second for one, so that the costs of
-MViT and VideoSwin are also written out here, from sizes alone. Tests hold them equal to `count`.
+the backbones are also written out here, from sizes alone. Tests hold them equal to `count`.
 """
 
 import math
@@ -16,6 +16,7 @@ from stts_lightning.backbones.mvit import Block as MViTBlock
 from stts_lightning.backbones.mvit import MViT, pooled
 from stts_lightning.backbones.video_swin import Block as SwinBlock
 from stts_lightning.backbones.video_swin import Stage, VideoSwin, windows
+from stts_lightning.backbones.vit import ViT
 from stts_lightning.classifier import VideoClassifier, create_model
 from stts_lightning.selection.scorer import SCORERS
 from stts_lightning.selection.selector import GridSize
@@ -88,7 +89,7 @@ def _with(model: VideoClassifier, slots: list[SlotSpec]) -> SelectionSpec:
 
 
 def cost(model: VideoClassifier, selection: SelectionSpec) -> float:
-    """GFLOPs of one clip, as if a model had this selection: equal to `count_gflops`, and quick for MViT and VideoSwin."""
+    """GFLOPs of one clip, as if a model had this selection: equal to `count_gflops`, and quick for the backbones here."""
     total = 0
 
     def cut(block: int, size: GridSize, dim: int) -> GridSize:
@@ -100,7 +101,7 @@ def cost(model: VideoClassifier, selection: SelectionSpec) -> float:
         return size
 
     backbone = model.backbone
-    written = {MViT: _mvit, VideoSwin: _swin}.get(type(backbone))
+    written = {MViT: _mvit, VideoSwin: _swin, ViT: _vit}.get(type(backbone))
     if written is None or not {slot.selector or selection.selector for slot in selection.slots} <= SCORED | FREE:
         with torch.device("meta"):
             return count_gflops(create_model(**{**model.recipe, "selection": selection.to_dict()}))
@@ -164,3 +165,13 @@ def _swin(backbone: VideoSwin, cut: Cut) -> int:
             size = (size[0], math.ceil(size[1] / 2), math.ceil(size[2] / 2))
             total += math.prod(size) * 4 * dim * (2 * dim + NORM)
     return total + NORM * math.prod(size) * backbone.out_dim
+
+
+def _vit(backbone: ViT, cut: Cut) -> int:
+    dim, size = backbone.out_dim, backbone.grid
+    total = math.prod(size) * dim * 3 * math.prod(backbone.patch_embed.kernel_size)
+    for number in range(len(backbone.blocks)):
+        size = cut(number, size, dim)
+        tokens = math.prod(size)
+        total += tokens * dim * (4 * dim + 8 * dim + 2 * NORM) + 2 * tokens * tokens * dim
+    return total + NORM * dim

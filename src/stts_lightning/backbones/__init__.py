@@ -1,6 +1,6 @@
 """Backbones, each one file from stem to named sizes, and the doors for published weights."""
 
-from stts_lightning.backbones import mvit, video_swin
+from stts_lightning.backbones import mvit, video_swin, vit
 from stts_lightning.backbones.checkpoints import CheckpointError
 from stts_lightning.backbones.registry import Backbone, BackboneError, create_backbone, list_backbones, register_backbone
 
@@ -13,4 +13,5 @@ __all__ = [
     "mvit",
     "register_backbone",
     "video_swin",
+    "vit",
 ]

@@ -81,7 +81,10 @@ class Checkpoint:
         parts: dict[str, dict[str, Tensor]] = {}
         for key, value in self.state.items():
             ours, _, part = _our_key(key, self.layout, selection).partition("@")
-            if part:
+            if "/" in ours:
+                taken = (one.split("/") for one in ours.split())
+                state |= {one: value.chunk(len(PARTS))[PARTS.index(letter)] for one, letter in taken}
+            elif part:
                 parts.setdefault(ours, {})[part] = value
             elif ours:
                 state[ours] = value

@@ -16,7 +16,8 @@ class Layout:
         licence: of the code that wrote such files; what its weights are under is the publisher's to say.
         rules: (pattern of their key, replacement to our key), tried in order; the first full match wins. An empty
             replacement leaves the key out: what can be computed, or stands in the file twice. A replacement that ends in
-            `@<letter>` is one part of a weight; the parts are strung together in the order of `PARTS`.
+            `@<letter>` is one part of a weight; the parts are strung together in the order of `PARTS`. The other way round,
+            `<key>/<letter>`, with a blank between several, takes parts of a file's weight apart; parts not named are left out.
         scorer: the scorer that selectors in such a file have.
         backbone: constructor arguments that this family implies.
         tuned: further ones, implied where the file holds selectors.
@@ -173,6 +174,66 @@ TIMM_SWIN = Layout(
     ),
 )
 
+_VIT = (
+    (r"patch_embed\.proj\.(.*)", r"backbone.patch_embed.\1"),
+    (r"(blocks\.\d+\.(?:norm[12]|attn\.proj|mlp\.fc[12])\..*)", r"backbone.\1"),
+    (r"(blocks\.\d+\.attn\.qkv\.weight)", r"backbone.\1"),
+    (r"head\.(.*)", r"head.\1"),
+)
+
+VIDEOMAE = Layout(
+    name="VideoMAE ViT",
+    family="ViT",
+    signature=("patch_embed.proj.weight", "blocks.0.attn.q_bias", "fc_norm.weight"),
+    licence="CC-BY-NC-4.0 (VideoMAE), MIT (VideoMAEv2)",
+    rules=(*_VIT, (r"(blocks\.\d+\.attn\.[qv]_bias)", r"backbone.\1"), (r"fc_norm\.(.*)", r"backbone.norm.\1")),
+    backbone={"positions": "sinusoid"},
+)
+
+HUGGING_FACE_VIT = Layout(
+    name="Hugging Face VideoMAE",
+    family="ViT",
+    signature=("videomae.encoder.layer.0.attention.attention.query.weight", "fc_norm.weight"),
+    licence="Apache-2.0 (transformers); the weights' is their first publisher's",
+    rules=(
+        (r"videomae\.embeddings\.patch_embeddings\.projection\.(.*)", r"backbone.patch_embed.\1"),
+        (r"videomae\.encoder\.layer\.(\d+)\.layernorm_before\.(.*)", r"backbone.blocks.\1.norm1.\2"),
+        (r"videomae\.encoder\.layer\.(\d+)\.layernorm_after\.(.*)", r"backbone.blocks.\1.norm2.\2"),
+        *(
+            (
+                rf"videomae\.encoder\.layer\.(\d+)\.attention\.attention\.{name}\.weight",
+                rf"backbone.blocks.\1.attn.qkv.weight@{part}",
+            )
+            for part, name in (("q", "query"), ("k", "key"), ("v", "value"))
+        ),
+        # Releases 4 of transformers, and all files on the hub, have the second names.
+        (r"videomae\.encoder\.layer\.(\d+)\.attention\.attention\.(?:query\.|q_)bias", r"backbone.blocks.\1.attn.q_bias"),
+        (r"videomae\.encoder\.layer\.(\d+)\.attention\.attention\.(?:value\.|v_)bias", r"backbone.blocks.\1.attn.v_bias"),
+        (r"videomae\.encoder\.layer\.(\d+)\.attention\.output\.dense\.(.*)", r"backbone.blocks.\1.attn.proj.\2"),
+        (r"videomae\.encoder\.layer\.(\d+)\.intermediate\.dense\.(.*)", r"backbone.blocks.\1.mlp.fc1.\2"),
+        (r"videomae\.encoder\.layer\.(\d+)\.output\.dense\.(.*)", r"backbone.blocks.\1.mlp.fc2.\2"),
+        (r"fc_norm\.(.*)", r"backbone.norm.\1"),
+        (r"classifier\.(.*)", r"head.\1"),
+    ),
+    backbone={"positions": "sinusoid"},
+)
+
+TIMM_VIT = Layout(
+    name="timm ViT (2-D)",
+    family="ViT",
+    signature=("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.bias"),
+    licence="Apache-2.0 (timm), that of the weights' first publisher",
+    rules=(
+        *_VIT,
+        # Keys need no bias; the class token has no place where all tokens are averaged.
+        (r"(blocks\.\d+\.attn)\.qkv\.bias", r"backbone.\1.q_bias/q backbone.\1.v_bias/v"),
+        (r"cls_token", ""),
+        (r"pos_embed", r"backbone.pos_embed"),
+        (r"(?:fc_)?norm\.(.*)", r"backbone.norm.\1"),
+    ),
+    backbone={"positions": "learned", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+)
+
 LAYOUTS = (
     OWN,
     STTS_MVIT,
@@ -183,4 +244,7 @@ LAYOUTS = (
     TORCHVISION_SWIN,
     IMAGENET_SWIN,
     TIMM_SWIN,
+    VIDEOMAE,
+    HUGGING_FACE_VIT,
+    TIMM_VIT,
 )

@@ -167,4 +167,48 @@ class Segments(Sampling):
         return np.stack([start + self._views(end - start, 1, rate)[0] for start, end in zip(edges[:-1], edges[1:], strict=True)])
 
 
-SAMPLINGS: dict[str, type[Sampling]] = {"slowfast": SlowFast, "spread": Spread, "parts": Parts, "segments": Segments}
+class VideoMAE(Sampling):
+    """VideoMAE's way on Kinetics: a stride, test clips of every `stride`-th frame from the start of the video to its end.
+
+    In training the frames are spread over `frames * stride` frames and the one after: their step is a little more than the
+    stride (64 / 15 for 16 frames 4 apart). Past the end of a short video its last frame is held.
+    """
+
+    def _train(self, total: int, rng: np.random.Generator, rate: float) -> Indices:
+        span = self.frames * self.stride
+        if total > span:
+            end = int(rng.integers(span, total))
+            at = np.linspace(end - span, end, self.frames).clip(end - span, end - 1)
+        else:
+            some = np.linspace(0, total, total // self.stride)
+            at = np.concatenate((some, np.full(self.frames - len(some), total)))
+        return np.clip(at.astype(np.int64), 0, total - 1)
+
+    def _views(self, total: int, views: int, rate: float) -> Indices:
+        # Counted in every `stride`-th frame of the video.
+        rest = max(math.ceil(total / self.stride) - self.frames, 0)
+        firsts = [rest // 2] if views == 1 else [int(i * (rest / (views - 1))) for i in range(views)]
+        at = self.stride * (np.asarray(firsts)[:, None] + np.arange(self.frames, dtype=np.int64))
+        return np.minimum(at, (total - 1) // self.stride * self.stride)
+
+
+class Ticks(Segments):
+    """VideoMAE's way on Something-Something: the whole video in as many ticks as a clip has frames.
+
+    A random frame of each tick in training; view v of V takes the frame at share v / V of each tick. The stride has no part.
+    """
+
+    def _train(self, total: int, rng: np.random.Generator, rate: float) -> Indices:
+        tick = total // self.frames
+        if tick:
+            return tick * np.arange(self.frames) + rng.integers(tick, size=self.frames)
+        return self._views(total, 1, rate)[0]
+
+    def _views(self, total: int, views: int, rate: float) -> Indices:
+        tick = total / self.frames
+        return (np.arange(views)[:, None] * (tick / views) + tick * np.arange(self.frames)).astype(np.int64)
+
+
+SAMPLINGS: dict[str, type[Sampling]] = {
+    "slowfast": SlowFast, "spread": Spread, "parts": Parts, "segments": Segments, "videomae": VideoMAE, "ticks": Ticks,
+}  # fmt: skip

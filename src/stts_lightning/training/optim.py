@@ -1,6 +1,7 @@
 """Named parameter groups, AdamW, and learning rates by optimiser step."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stts_lightning.backbones.registry import Backbone
 from stts_lightning.classifier import VideoClassifier
 from stts_lightning.errors import UserError
 
@@ -28,6 +30,7 @@ class PartSpec:
         decay_embeddings: weight decay on embeddings too.
         decay_biases: weight decay on the biases of linear layers too.
         frozen: does not learn at all; costs neither gradients nor optimiser state.
+        layer_decay: of the backbone alone: rate of a block as a share of that of the block after it; see `layers`.
     """
 
     lr_scale: float = 1.0
@@ -39,6 +42,7 @@ class PartSpec:
     decay_embeddings: bool = False
     decay_biases: bool = False
     frozen: bool = False
+    layer_decay: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,9 @@ class OptimSpec:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.parts) - set(PARTS)):
             raise ValueError(f"optim.parts.{unknown[0]}: unknown; the parts are {', '.join(PARTS)}")
+        for name in ("selectors", "head"):
+            if (value := self.part(name).layer_decay) != 1:
+                raise ValueError(f"optim.parts.{name}.layer_decay={value}: only the backbone has layers")
         if self.steps_of not in ("step", "epoch"):
             raise ValueError(f"optim.steps_of={self.steps_of!r}: allowed are step, epoch")
 
@@ -103,6 +110,22 @@ def part_parameters(model: VideoClassifier) -> dict[str, list[nn.Parameter]]:
     return {"selectors": slots, "backbone": rest, "head": list(model.head.parameters())}
 
 
+def layers(backbone: Backbone) -> dict[str, int]:
+    """Which layer each parameter of a backbone belongs to: 0 is the stem, then the blocks; what follows the last is a layer more.
+
+    What stands between two blocks belongs to the first of them.
+    """
+    blocks: list[str] = []
+    found: dict[str, int] = {}
+    for name, _ in backbone.named_parameters():
+        block = re.match(r"(?!slots\.)(.*\.|)blocks\.\d+\.", name)
+        if block and block[0] not in blocks:
+            blocks.append(block[0])
+        found[name] = len(blocks)
+    last = max(number for number, (name, _) in enumerate(backbone.named_parameters()) if blocks and name.startswith(blocks[-1]))
+    return {name: layer + (number > last) for number, (name, layer) in enumerate(found.items())}
+
+
 def freeze(model: VideoClassifier, spec: OptimSpec) -> None:
     """Take the parameters of frozen parts out of training. Raises ValueError if nothing is left that learns."""
     parts = part_parameters(model)
@@ -116,7 +139,8 @@ def freeze(model: VideoClassifier, spec: OptimSpec) -> None:
 def parameter_groups(model: VideoClassifier, spec: OptimSpec) -> list[dict[str, object]]:
     """AdamW's groups, named `<part>/decay` and `<part>/no_decay`; each parameter that learns lies in exactly one.
 
-    No decay for parameters of norms, for biases, and for the embeddings that the backbone names.
+    No decay for parameters of norms, for biases, and for the embeddings that the backbone names. With `layer_decay` the
+    backbone's groups are those of its layers, `backbone/decay/3`.
     """
     parts = {id(p): part for part, parameters in part_parameters(model).items() for p in parameters}
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
@@ -132,14 +156,23 @@ def parameter_groups(model: VideoClassifier, spec: OptimSpec) -> list[dict[str, 
             return part.decay_biases
         return id(parameter) not in norms and (part.decay_embeddings or id(parameter) not in embeddings)
 
-    groups = {f"{part}/{kind}": [] for part in PARTS for kind in ("decay", "no_decay")}
-    for parameter in (p for p in model.parameters() if p.requires_grad):
-        groups[f"{parts[id(parameter)]}/{'decay' if decays(parameter) else 'no_decay'}"].append(parameter)
-    return [
-        {"name": name, "params": params, "lr": spec.lr, "weight_decay": spec.weight_decay if name.endswith("/decay") else 0.0}
-        for name, params in groups.items()
-        if params
-    ]
+    layer_decay = spec.part("backbone").layer_decay
+    layer_of = {id(named[name]): layer for name, layer in layers(model.backbone).items()} if layer_decay != 1 else {}
+    deepest = max(layer_of.values(), default=0)
+    groups: dict[str, dict[str, Any]] = {}
+
+    def group(name: str, lr: float, decay: float) -> list[nn.Parameter]:
+        return groups.setdefault(name, {"name": name, "params": [], "lr": lr, "weight_decay": decay})["params"]
+
+    for part in PARTS:
+        for kind, decay in (("decay", spec.weight_decay), ("no_decay", 0.0)):
+            for parameter in (p for p in model.parameters() if p.requires_grad and parts[id(p)] == part):
+                if decays(parameter) != (kind == "decay"):
+                    continue
+                layer = layer_of.get(id(parameter)) if part == "backbone" else None
+                share = 1.0 if layer is None else layer_decay ** (deepest - layer)
+                group(f"{part}/{kind}" + ("" if layer is None else f"/{layer}"), spec.lr * share, decay).append(parameter)
+    return list(groups.values())
 
 
 class Schedule(torch.optim.lr_scheduler.LambdaLR):

@@ -135,7 +135,11 @@ class ProgressLines(ProgressBar):
 
 
 def rates(optimizer: torch.optim.Optimizer) -> str:
-    """Learning rates: one where all parts of the model learn at the same, else each with its part."""
-    rates = {str(group["name"]).partition("/")[0]: f"{group['lr']:.1e}" for group in optimizer.param_groups}
+    """Learning rates: one where all parts of the model learn at the same, else each with its part; of layers, the highest."""
+    highest: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        part = str(group["name"]).partition("/")[0]
+        highest[part] = max(group["lr"], highest.get(part, 0.0))
+    rates = {part: f"{rate:.1e}" for part, rate in highest.items()}
     same = len(set(rates.values())) == 1
     return next(iter(rates.values())) if same else " ".join(f"{rate} ({part})" for part, rate in rates.items())

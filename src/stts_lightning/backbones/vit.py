@@ -1,0 +1,245 @@
+"""Plain ViT for video, as in VideoMAE (Tong et al., NeurIPS 2022), with places for token selection.
+
+Letters: B clips, T frames, H W grid, C channels, D heads, N = T * H * W tokens in the order t, h, w. Blocks see `(B, N, C)`;
+selectors see the grid, `(B, T, H, W, C)`. There is no class token: the features are the mean of all tokens.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.layers.drop import DropPath
+from timm.layers.mlp import Mlp
+from timm.layers.weight_init import trunc_normal_
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
+from stts_lightning.selection.selector import GridSize, Selection
+from stts_lightning.selection.slots import SlotBank
+from stts_lightning.selection.spec import SelectionSpec
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TUBELET = 2
+"""Frames of a token."""
+
+
+def sinusoid(tokens: int, dim: int) -> Tensor:
+    """Positions of tokens by their number n, `(1, tokens, dim)`: sin and cos of n / 10000^(2 floor(j / 2) / dim) in channel j."""
+    channel = torch.arange(dim, dtype=torch.float64, device="cpu")
+    angle = torch.arange(tokens, dtype=torch.float64, device="cpu")[:, None] / 10000 ** (2 * (channel // 2) / dim)
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()[None]
+
+
+def resampled(positions: Tensor, made_for: GridSize, size: GridSize) -> Tensor:
+    """Positions `(1, N, C)` of one grid for another: bicubic in space, then linear in time, as in VideoMAE."""
+    if made_for == size:
+        return positions
+    table = positions.float()[0].unflatten(0, made_for)
+    if made_for[1:] != size[1:]:
+        table = F.interpolate(table.permute(0, 3, 1, 2), size[1:], mode="bicubic").permute(0, 2, 3, 1)
+    if made_for[0] != size[0]:
+        table = F.interpolate(table.flatten(1).T[None], size[0], mode="linear")[0].T.unflatten(1, (*size[1:], -1))
+    return table.flatten(0, 2)[None]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention among all tokens.
+
+    Queries and values have a bias, keys have none: it would change nothing, as it moves all logits of a query alike.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Args: x `(B, N, C)`; whether `received` is wanted. Returns: `(B, N, C)`; and `received` or None."""
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, D, N, C / D)
+        return self.proj(out.transpose(1, 2).flatten(2)), received(q, k) if need_weights else None
+
+
+def received(q: Tensor, k: Tensor) -> Tensor:
+    """Attention that each token receives, averaged over heads and queries: `(B, D, N, C / D)` twice -> `(B, N)`, detached."""
+    q, k = q.detach(), k.detach()
+    # A head at a time: all heads' weights would take D times N x N.
+    heads = [(q[:, d] @ k[:, d].mT * q.shape[-1] ** -0.5).float().softmax(-1).mean(1) for d in range(q.shape[1])]
+    return torch.stack(heads).mean(0)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised first and added to what came in."""
+
+    def __init__(self, dim: int, heads: int, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Args: x `(B, N, C)`. Returns: `(B, N, C)`; see `Attention.forward`."""
+        attended, weights = self.attn(self.norm1(x), need_weights)
+        x = x + self.drop_path(attended)
+        return x + self.drop_path(self.mlp(self.norm2(x))), weights
+
+
+class ViT(Backbone):
+    """Vision transformer over tubelets of two frames, with selectors before any block.
+
+    Args:
+        frames: frames of a clip, a multiple of 2.
+        size: height and width of a frame in pixels, multiples of `patch`.
+        patch: height and width of a token in pixels.
+        dim: channels.
+        depth: number of blocks.
+        heads: attention heads.
+        drop_path: rate of the last block; grows linearly from 0.
+        positions: "sinusoid", fixed and in no file (VideoMAE), or "learned" (image ViTs).
+        mean: of each channel of the pixels, on the scale 0 to 1; ImageNet's for VideoMAE, 0.5 for many ViTs of timm.
+        std: of each channel, likewise.
+        init_gain: as in `MViT`.
+        selection: slots and operator.
+    """
+
+    made_for: GridSize = (8, 14, 14)
+    """Grid whose numbers the fixed positions count (VideoMAE's 16 frames of 224 px); those of other grids are resampled."""
+
+    def __init__(
+        self,
+        frames: int = 16,
+        size: int | Sequence[int] = 224,
+        patch: int = 16,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        drop_path: float = 0.0,
+        positions: str = "sinusoid",
+        mean: Sequence[float] = IMAGENET[0],
+        std: Sequence[float] = IMAGENET[1],
+        init_gain: float | None = None,
+        selection: SelectionSpec | None = None,
+    ) -> None:
+        super().__init__()
+        height, width = (size, size) if isinstance(size, int) else size
+        if frames % TUBELET or height % patch or width % patch:
+            raise BackboneError(f"backbone: frames={frames} must be a multiple of {TUBELET}, size={size} of {patch}")
+        if positions not in ("sinusoid", "learned"):
+            raise BackboneError(f"backbone.positions={positions!r}: allowed are sinusoid, learned")
+        self.clip_size = (frames, height, width)
+        self.mean, self.std = (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+        self.patch_embed = nn.Conv3d(3, dim, (TUBELET, patch, patch), (TUBELET, patch, patch))
+        self.grid: GridSize = (frames // TUBELET, height // patch, width // patch)
+        self.pos_embed: Tensor
+        if positions == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), dim))
+        else:
+            table = resampled(sinusoid(math.prod(self.made_for), dim), self.made_for, self.grid)
+            self.register_buffer("pos_embed", table.to(self.patch_embed.weight.device), persistent=False)
+
+        self.slots = SlotBank(selection or SelectionSpec())
+        self.blocks = nn.ModuleList()
+        self.block_sizes: list[GridSize] = []
+        """Size of the grid that reaches each block."""
+        grid = self.grid
+        for i in range(depth):
+            grid = self.slots.build_selectors(i, grid, dim, "" if i else "no self-attention is computed before block 0")
+            self.block_sizes.append(grid)
+            self.blocks.append(Block(dim, heads, drop_path * i / max(depth - 1, 1)))
+        self.slots.check_all_built(depth)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.out_dim = dim
+        self._init_weights(init_gain)
+
+    def _init_weights(self, gain: float | None) -> None:
+        if self.norm.weight.is_meta:
+            return
+        if isinstance(self.pos_embed, nn.Parameter):
+            trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=gain / math.sqrt(module.in_features) if gain else 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """See `Backbone.no_weight_decay`."""
+        return {"pos_embed"} if isinstance(self.pos_embed, nn.Parameter) else set()
+
+    def adapt_weight(self, name: str, weight: Tensor, made_for: Mapping[str, Any]) -> Tensor:
+        """See `Backbone.adapt_weight`: patches of an image ViT, and its learned positions or those of another clip size.
+
+        An image's patches are spread over the two frames of a token, so that a still clip gives the image's features.
+        """
+        if name == "patch_embed.weight" and weight.dim() == 4:
+            return weight.unsqueeze(2).expand(-1, -1, TUBELET, -1, -1) / TUBELET
+        if name == "pos_embed" and weight.dim() == 3:
+            frames, *size = (made_for.get(key) for key in ("frames", "size"))
+            if frames and size[0]:
+                patch = self.patch_embed.kernel_size[1]
+                height, width = (size[0], size[0]) if isinstance(size[0], int) else size[0]
+                return resampled(weight, (frames // TUBELET, height // patch, width // patch), self.grid)
+            side = math.isqrt(weight.shape[1])
+            if weight.shape[1] - side * side == 1:  # A class token's before those of a square picture.
+                weight = weight[:, 1:]
+            if side * side == weight.shape[1]:
+                one = resampled(weight, (1, side, side), (1, *self.grid[1:]))
+                return one.repeat(1, self.grid[0], 1)
+        return weight
+
+    def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
+        """Features of a clip.
+
+        Args:
+            clip: `(B, 3, T, H, W)`, normalised by `mean` and `std`.
+            kept: where to append what each slot kept, if that is wanted.
+
+        Returns:
+            `(B, C)`, the mean of all tokens after the last block, normalised.
+
+        Raises:
+            ValueError: if the clip has another size than the backbone was built for.
+        """
+        if tuple(clip.shape[2:]) != self.clip_size:
+            raise ValueError(f"clip of {tuple(clip.shape[2:])} frames x height x width: this backbone takes {self.clip_size}")
+        x = self.patch_embed(clip).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
+        size, attention = self.grid, None
+        for i, block in enumerate(self.blocks):
+            if i in self.slots.at_block:
+                x = self.slots(i, x.unflatten(1, size), kept, attention).flatten(1, 3)
+                size = self.block_sizes[i]
+            x, weights = self.run(block, x, self.slots.wants_attention(i + 1))
+            attention = None if weights is None else weights.unflatten(1, size)
+        return self.norm(x.mean(1))
+
+
+@register_backbone
+def vit_s(**kwargs: Any) -> ViT:
+    """ViT-S of VideoMAE: 16x224x224, 22.0 M parameters, 57.0 GFLOPs a view without selection."""
+    return ViT(**{"dim": 384, "depth": 12, "heads": 6, **kwargs})
+
+
+@register_backbone
+def vit_b(**kwargs: Any) -> ViT:
+    """ViT-B of VideoMAE: 16x224x224, 86.5 M parameters, 180.5 GFLOPs a view without selection."""
+    return ViT(**{"dim": 768, "depth": 12, "heads": 12, **kwargs})
+
+
+@register_backbone
+def vit_l(**kwargs: Any) -> ViT:
+    """ViT-L of VideoMAE: 16x224x224, 304.3 M parameters, 597.2 GFLOPs a view without selection."""
+    return ViT(**{"dim": 1024, "depth": 24, "heads": 16, **kwargs})
+
+
+@register_backbone
+def vit_tiny(**kwargs: Any) -> ViT:
+    """A small ViT for quick work: 16x64x64, tokens of 8x8 pixels, 6 blocks, 0.5 M parameters."""
+    return ViT(**{"frames": 16, "size": 64, "patch": 8, "dim": 96, "depth": 6, "heads": 3, "init_gain": 0.7, **kwargs})
