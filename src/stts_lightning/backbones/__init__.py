@@ -1,6 +1,6 @@
 """Backbones, each one file from stem to named sizes, and the doors for published weights."""
 
-from stts_lightning.backbones import mvit, video_swin, vit
+from stts_lightning.backbones import mvit, mvit_v2, video_swin, vit
 from stts_lightning.backbones.checkpoints import CheckpointError
 from stts_lightning.backbones.registry import Backbone, BackboneError, create_backbone, list_backbones, register_backbone
 
@@ -11,6 +11,7 @@ __all__ = [
     "create_backbone",
     "list_backbones",
     "mvit",
+    "mvit_v2",
     "register_backbone",
     "video_swin",
     "vit",

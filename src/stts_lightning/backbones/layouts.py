@@ -116,6 +116,22 @@ TORCHVISION_MVIT = Layout(
     backbone={"pool_norm_eps": 1e-6},
 )
 
+SLOWFAST_MVIT_V2 = Layout(
+    name="SlowFast MViTv2",
+    family="MViTv2",
+    signature=("cls_token", "patch_embed.proj.weight", "blocks.0.attn.rel_pos_h"),
+    licence="Apache-2.0",
+    rules=((r"(blocks\.\d+\.attn\.rel_pos_[thw])", r"backbone.\1"), *_SLOWFAST),
+)
+
+TORCHVISION_MVIT_V2 = Layout(
+    name="torchvision mvit_v2_s",
+    family="MViTv2",
+    signature=("pos_encoding.class_token", "conv_proj.weight", "blocks.0.attn.rel_pos_h"),
+    licence="BSD-3-Clause",
+    rules=((r"(blocks\.\d+\.attn\.rel_pos_[thw])", r"backbone.\1"), *TORCHVISION_MVIT.rules),
+)
+
 _SWIN = (
     (r"(?:backbone\.)?patch_embed\.proj\.(.*)", r"backbone.patch_embed.\1"),
     (r"(?:backbone\.)?patch_embed\.norm\.(.*)", r"backbone.patch_norm.\1"),
@@ -240,6 +256,8 @@ LAYOUTS = (
     SLOWFAST_MVIT,
     PYTORCHVIDEO_MVIT,
     TORCHVISION_MVIT,
+    SLOWFAST_MVIT_V2,
+    TORCHVISION_MVIT_V2,
     MMACTION_SWIN,
     TORCHVISION_SWIN,
     IMAGENET_SWIN,

@@ -30,6 +30,25 @@ def pooled(size: GridSize, stride: Triple) -> GridSize:
     return t, h, w
 
 
+def class_attention(q: Tensor, k: Tensor, size: GridSize, key_size: GridSize) -> Tensor:
+    """How much the class token attends to each token of the grid, averaged over heads.
+
+    From queries `(B, D, 1 + N, C / D)` and keys `(B, D, 1 + M, C / D)`, the class token first, to `(B, T, H, W)`, detached. Keys
+    are coarser than the grid: a token gets the weight of the key it lies in, or the mean of several.
+    """
+    weights = (q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean(1)[:, 0, 1:]
+    return F.interpolate(weights.unflatten(1, key_size).detach(), size[1:], mode="area")  # Frames are never pooled.
+
+
+def pooled_skip(x: Tensor, size: GridSize, stride: Triple) -> Tensor:
+    """Max-pooling of a residual path: `(B, 1 + N, C)`, the class token first, of a grid of this size -> `(B, 1 + N', C)`."""
+    if math.prod(stride) == 1:
+        return x
+    cls, frames = x[:, :1], x[:, 1:].unflatten(1, size).flatten(0, 1).permute(0, 3, 1, 2)  # (B T, C, H, W)
+    frames = F.max_pool2d(frames, [s + 1 for s in stride[1:]], stride[1:], [(s + 1) // 2 for s in stride[1:]])
+    return torch.cat((cls, frames.flatten(2).transpose(1, 2).unflatten(0, (-1, size[0])).flatten(1, 2)), dim=1)
+
+
 class Pool(nn.Module):
     """Pooling of attention heads: a strided depthwise 3x3x3 convolution of the grid, then LayerNorm (MViT, Sec. 3.1).
 
@@ -88,14 +107,8 @@ class PooledAttention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2)), self.class_attention(q, k) if need_weights else None
 
     def class_attention(self, q: Tensor, k: Tensor) -> Tensor:
-        """How much the class token attends to each token of the grid that comes out, averaged over heads.
-
-        From pooled queries `(B, D, 1 + N', C / D)` and keys `(B, D, 1 + M, C / D)` to `(B, T', H', W')`, detached. Keys are
-        coarser than the grid: a token gets the weight of the key it lies in, or the mean of several.
-        """
-        weights = (q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean(1)[:, 0, 1:]
-        weights = weights.unflatten(1, pooled(self.size, self.kv_stride)).detach()
-        return F.interpolate(weights, pooled(self.size, self.q_stride)[1:], mode="area")  # Frames are never pooled.
+        """See the function: pooled queries `(B, D, 1 + N', C / D)` and keys `(B, D, 1 + M, C / D)` -> `(B, T', H', W')`."""
+        return class_attention(q, k, pooled(self.size, self.q_stride), pooled(self.size, self.kv_stride))
 
 
 class Block(nn.Module):
@@ -139,12 +152,7 @@ class Block(nn.Module):
 
     def pool_skip(self, x: Tensor) -> Tensor:
         """Max-pooling of the residual path where queries are pooled: `(B, 1 + N, C)` -> `(B, 1 + N', C)`."""
-        stride, (t, h, w) = self.attn.q_stride, self.attn.size
-        if math.prod(stride) == 1:
-            return x
-        cls, frames = x[:, :1], x[:, 1:].unflatten(1, (t, h, w)).flatten(0, 1).permute(0, 3, 1, 2)  # (B T, C, H, W)
-        frames = F.max_pool2d(frames, [s + 1 for s in stride[1:]], stride[1:], [(s + 1) // 2 for s in stride[1:]])
-        return torch.cat((cls, frames.flatten(2).transpose(1, 2).unflatten(0, (-1, t)).flatten(1, 2)), dim=1)
+        return pooled_skip(x, self.attn.size, self.attn.q_stride)
 
 
 class MViT(Backbone):
