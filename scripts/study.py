@@ -32,7 +32,6 @@ MARKS = ("<!-- tables: written by scripts/study.py -->", "<!-- end of tables -->
 RESAMPLES = 10_000
 
 COMMON = ["backbone=mvit_tiny", "callbacks.progress=null", "callbacks.best=null", "callbacks.loading=null"]
-TUNED = ["trainer.max_epochs=2"]
 FIXED = {"t": "uniform", "s": "centre"}
 
 
@@ -42,7 +41,7 @@ class Method:
 
     Attributes:
         label: what tables call it.
-        overrides: of the run.
+        overrides: of the run; {plain} is the unpruned model's checkpoint, {half} half of the epochs.
         recipe: of the run.
         slots: selectors of the slots of an axis, where they differ: {"t": "gumbel"}.
         axes: budgets that it can choose for: "t", "s", "ts".
@@ -69,6 +68,8 @@ def chosen(selector: str) -> tuple[str, ...]:
 
 PAPER = ("selection.sigma=0.1",)
 WIDE = ("selection.sigma=0.5",)
+FROZEN = ("+optim.parts.backbone.frozen_epochs={half}", "+optim.parts.head.frozen_epochs={half}")
+"""Backbone and head learn in the second half alone; "+" as not every recipe has these keys."""
 METHODS = (
     Method("oracle", chosen("oracle"), main=True),
     Method("oracle, one window a clip", (*chosen("oracle"), "selection.windows=clip"), axes=("s", "ts"), main=True),
@@ -78,16 +79,13 @@ METHODS = (
     Method("STTS as in the paper, sigma 0.1", PAPER, main=True),
     Method("STTS as in the paper, sigma 0.5", WIDE, main=True),
     Method("STTS as released", ("selection.scorer=official", "selection.estimator=official", *PAPER)),
-    Method("recipe=learn_selection", recipe="learn_selection", main=True),
+    Method("recipe=learn_selection", tuple(key.lstrip("+") for key in FROZEN), recipe="learn_selection", main=True),
 )
 """Rows of the main tables."""
 
 OPTIONS = (
     Method("start=even", (*WIDE, "selection.start=even")),
-    Method(
-        "backbone frozen at first",
-        (*WIDE, "+optim.parts.backbone.frozen_epochs=1", "+optim.parts.head.frozen_epochs=1"),
-    ),
+    Method("backbone frozen at first", (*WIDE, *FROZEN)),
     Method("normalize=windows", (*WIDE, "selection.normalize=windows")),
     Method("scope=clip", (*WIDE, "selection.scope=clip")),
     Method("windows=clip", (*WIDE, "selection.windows=clip")),
@@ -120,6 +118,7 @@ class DataSet:
         budgets: what is kept, from half of the tokens down.
         attended: the budget at which attention is compared; empty for none.
         options: the budget at which each option is tried alone; empty for none.
+        epochs: of tuning.
     """
 
     data: tuple[str, ...]
@@ -127,6 +126,7 @@ class DataSet:
     budgets: tuple[str, ...]
     attended: str = ""
     options: str = ""
+    epochs: int = 2
 
 
 DEMOS = {
@@ -155,7 +155,8 @@ def data_sets(own: Sequence[str]) -> dict[str, DataSet]:
             "dataset.truth=true", "clip.sampling=segments", "clip.test_views=1", "clip.short_side=crop",
             "clip.train_transform.scale=[0.8,1.0]", "clip.train_transform.ratio=[0.9,1.1]",
         )  # fmt: skip
-        found[name] = DataSet(data, ("recipe=scratch", "trainer.max_epochs=12"), ("t0_0.5", "s0_0.5", "t0_0.5_s0_0.5"))
+        budgets = ("t0_0.5", "s0_0.5", "t0_0.5_s0_0.5")
+        found[name] = DataSet(data, ("recipe=scratch", "trainer.max_epochs=12"), budgets, epochs=6)
     return found
 
 
@@ -248,7 +249,7 @@ def job(root: Path, row: Row, data: DataSet, seed: int) -> Job:
     slots = [f"+selection.slots.{slot}.ratio={ratio}" for slot, ratio in parts]
     slots += [f"+selection.slots.{slot}.selector={row.method.slots[slot[0]]}" for slot, _ in parts if slot[0] in row.method.slots]
     start = f"{plain_folder(root, row.data, seed)}/checkpoints/last.ckpt"
-    own = [override.replace("{plain}", start) for override in row.method.overrides]
+    own = [override.replace("{plain}", start).replace("{half}", str(data.epochs // 2)) for override in row.method.overrides]
     return Job(
         row.folder(root, seed),
         [
@@ -256,7 +257,7 @@ def job(root: Path, row: Row, data: DataSet, seed: int) -> Job:
             "selection=none",
             *slots,
             f"recipe={row.method.recipe}",
-            *TUNED,
+            f"trainer.max_epochs={data.epochs}",
             *own,
             f"pretrained={start}",
             f"seed={seed}",

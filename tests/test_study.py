@@ -26,7 +26,7 @@ def test_every_row_is_a_run_of_its_own_that_can_be_built() -> None:
             overrides = [given for given in made.overrides if not given.startswith(("pretrained=", "distill."))]
             cfg = compose("train", [*study.COMMON, *overrides, "run_dir=.", "experiment_name=null"])
             run_config.check_numbers(cfg)
-            assert cfg.seed == 3 and cfg.trainer.max_epochs == 2
+            assert cfg.seed == 3 and cfg.trainer.max_epochs == sets[row.data].epochs
             model = assembly.build_body(cfg)
             assert (row.kept == "none") != bool(model.slots.at_block)
 
