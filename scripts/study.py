@@ -152,8 +152,8 @@ def data_sets(own: Sequence[str]) -> dict[str, DataSet]:
         # Few and long videos: a clip has a frame of each sixteenth of a video, and all of the picture.
         data = (
             "dataset=list", f"dataset.train={root}/train.csv", f"dataset.val={root}/val.csv", f"dataset.name={name}",
-            f"dataset.manifest={root}/manifest.csv", "dataset.truth=true", "clip.sampling=segments", "clip.test_views=1", "clip.short_side=crop",
-            "clip.train_transform.scale=[0.8,1.0]", "clip.train_transform.ratio=[0.9,1.1]",
+            f"dataset.manifest={root}/manifest.csv", "dataset.truth=true", "clip.sampling=segments", "clip.test_views=1",
+            "clip.short_side=crop", "clip.train_transform.scale=[0.8,1.0]", "clip.train_transform.ratio=[0.9,1.1]",
         )  # fmt: skip
         budgets = ("t0_0.5", "s0_0.5", "t0_0.5_s0_0.5")
         found[name] = DataSet(data, ("recipe=scratch", "trainer.max_epochs=12"), budgets, epochs=6)
