@@ -13,6 +13,8 @@ from stts_lightning.backbones import list_backbones
 
 # Two stages, a shifted block and a padded grid.
 SWIN: dict[str, Any] = {"frames": 8, "size": (40, 48), "dim": 8, "depths": (1, 2), "heads": (1, 2), "window": (4, 4, 4)}
+VIT: dict[str, Any] = {"frames": 8, "size": (32, 48), "patch": 8, "dim": 16, "depth": 2, "heads": 2}
+V2: dict[str, Any] = {"frames": 8, "size": 32, "dim": 8, "depth": 3, "stages": (1, 2)}
 SMALL: dict[str, dict[str, Any]] = {
     "mvit_b16": {"frames": 8, "size": 32, "dim": 8, "depth": 2, "stages": (1,)},
     "mvit_tiny": {},
@@ -20,6 +22,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "video_swin_s": SWIN,
     "video_swin_t": {**SWIN, "window_policy": "official"},
     "video_swin_tiny": {},
+    "vit_s": VIT,
+    "vit_b": VIT,
+    "vit_l": {**VIT, "positions": "learned"},
+    "vit_tiny": {},
+    "mvit_v2_s": V2,
+    "mvit_v2_b": {**V2, "displacements": "window"},
+    "mvit_v2_tiny": {},
 }
 SLOTS = {"t0": {"t0": 0.5}, "s1": {"s1": 0.6}, "t0_s1": {"t0": 0.5, "s1": 0.6}}
 OPERATORS = {"learned": {}, "official": {"scorer": "official"}, "uniform": {"selector": "uniform"}}
@@ -39,6 +48,8 @@ NORMAL = {
     ("video_swin_b", "official t0_s1"),
     ("video_swin_t", "learned t0_s1"),
     ("video_swin_tiny", "none"),
+    ("vit_b", "learned t0_s1"),
+    ("mvit_v2_s", "learned t0_s1"),
 }
 
 
