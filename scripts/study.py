@@ -225,17 +225,19 @@ def plain_folder(root: Path, data: str, seed: int) -> Path:
 
 
 def rows(name: str, data: DataSet, small: bool) -> Iterator[Row]:
-    """What is compared on a data set."""
+    """What is compared on a data set, what matters most first."""
     yield Row(name, "none", ALL)
-    for kept in data.budgets[-1:] if small else data.budgets:
-        yield from (Row(name, kept, method) for method in METHODS if axes(kept) in method.axes and (method.main or not small))
+    *larger, smallest = data.budgets
+    yield from (Row(name, smallest, method) for method in METHODS if axes(smallest) in method.axes and (method.main or not small))
     if small:
         return
+    if data.options:
+        yield from (Row(name, data.options, method) for method in OPTIONS)
     if data.attended:
         beside = [method for method in METHODS if method.label in BESIDE_ATTENTION]
         yield from (Row(name, data.attended, method) for method in (*beside, ATTENTION))
-    if data.options:
-        yield from (Row(name, data.options, method) for method in OPTIONS)
+    for kept in larger:
+        yield from (Row(name, kept, method) for method in METHODS if axes(kept) in method.axes)
 
 
 def plain(root: Path, name: str, data: DataSet, seed: int) -> Job:
