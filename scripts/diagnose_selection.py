@@ -5,7 +5,7 @@
 For the demo's setting `both`, the unpruned model of the study's first seed, and five new scorers for each way: how many
 candidates a kept one is mixed of in training (the exponential of the entropy of its weights), the largest of these weights, how
 far the scores of a row lie apart, the share of the action that is kept at first (mean, and the least of the scorers), the loss,
-and the gradients that reach scorers and the rest. Written as Markdown.
+and the gradients that reach scorers and the rest. Written into docs/study.md.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from study import OPTIONS, Method
+from study import METHODS, OPTIONS, PAGE, Method
 from torch.nn.functional import cross_entropy
 
 from stts_lightning import assembly
@@ -24,9 +24,10 @@ from stts_lightning.selection.selector import Selection
 from stts_lightning.selection.truth import found
 from stts_lightning.training.optim import part_parameters
 
+MARKS = ("<!-- diagnosis: written by scripts/diagnose_selection.py -->", "<!-- end of diagnosis -->")
 SLOTS = ("+selection.slots.t0.ratio=0.5", "+selection.slots.s0.ratio=0.25")
 PAPER = Method("the paper's way, sigma 0.5", ("selection.sigma=0.5",))
-RECIPE = Method("recipe=learn_selection", recipe="learn_selection")
+RECIPE = next(method for method in METHODS if method.label == "recipe=learn_selection")
 
 
 def mixed(selection: Selection) -> tuple[float, float, float]:
@@ -75,7 +76,7 @@ def looked_at(method: Method, plain: Path, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table, and write it into docs/study.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder of the study's runs")
     parser.add_argument("--seeds", type=int, default=5, help="new scorers for each way")
@@ -94,7 +95,9 @@ def main() -> None:
                 cells.append(f"{text} (least {min(values):.3g})" if key.endswith("found") else text)
             lines.append("| " + " | ".join([method.label, *cells]) + " |")
             print(lines[-1], flush=True)
-    print("\n".join(["", *lines]))
+    page = PAGE.read_text()
+    head, _, rest = page.partition(MARKS[0])
+    PAGE.write_text("\n".join([f"{head}{MARKS[0]}", "", *lines, "", f"{MARKS[1]}{rest.partition(MARKS[1])[2]}"]))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,13 @@ def test_gflops_match_official_figures(shared: Path) -> None:
 
 @pytest.mark.parametrize(
     ("backbone", "arguments"),
-    [("mvit_tiny", {"size": (64, 96)}), ("video_swin_tiny", {"size": 56}), ("vit_tiny", {"size": (64, 96)})],
+    [
+        ("mvit_tiny", {"size": (64, 96)}),
+        ("mvit_v2_tiny", {"size": (64, 96)}),
+        ("mvit_v2_tiny", {"displacements": "window"}),
+        ("video_swin_tiny", {"size": 56}),
+        ("vit_tiny", {"size": (64, 96)}),
+    ],
 )
 def test_cost_of_selections_that_are_not_built(backbone: str, arguments: dict[str, Any]) -> None:
     unpruned = create_model(backbone, None, 7, **arguments)

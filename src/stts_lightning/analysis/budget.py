@@ -6,6 +6,7 @@ the backbones are also written out here, from sizes alone. Tests hold them equal
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 from stts_lightning.analysis.flops import NORM, count_gflops
 from stts_lightning.backbones.mvit import Block as MViTBlock
 from stts_lightning.backbones.mvit import MViT, pooled
+from stts_lightning.backbones.mvit_v2 import Block as MViTv2Block
+from stts_lightning.backbones.mvit_v2 import MViTv2
 from stts_lightning.backbones.video_swin import Block as SwinBlock
 from stts_lightning.backbones.video_swin import Stage, VideoSwin, windows
 from stts_lightning.backbones.vit import ViT
@@ -101,7 +104,7 @@ def cost(model: VideoClassifier, selection: SelectionSpec) -> float:
         return size
 
     backbone = model.backbone
-    written = {MViT: _mvit, VideoSwin: _swin, ViT: _vit}.get(type(backbone))
+    written = {MViT: _mvit, MViTv2: partial(_mvit_v2, selection=selection), VideoSwin: _swin, ViT: _vit}.get(type(backbone))
     if written is None or not {slot.selector or selection.selector for slot in selection.slots} <= SCORED | FREE:
         with torch.device("meta"):
             return count_gflops(create_model(**{**model.recipe, "selection": selection.to_dict()}))
@@ -141,6 +144,29 @@ def _mvit(backbone: MViT, cut: Cut) -> int:
         total += 2 * queries * keys * dim
         total += NORM * (tokens + queries) * dim
         total += queries * (dim * 4 * dim + 4 * dim * out + (dim * out if out != dim else 0))
+    return total + NORM * backbone.out_dim
+
+
+def _mvit_v2(backbone: MViTv2, cut: Cut, selection: SelectionSpec) -> int:
+    frames, height, width = backbone.clip_size
+    size: GridSize = (frames // 2, height // 4, width // 4)
+    total = math.prod(size) * backbone.patch_embed.out_channels * 3 * 3 * 7 * 7
+    moved = min((slot.block for slot in selection.slots if slot.axis == "s"), default=math.inf)
+    for number, block in enumerate(backbone.blocks):
+        assert isinstance(block, MViTv2Block)
+        attn, dim, out = block.attn, block.attn.qkv.in_features, block.attn.proj.in_features
+        size = cut(number, size, dim)
+        tokens, key_size = math.prod(size) + 1, pooled(size, attn.kv_stride)
+        size = pooled(size, attn.q_stride)
+        queries, keys = math.prod(size) + 1, math.prod(key_size) + 1
+        tables = [attn.rel_pos_h.shape[0], attn.rel_pos_w.shape[0]]
+        # Where windows lie differs: queries are multiplied with the whole tables.
+        true = number >= moved and backbone.displacements == "true"
+        total += tokens * dim * 3 * out + queries * out * out + (tokens * dim * out if dim != out else 0)
+        total += sum((n - 1) * out * 27 + NORM * n * out for n in (queries, keys, keys))
+        total += 2 * queries * keys * out
+        total += (queries - 1) * out * (key_size[0] + (sum(tables) if true else sum(key_size[1:])))
+        total += NORM * (tokens * dim + queries * out) + queries * 8 * out * out
     return total + NORM * backbone.out_dim
 
 
