@@ -179,7 +179,6 @@ def train(log: Path, overrides: list[str], threads: int) -> None:
 
 # A server that has the packages loaded makes the processes: half of a short run would go into importing them.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["stts_lightning.train", "stts_lightning.assembly"])
 
 
 @dataclass(frozen=True)
@@ -367,6 +366,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads a run")
     parser.add_argument("--tables", action="store_true", help="only write the tables of what is there")
     options = parser.parse_args()
+    PROCESSES.set_forkserver_preload(["stts_lightning.train", "stts_lightning.assembly"])
     root, seeds = options.root.resolve(), range(options.seeds or (2 if options.small else 5))
     found = data_sets(options.data)
     if not options.tables:

@@ -113,7 +113,7 @@ def test_predictions_of_odd_names_are_written_and_read_back(tmp_path: Path) -> N
     trainer: Any = SimpleNamespace(
         world_size=1, global_rank=0, is_global_zero=True, strategy=SimpleNamespace(barrier=lambda _: None)
     )
-    module: Any = SimpleNamespace(model=SimpleNamespace(slots=SimpleNamespace(selectors={})))
+    module: Any = SimpleNamespace(model=SimpleNamespace(slots=SimpleNamespace(sizes={})))
     predictor.partial = PartialResults(tmp_path / "partial", "")
     predictor.partial.open()
     predictor.on_predict_start(trainer, module)

@@ -57,8 +57,8 @@ def test_shapes_and_a_gradient_for_every_parameter(name: str, selection: str) ->
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{key} dropped out of the graph"
         assert torch.isfinite(parameter.grad).all(), key
-        # Of the last block of an MViT only the class token is used, to which no position is relative.
-        if re.search(rf"blocks\.{len(model.backbone.block_sizes) - 1}\.attn\.rel_pos_", key):
+        # Of the last block of an MViTv2 only the class token is used: no position is relative to it, no pooling moves it.
+        if re.search(rf"blocks\.{len(model.backbone.block_sizes) - 1}\.attn\.(rel_pos_|pool_q\.conv)", key):
             continue
         # Eq. 3 removes what moves all scores of a row alike: the last bias, and (paper) the global half and its way in.
         if ".scorer.score" not in key and not key.endswith((".attn.qkv.bias", "pool_k.norm.bias", ".scorer.local.bias")):
@@ -83,7 +83,10 @@ def test_empty_bank_is_the_plain_model_and_keeping_all_changes_nothing(name: str
     full.load_state_dict(plain.state_dict(), strict=False)
     clip = clip_for(plain)
     with torch.inference_mode():
-        assert torch.equal(plain(clip), full(clip))
+        if name.startswith("mvit_v2"):  # Positions of kept frames and windows are looked up for each clip, and round otherwise.
+            torch.testing.assert_close(plain(clip), full(clip), atol=1e-6, rtol=1e-5)
+        else:
+            assert torch.equal(plain(clip), full(clip))
 
 
 def test_logits_under_autocast_match_float32(name: str) -> None:
