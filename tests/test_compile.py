@@ -10,6 +10,8 @@ from stts_lightning import create_model
 SMALL = {
     "video_swin_b": {"frames": 16, "size": 64, "dim": 16, "depths": (2, 2, 1), "heads": (1, 1, 2)},
     "mvit_tiny": {"depth": 5},
+    "mvit_v2_tiny": {"depth": 5},
+    "vit_tiny": {"depth": 5},
 }
 SELECTIONS: dict[str, Any] = {
     "none": None,
@@ -20,6 +22,8 @@ SELECTIONS: dict[str, Any] = {
     "tokens": {"slots": {"s0": 0.5}, "selector": "tokens"},
 }
 CASES = [(name, kind) for name in ("mvit_tiny", "video_swin_b") for kind in SELECTIONS]
+CASES += [(name, kind) for name in ("mvit_v2_tiny", "vit_tiny") for kind in ("none", "learned")]
+CASES += [("vit_tiny", "attention"), ("vit_tiny", "tokens")]
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])

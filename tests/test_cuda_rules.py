@@ -28,7 +28,7 @@ CASES = [
     for backbone in ("mvit_tiny", "video_swin_tiny")
     for name in SELECTIONS
     if not (backbone == "video_swin_tiny" and name.endswith("attention"))  # It has no class token.
-]
+] + [(backbone, name) for backbone in ("vit_tiny",) for name in ("none", "joint")]
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])

@@ -210,7 +210,8 @@ class ViT(Backbone):
         """
         if tuple(clip.shape[2:]) != self.clip_size:
             raise ValueError(f"clip of {tuple(clip.shape[2:])} frames x height x width: this backbone takes {self.clip_size}")
-        x = self.patch_embed(clip).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
+        x = self.patch_embed(clip).flatten(2).transpose(1, 2).contiguous()
+        x = x + self.pos_embed.to(self.patch_embed.weight.dtype)  # Fixed positions are no weight, and may be wider.
         size, attention = self.grid, None
         for i, block in enumerate(self.blocks):
             if i in self.slots.at_block:
