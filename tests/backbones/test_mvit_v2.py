@@ -90,7 +90,7 @@ Attention = Callable[..., RelativeAttention]
 def attention(request: pytest.FixtureRequest) -> Attention:
     """Attention with the same weights for any grid; pooling takes the token in the middle of its kernel alone."""
 
-    def build(size: tuple[int, int, int] = FULL, displacements: str = "true") -> RelativeAttention:
+    def build(size: tuple[int, int, int] = FULL, displacements: str = "picture") -> RelativeAttention:
         torch.manual_seed(0)
         made = RelativeAttention(16, 16, 2, size, FULL, *request.param, displacements)
         made.load_state_dict(noisy(made.state_dict()))
@@ -166,11 +166,11 @@ def test_kept_windows_attend_as_if_the_rest_were_hidden(attention: Attention) ->
 def test_windows_at_one_place_need_no_policy(attention: Attention) -> None:
     x = tokens()[:, : 1 + 6 * 25]
     same = torch.tensor([[2.0, 1.0], [0.0, 3.0]])[:, None].expand(-1, 6, -1)
-    true, window = (attention((6, 5, 5), policy) for policy in ("true", "window"))
-    torch.testing.assert_close(true(x, Places(None, same))[0], window(x, Places(None, same))[0], atol=1e-5, rtol=1e-5)
+    picture, window = (attention((6, 5, 5), policy) for policy in ("picture", "window"))
+    torch.testing.assert_close(picture(x, Places(None, same))[0], window(x, Places(None, same))[0], atol=1e-5, rtol=1e-5)
     other = same.clone()
     other[:, 3] += 1
-    assert not torch.allclose(true(x, Places(None, other))[0], window(x, Places(None, other))[0], atol=1e-3)
+    assert not torch.allclose(picture(x, Places(None, other))[0], window(x, Places(None, other))[0], atol=1e-3)
 
 
 def test_between_two_rows_a_position_is_their_mean_and_ends_hold() -> None:
@@ -189,7 +189,7 @@ def test_places_follow_slots_and_pooling() -> None:
     assert places.frames.tolist() == [[1, 6]] and places.corners.tolist() == [[[0.5, 1.0], [1.5, 0.5]]]
 
 
-@pytest.mark.parametrize("displacements", ["true", "window"])
+@pytest.mark.parametrize("displacements", ["picture", "window"])
 def test_all_frames_kept_is_the_unpruned_model(displacements: str) -> None:
     arguments: dict[str, Any] = {"displacements": displacements}
     plain = create_model("mvit_v2_tiny", None, 7, **arguments).eval()

@@ -160,12 +160,12 @@ def _mvit_v2(backbone: MViTv2, cut: Cut, selection: SelectionSpec) -> int:
         size = pooled(size, attn.q_stride)
         queries, keys = math.prod(size) + 1, math.prod(key_size) + 1
         tables = [attn.rel_pos_h.shape[0], attn.rel_pos_w.shape[0]]
-        # Where windows lie differs: queries are multiplied with the whole tables.
-        true = number >= moved and backbone.displacements == "true"
+        # Where windows may lie differently, queries are multiplied with the whole tables.
+        whole = number >= moved and backbone.displacements == "picture"
         total += tokens * dim * 3 * out + queries * out * out + (tokens * dim * out if dim != out else 0)
         total += sum((n - 1) * out * 27 + NORM * n * out for n in (queries, keys, keys))
         total += 2 * queries * keys * out
-        total += (queries - 1) * out * (key_size[0] + (sum(tables) if true else sum(key_size[1:])))
+        total += (queries - 1) * out * (key_size[0] + (sum(tables) if whole else sum(key_size[1:])))
         total += NORM * (tokens * dim + queries * out) + queries * 8 * out * out
     return total + NORM * backbone.out_dim
 

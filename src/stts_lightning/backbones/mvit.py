@@ -16,7 +16,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
+from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone, start_linear
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -47,6 +47,15 @@ def pooled_skip(x: Tensor, size: GridSize, stride: Triple) -> Tensor:
     cls, frames = x[:, :1], x[:, 1:].unflatten(1, size).flatten(0, 1).permute(0, 3, 1, 2)  # (B T, C, H, W)
     frames = F.max_pool2d(frames, [s + 1 for s in stride[1:]], stride[1:], [(s + 1) // 2 for s in stride[1:]])
     return torch.cat((cls, frames.flatten(2).transpose(1, 2).unflatten(0, (-1, size[0])).flatten(1, 2)), dim=1)
+
+
+def select(
+    slots: SlotBank, block: int, x: Tensor, size: GridSize, kept: list[Selection] | None, attention: Tensor | None
+) -> Tensor:
+    """Slots before a block: `(B, 1 + N, C)`, the class token first, of a grid of this size -> the same of what is left."""
+    cls, grid = x.split((1, x.shape[1] - 1), dim=1)
+    grid = slots(block, grid.unflatten(1, size), kept, attention)
+    return torch.cat((cls, grid.flatten(1, 3)), dim=1)
 
 
 class Pool(nn.Module):
@@ -230,9 +239,7 @@ class MViT(Backbone):
         for name in ("cls_token", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class"):
             trunc_normal_(getattr(self, name), std=0.02)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=gain / math.sqrt(module.in_features) if gain else 0.02)
-                nn.init.zeros_(module.bias)
+            start_linear(module, gain)
 
     def no_weight_decay(self) -> set[str]:
         """See `Backbone.no_weight_decay`."""
@@ -263,12 +270,6 @@ class MViT(Backbone):
         cls = (self.cls_token + self.pos_embed_class).expand(clip.shape[0], -1, -1)
         return torch.cat((cls, grid.flatten(1, 3)), dim=1)
 
-    def select(self, block: int, x: Tensor, size: GridSize, kept: list[Selection] | None, attention: Tensor | None) -> Tensor:
-        """Slots before a block: `(B, 1 + N, C)`, of a grid of this size -> the same of `block_sizes`."""
-        cls, grid = x.split((1, x.shape[1] - 1), dim=1)
-        grid = self.slots(block, grid.unflatten(1, size), kept, attention)
-        return torch.cat((cls, grid.flatten(1, 3)), dim=1)
-
     def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
         """Features of a clip.
 
@@ -282,13 +283,12 @@ class MViT(Backbone):
         Raises:
             ValueError: if the clip has another size than the backbone was built for.
         """
-        if tuple(clip.shape[2:]) != self.clip_size:
-            raise ValueError(f"clip of {tuple(clip.shape[2:])} frames x height x width: this backbone takes {self.clip_size}")
+        self.check_clip(clip)
         x, size, attention = self.embed(clip, kept), self.block_sizes[0], None
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             if i and i in self.slots.at_block:
-                x = self.select(i, x, size, kept, attention)
+                x = select(self.slots, i, x, size, kept, attention)
             x, attention = self.run(block, x, self.slots.wants_attention(i + 1))
             size = block.out_size
         return self.norm(x[:, 0])

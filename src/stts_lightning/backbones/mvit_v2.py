@@ -8,7 +8,6 @@ displacement between the tokens that are left. So every block knows the numbers 
 the grid that the unpruned model would have there.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +19,13 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stts_lightning.backbones.mvit import Pool, Triple, class_attention, pooled, pooled_skip
-from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
+from stts_lightning.backbones.mvit import Pool, Triple, class_attention, pooled, pooled_skip, select
+from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone, start_linear
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
 
-DISPLACEMENTS = ("true", "window")
+DISPLACEMENTS = ("picture", "window")
 """Ways to count displacements between windows of different frames."""
 
 
@@ -207,7 +206,7 @@ class MViTv2(Backbone):
         stages: blocks whose attention doubles the channels and pools its queries by (1, 2, 2).
         kv_stride: spatial stride of keys and values at block 0; halves at each stage.
         drop_path: rate of the last block; grows linearly from 0.
-        displacements: between tokens of frames whose windows lie at different places: "true", as in the picture, which the
+        displacements: between tokens of frames whose windows lie at different places: as in the "picture", which the
             tables were trained on; or "window", each counted from the corner of its own window, which costs less. In time, and
             within a frame, both are true.
         init_gain: as in `MViT`.
@@ -227,7 +226,7 @@ class MViTv2(Backbone):
         stages: Sequence[int] = (1, 3, 14),
         kv_stride: int = 8,
         drop_path: float = 0.0,
-        displacements: str = "true",
+        displacements: str = "picture",
         init_gain: float | None = None,
         selection: SelectionSpec | None = None,
     ) -> None:
@@ -269,9 +268,7 @@ class MViTv2(Backbone):
         for name in self.no_weight_decay():
             trunc_normal_(self.get_parameter(name), std=0.02)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=gain / math.sqrt(module.in_features) if gain else 0.02)
-                nn.init.zeros_(module.bias)
+            start_linear(module, gain)
 
     def no_weight_decay(self) -> set[str]:
         """See `Backbone.no_weight_decay`: the class token and the tables of positions."""
@@ -301,8 +298,7 @@ class MViTv2(Backbone):
         Raises:
             ValueError: if the clip has another size than the backbone was built for.
         """
-        if tuple(clip.shape[2:]) != self.clip_size:
-            raise ValueError(f"clip of {tuple(clip.shape[2:])} frames x height x width: this backbone takes {self.clip_size}")
+        self.check_clip(clip)
         grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1)
         x = torch.cat((self.cls_token.expand(clip.shape[0], -1, -1), grid.flatten(1, 3)), dim=1)
         size: GridSize = (grid.shape[1], grid.shape[2], grid.shape[3])
@@ -311,9 +307,7 @@ class MViTv2(Backbone):
             assert isinstance(block, Block)
             if i in self.slots.at_block:
                 here: list[Selection] = []
-                cls, grid = x.split((1, x.shape[1] - 1), dim=1)
-                grid = self.slots(i, grid.unflatten(1, size), here, attention)
-                x = torch.cat((cls, grid.flatten(1, 3)), dim=1)
+                x = select(self.slots, i, x, size, here, attention)
                 for selection in here:
                     places = places.after(selection)
                 if kept is not None:

@@ -1,10 +1,12 @@
 """What a backbone is, and backbones by name: one decorated factory each."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
+from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -55,6 +57,11 @@ class Backbone(nn.Module, ABC):
             return checkpoint(forward, x, *inputs, use_reentrant=False)
         return forward(x, *inputs)
 
+    def check_clip(self, clip: Tensor) -> None:
+        """Raise ValueError if a clip `(B, 3, T, H, W)` has another size than the backbone was built for."""
+        if tuple(clip.shape[2:]) != self.clip_size:
+            raise ValueError(f"clip of {tuple(clip.shape[2:])} frames x height x width: this backbone takes {self.clip_size}")
+
     @abstractmethod
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are embeddings."""
@@ -79,6 +86,17 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
         """Clip `(B, 3, T, H, W)` -> features `(B, out_dim)`; appends what each slot kept to `kept`."""
+
+
+def start_linear(module: nn.Module, gain: float | None) -> None:
+    """Start the weights of a linear layer with a deviation of gain / sqrt(its inputs), or 0.02 for None, and its biases at 0.
+
+    Leaves other modules as they are.
+    """
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=gain / math.sqrt(module.in_features) if gain else 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 Factory = Callable[..., Backbone]

@@ -16,7 +16,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
+from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone, start_linear
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -309,10 +309,7 @@ class VideoSwin(Backbone):
         self.norm = nn.LayerNorm(dim)
         self.out_dim = dim
         for module in () if self.norm.weight.is_meta else self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=init_gain / math.sqrt(module.in_features) if init_gain else 0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            start_linear(module, init_gain)
             if isinstance(module, WindowAttention):
                 trunc_normal_(module.relative_position_bias_table, std=0.02)
 
@@ -357,8 +354,7 @@ class VideoSwin(Backbone):
         Raises:
             ValueError: if the clip has another size than the backbone was built for.
         """
-        if tuple(clip.shape[2:]) != self.clip_size:
-            raise ValueError(f"clip of {tuple(clip.shape[2:])} frames x height x width: this backbone takes {self.clip_size}")
+        self.check_clip(clip)
         grid = self.embed(clip)
         number = 0
         for stage in self.stages:

@@ -15,7 +15,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone
+from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone, start_linear
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -165,10 +165,7 @@ class ViT(Backbone):
         if isinstance(self.pos_embed, nn.Parameter):
             trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=gain / math.sqrt(module.in_features) if gain else 0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            start_linear(module, gain)
 
     def no_weight_decay(self) -> set[str]:
         """See `Backbone.no_weight_decay`."""
@@ -208,8 +205,7 @@ class ViT(Backbone):
         Raises:
             ValueError: if the clip has another size than the backbone was built for.
         """
-        if tuple(clip.shape[2:]) != self.clip_size:
-            raise ValueError(f"clip of {tuple(clip.shape[2:])} frames x height x width: this backbone takes {self.clip_size}")
+        self.check_clip(clip)
         x = self.patch_embed(clip).flatten(2).transpose(1, 2).contiguous()
         x = x + self.pos_embed.to(self.patch_embed.weight.dtype)  # Fixed positions are no weight, and may be wider.
         size, attention = self.grid, None

@@ -122,8 +122,11 @@ def layers(backbone: Backbone) -> dict[str, int]:
         if block and block[0] not in blocks:
             blocks.append(block[0])
         found[name] = len(blocks)
-    last = max(number for number, (name, _) in enumerate(backbone.named_parameters()) if blocks and name.startswith(blocks[-1]))
-    return {name: layer + (number > last) for number, (name, layer) in enumerate(found.items())}
+    for name in reversed(found):
+        if blocks and name.startswith(blocks[-1]):
+            break
+        found[name] += 1
+    return found
 
 
 def freeze(model: VideoClassifier, spec: OptimSpec) -> None:
@@ -159,20 +162,15 @@ def parameter_groups(model: VideoClassifier, spec: OptimSpec) -> list[dict[str, 
     layer_decay = spec.part("backbone").layer_decay
     layer_of = {id(named[name]): layer for name, layer in layers(model.backbone).items()} if layer_decay != 1 else {}
     deepest = max(layer_of.values(), default=0)
-    groups: dict[str, dict[str, Any]] = {}
-
-    def group(name: str, lr: float, decay: float) -> list[nn.Parameter]:
-        return groups.setdefault(name, {"name": name, "params": [], "lr": lr, "weight_decay": decay})["params"]
-
-    for part in PARTS:
-        for kind, decay in (("decay", spec.weight_decay), ("no_decay", 0.0)):
-            for parameter in (p for p in model.parameters() if p.requires_grad and parts[id(p)] == part):
-                if decays(parameter) != (kind == "decay"):
-                    continue
-                layer = layer_of.get(id(parameter)) if part == "backbone" else None
-                share = 1.0 if layer is None else layer_decay ** (deepest - layer)
-                group(f"{part}/{kind}" + ("" if layer is None else f"/{layer}"), spec.lr * share, decay).append(parameter)
-    return list(groups.values())
+    groups: dict[tuple[int, bool, int], dict[str, Any]] = {}
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        part, decay = parts[id(parameter)], decays(parameter)
+        layer = layer_of.get(id(parameter), deepest) if part == "backbone" else deepest
+        name = f"{part}/{'decay' if decay else 'no_decay'}" + (f"/{layer}" if layer_of and part == "backbone" else "")
+        settings = {"lr": spec.lr * layer_decay ** (deepest - layer), "weight_decay": spec.weight_decay if decay else 0.0}
+        group = groups.setdefault((PARTS.index(part), not decay, layer), {"name": name, "params": [], **settings})
+        group["params"].append(parameter)
+    return [groups[place] for place in sorted(groups)]
 
 
 class Schedule(torch.optim.lr_scheduler.LambdaLR):
