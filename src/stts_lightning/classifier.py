@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stts_lightning.backbones.checkpoints import CheckpointError, load_checkpoint, read_checkpoint
 from stts_lightning.backbones.registry import Backbone, create_backbone
 from stts_lightning.kernels import kernels_for
-from stts_lightning.selection.selector import Selection
+from stts_lightning.selection.reducer import Record
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
 from stts_lightning.trusted import check_stored
@@ -95,12 +95,12 @@ class VideoClassifier(nn.Module):
             parameter.data = parameter.data.to(dtype)
         return self
 
-    def forward_features(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
+    def forward_features(self, clip: Tensor, kept: list[Record] | None = None) -> Tensor:
         """Features of clips, as the head gets them.
 
         Args:
             clip: as in `forward`.
-            kept: a list that gets what each slot kept, one `Selection` per slot.
+            kept: a list that gets what each slot kept, a `Selection` of each selector and a `Reduction` of each reducer.
 
         Returns:
             `(B, backbone.out_dim)`: the class token of an MViT, the mean over all tokens of a VideoSwin.
@@ -111,8 +111,8 @@ class VideoClassifier(nn.Module):
     @overload
     def forward(self, clip: Tensor, return_selection: Literal[False] = False) -> Tensor: ...
     @overload
-    def forward(self, clip: Tensor, return_selection: Literal[True]) -> tuple[Tensor, dict[str, Selection]]: ...
-    def forward(self, clip: Tensor, return_selection: bool = False) -> Tensor | tuple[Tensor, dict[str, Selection]]:
+    def forward(self, clip: Tensor, return_selection: Literal[True]) -> tuple[Tensor, dict[str, Record]]: ...
+    def forward(self, clip: Tensor, return_selection: bool = False) -> Tensor | tuple[Tensor, dict[str, Record]]:
         """Classify clips.
 
         Args:
@@ -121,9 +121,9 @@ class VideoClassifier(nn.Module):
 
         Returns:
             logits `(B, num_classes)`, or features `(B, backbone.out_dim)` without a head; with `return_selection` also a
-            `Selection` for each slot by name.
+            `Selection` or `Reduction` for each slot by name.
         """
-        kept: list[Selection] = []
+        kept: list[Record] = []
         logits = self.head(self.dropout(self.forward_features(clip, kept)))
         return (logits, {selection.slot: selection for selection in kept}) if return_selection else logits
 

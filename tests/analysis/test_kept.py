@@ -101,7 +101,7 @@ def test_overlay_pictures_show_what_was_kept(tmp_path: object) -> None:
     marked = (contact_sheet(frames, found, "a title", truth=truth) == TRUTH).all(-1)
     across = marked.any(0).nonzero()[0]
     assert not (sheet == TRUTH).all(-1).any() and marked.any(1).sum() == 112 // 4, "the height of a quarter of a picture"
-    assert (across.min(), across.max()) == (40 + 75, 40 + 149), "the right half of the first picture"
+    assert (across.min(), across.max()) == (56 + 75, 56 + 149), "the right half of the first picture"
     movie = list(film(frames, found, ["x"]))
     assert len(movie) == 8
     assert len({frame.shape for frame in movie}) == 1

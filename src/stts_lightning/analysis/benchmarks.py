@@ -126,7 +126,7 @@ def entrant(text: str, device: torch.device, compare: bool = True) -> Entrant:
     model = create_model(backbone, selections[0], kernels=kernels, **arguments).eval()
     family = ":".join([kernels, backbone, *(part for part in parts if "=" in part)])
     gflops = count_gflops(model)
-    return Entrant(text, model.to(device), model.backbone.clip_size, gflops, family, not model.slots.at_block)
+    return Entrant(text, model.to(device), model.backbone.clip_size, gflops, family, model.slots.empty)
 
 
 def _value(text: str) -> Any:

@@ -105,7 +105,8 @@ def cost(model: VideoClassifier, selection: SelectionSpec) -> float:
 
     backbone = model.backbone
     written = {MViT: _mvit, MViTv2: partial(_mvit_v2, selection=selection), VideoSwin: _swin, ViT: _vit}.get(type(backbone))
-    if written is None or not {slot.selector or selection.selector for slot in selection.slots} <= SCORED | FREE:
+    counted = {slot.selector or selection.selector for slot in selection.slots} <= SCORED | FREE
+    if written is None or not counted or any(slot.axis == "r" for slot in selection.slots):
         with torch.device("meta"):
             return count_gflops(create_model(**{**model.recipe, "selection": selection.to_dict()}))
     return (written(backbone, cut) + total + backbone.out_dim * model.num_classes) / 1e9

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stts_lightning.selection.selector import GridSize, Selection
+from stts_lightning.selection.reducer import Record, Reduction
+from stts_lightning.selection.selector import GridSize
 from stts_lightning.selection.truth import of_grid
 
 Box = tuple[float, float, float, float]
@@ -40,6 +41,7 @@ class Kept:
         frames: number of token frames of the clip.
         boxes: for each token frame that is left, the window that is left of it; it may hold tokens that are not.
         mask: `(frames, H, W)` bool, tokens that are left, on the grid that the first slot saw.
+        groups: where tokens were merged, `(frames, H, W)` int: number of the token that each became a part of, -1 for none.
         slots: scores, slot by slot.
     """
 
@@ -47,10 +49,13 @@ class Kept:
     boxes: dict[int, Box]
     mask: NDArray[np.bool_]
     slots: tuple[SlotScores, ...]
+    groups: NDArray[np.int64] | None = None
 
     @property
     def share(self) -> float:
-        """Share of the first slot's tokens that is left."""
+        """Share of the first slot's tokens that is left; those that were merged count as one."""
+        if self.groups is not None:
+            return len(np.unique(self.groups[self.groups >= 0])) / self.groups.size
         return float(self.mask.mean())
 
 
@@ -73,7 +78,7 @@ def shown_boxes(truth: Tensor, frames: int) -> list[Box | None]:
     return [None if left != left else (top, left, bottom, right) for left, top, right, bottom in boxes]
 
 
-def trace(kept: Sequence[Selection], sizes: Mapping[str, GridSize], sample: int) -> Kept:
+def trace(kept: Sequence[Record], sizes: Mapping[str, GridSize], sample: int) -> Kept:
     """Follow one clip of a batch through all slots.
 
     Args:
@@ -87,7 +92,11 @@ def trace(kept: Sequence[Selection], sizes: Mapping[str, GridSize], sample: int)
     boxes = np.repeat(places[None], total, 0)
     numbers = np.arange(total)
     slots: list[SlotScores] = []
+    reductions: list[Reduction] = []
     for record in kept:
+        if isinstance(record, Reduction):
+            reductions.append(record)
+            continue
         _, now_high, now_wide = sizes[record.slot]
         if boxes.shape[1:3] != (now_high, now_wide):
             boxes = _merged(boxes, now_high, now_wide)
@@ -105,11 +114,37 @@ def trace(kept: Sequence[Selection], sizes: Mapping[str, GridSize], sample: int)
         else:  # Single tokens: a row of them, whatever grid they are laid out on.
             flat = boxes.reshape(len(boxes), -1, 4)
             boxes = np.stack([b[i] for b, i in zip(flat, indices, strict=True)])[:, None]
-    mask = np.zeros((total, height, width), bool)
-    for number, frame in zip(numbers, boxes, strict=True):
-        for top, left, bottom, right in frame.reshape(-1, 4):
-            mask[number, round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = True
+    last = None
+    if reductions:
+        last, scores = _reduced(reductions, boxes.shape[:3], sample)
+        name = reductions[0].slot + (f"-{reductions[-1].slot[1:]}" if len(reductions) > 1 else "")
+        slots.append(SlotScores(name, tuple(numbers.tolist()), scores, (True,) * len(numbers)))
+    groups = np.full((total, height, width), -1)
+    for frame, number in enumerate(numbers):
+        ends = np.round(boxes[frame] * (height, width, height, width)).astype(int)
+        for place, (top, left, bottom, right) in enumerate(ends.reshape(-1, 4)):
+            groups[number, top:bottom, left:right] = place if last is None else last[frame].flat[place]
     flat = boxes.reshape(len(boxes), -1, 4)
     corners = np.concatenate([flat[..., :2].min(1), flat[..., 2:].max(1)], -1)
-    outer = {int(n): (float(t), float(le), float(b), float(r)) for n, (t, le, b, r) in zip(numbers, corners, strict=True)}
-    return Kept(total, outer, mask, tuple(slots))
+    mask = groups >= 0
+    outer = {
+        int(n): (float(t), float(le), float(b), float(r))
+        for n, (t, le, b, r) in zip(numbers, corners, strict=True)
+        if mask[n].any()
+    }
+    return Kept(total, outer, mask, tuple(slots), None if last is None else groups)
+
+
+def _reduced(reductions: Sequence[Reduction], size: Sequence[int], sample: int) -> tuple[NDArray[np.int64], tuple[float, ...]]:
+    """Where the tokens of a grid `(T, H, W)` ended, -1 where they were dropped; and the share of each frame's that is left.
+
+    Of tokens that were merged, the first in time counts as left.
+    """
+    where = None
+    for reduction in reductions:
+        where = reduction.after(where)
+    assert where is not None
+    ends = where[sample].cpu().numpy().reshape(size)
+    _, first = np.unique(ends, return_index=True)
+    alone = np.isin(np.arange(ends.size), first).reshape(size) & (ends >= 0)
+    return ends, tuple(alone.mean((1, 2)).tolist())

@@ -1,5 +1,7 @@
 """Pictures of what was kept, as in the paper's Figure 4: the rest is dimmed, the kept window framed, scores beneath.
 
+Tokens that a reducer merged have the mean colour of all that became one; its bar is the share of a frame's tokens that is left.
+
 Where it is known where the action is, it has a frame of its own.
 """
 
@@ -29,6 +31,28 @@ def dimmed(picture: Pictures, mask: NDArray[np.bool_]) -> Pictures:
     return np.where(mask[rows][:, columns, None], picture, grey).astype(np.uint8)
 
 
+def merged(pictures: Pictures, groups: NDArray[np.int64] | None) -> Pictures:
+    """Pictures in which tokens that were merged have the mean colour of all that became one; others are as they are.
+
+    Args:
+        pictures: of a clip, `(T, H, W, 3)`.
+        groups: see `Kept`, `(T', h, w)`; None leaves all as they are.
+    """
+    if groups is None:
+        return pictures
+    length, height, width = pictures.shape[:3]
+    at = (np.arange(side) * tokens // side for side, tokens in zip((length, height, width), groups.shape, strict=True))
+    group = groups[np.ix_(*at)].ravel()
+    members = np.bincount(groups[groups >= 0], minlength=1)
+    several = (group >= 0) & (members[group] > 1)
+    flat = pictures.reshape(-1, 3).copy()
+    number = group[several]
+    pixels = np.bincount(number, minlength=len(members)).clip(1)
+    means = np.stack([np.bincount(number, flat[several, channel], len(members)) / pixels for channel in range(3)], -1)
+    flat[several] = means[number].round()
+    return flat.reshape(pictures.shape)
+
+
 def _text(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, fill: Colour) -> None:
     draw.text(at, text, fill=fill, font=ImageFont.load_default(size))
 
@@ -49,8 +73,9 @@ def contact_sheet(
         The sheet, `(H', W', 3)`; two clips of the same shape and slots give sheets of the same size.
     """
     step = len(frames) // kept.frames
+    frames = merged(frames, kept.groups)
     across = min(kept.frames, COLUMNS)
-    height, margin, head, bar, gap = round(width * frames.shape[1] / frames.shape[2]), 40, 30, 26, 8
+    height, margin, head, bar, gap = round(width * frames.shape[1] / frames.shape[2]), 56, 30, 26, 8
     row_height = height + bar * len(kept.slots) + gap
     size = (margin + across * (width + gap), head + -(-kept.frames // across) * row_height)
     sheet = Image.new("RGB", size, PAPER)
@@ -91,6 +116,7 @@ def film(frames: Pictures, kept: Kept, lines: Sequence[str], least: int = 320) -
         Pictures of even height and width, all of one size.
     """
     step = len(frames) // kept.frames
+    frames = merged(frames, kept.groups)
     zoom = max(-(-least // frames.shape[2]), 1)
     height, width = frames.shape[1] * zoom // 2 * 2, frames.shape[2] * zoom // 2 * 2
     font = ImageFont.load_default(15)

@@ -120,7 +120,7 @@ def _told(table: Sequence[Row], settings: Sequence[str]) -> set[str]:
     """Settings whose values follow from another column."""
     told: set[str] = set()
     for key in settings:
-        by = SAID.get("selection.slots" if re.fullmatch(r"selection\.slots\.\w+\.ratio", key) else key)
+        by = SAID.get("selection.slots" if re.fullmatch(r"selection\.slots\.[\w-]+\.(ratio|drop)", key) else key)
         pairs = {(row.get(by), row[key]) for row in table} if by else set()
         if by in table[0] and len(pairs) == len({value for value, _ in pairs}):
             told.add(key)

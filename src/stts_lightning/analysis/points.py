@@ -78,7 +78,7 @@ class Point:
     @property
     def ratios(self) -> dict[str, float]:
         """Ratio of each slot, from the selection's name."""
-        return {slot: float(ratio) for slot, ratio in re.findall(r"([ts]\d+)_([0-9.]+)", self.selection)}
+        return {slot: float(ratio) for slot, ratio in re.findall(r"([ts]\d+|r[\d-]+)_([0-9.]+)", self.selection)}
 
 
 def points(runs: Sequence[Run]) -> list[Point]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone, start_linear
-from stts_lightning.selection.selector import GridSize, Selection
+from stts_lightning.selection.reducer import Record
+from stts_lightning.selection.selector import GridSize
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
 
@@ -49,9 +50,7 @@ def pooled_skip(x: Tensor, size: GridSize, stride: Triple) -> Tensor:
     return torch.cat((cls, frames.flatten(2).transpose(1, 2).unflatten(0, (-1, size[0])).flatten(1, 2)), dim=1)
 
 
-def select(
-    slots: SlotBank, block: int, x: Tensor, size: GridSize, kept: list[Selection] | None, attention: Tensor | None
-) -> Tensor:
+def select(slots: SlotBank, block: int, x: Tensor, size: GridSize, kept: list[Record] | None, attention: Tensor | None) -> Tensor:
     """Slots before a block: `(B, 1 + N, C)`, the class token first, of a grid of this size -> the same of what is left."""
     cls, grid = x.split((1, x.shape[1] - 1), dim=1)
     grid = slots(block, grid.unflatten(1, size), kept, attention)
@@ -261,7 +260,7 @@ class MViT(Backbone):
                 return grid.flatten(2).transpose(1, 2)
         return weight
 
-    def embed(self, clip: Tensor, kept: list[Selection] | None) -> Tensor:
+    def embed(self, clip: Tensor, kept: list[Record] | None) -> Tensor:
         """Clip `(B, 3, T, H, W)` -> input of block 0, `(B, 1 + N, C)`: patches and positions, then the slots there."""
         grid = self.patch_embed(clip).permute(0, 2, 3, 4, 1)
         t, h, w = grid.shape[1:4]
@@ -270,7 +269,7 @@ class MViT(Backbone):
         cls = (self.cls_token + self.pos_embed_class).expand(clip.shape[0], -1, -1)
         return torch.cat((cls, grid.flatten(1, 3)), dim=1)
 
-    def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
+    def forward(self, clip: Tensor, kept: list[Record] | None = None) -> Tensor:
         """Features of a clip.
 
         Args:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from stts_lightning.backbones.mvit import Pool, Triple, class_attention, pooled, pooled_skip, select
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone, start_linear
+from stts_lightning.selection.reducer import Record
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -285,7 +286,7 @@ class MViTv2(Backbone):
             return F.interpolate(weight.float().T[None], rows, mode="linear")[0].T
         return weight
 
-    def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
+    def forward(self, clip: Tensor, kept: list[Record] | None = None) -> Tensor:
         """Features of a clip.
 
         Args:
@@ -306,9 +307,10 @@ class MViTv2(Backbone):
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             if i in self.slots.at_block:
-                here: list[Selection] = []
+                here: list[Record] = []
                 x = select(self.slots, i, x, size, here, attention)
                 for selection in here:
+                    assert isinstance(selection, Selection)
                     places = places.after(selection)
                 if kept is not None:
                     kept += here

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stts_lightning.errors import UserError
-from stts_lightning.selection.selector import GridSize, Selection
+from stts_lightning.selection.reducer import Record
+from stts_lightning.selection.selector import GridSize
 from stts_lightning.selection.slots import SlotBank
 
 
@@ -84,7 +85,7 @@ class Backbone(nn.Module, ABC):
         return weight
 
     @abstractmethod
-    def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
+    def forward(self, clip: Tensor, kept: list[Record] | None = None) -> Tensor:
         """Clip `(B, 3, T, H, W)` -> features `(B, out_dim)`; appends what each slot kept to `kept`."""
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone, start_linear
-from stts_lightning.selection.selector import GridSize, Selection
+from stts_lightning.selection.reducer import Record
+from stts_lightning.selection.selector import GridSize
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
 
@@ -341,7 +342,7 @@ class VideoSwin(Backbone):
         grid = self.patch_embed(F.pad(clip, (0, w, 0, h, 0, t)))
         return self.patch_norm(grid.permute(0, 2, 3, 4, 1))
 
-    def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
+    def forward(self, clip: Tensor, kept: list[Record] | None = None) -> Tensor:
         """Features of a clip.
 
         Args:

@@ -1,11 +1,11 @@
-"""Plain ViT for video, as in VideoMAE (Tong et al., NeurIPS 2022), with places for token selection.
+"""Plain ViT for video, as in VideoMAE (Tong et al., NeurIPS 2022), with places for token selection and token reduction.
 
 Letters: B clips, T frames, H W grid, C channels, D heads, N = T * H * W tokens in the order t, h, w. Blocks see `(B, N, C)`;
-selectors see the grid, `(B, T, H, W, C)`. There is no class token: the features are the mean of all tokens.
+selectors see the grid, `(B, T, H, W, C)`; reducers leave none. There is no class token: the features are the mean of all tokens.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone, start_linear
-from stts_lightning.selection.selector import GridSize, Selection
+from stts_lightning.selection.reducer import Given, Record, Reducing, Reduction, Tokens
+from stts_lightning.selection.selector import GridSize
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
 
@@ -58,12 +59,15 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Args: x `(B, N, C)`; whether `received` is wanted. Returns: `(B, N, C)`; and `received` or None."""
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, D, N, C / D)
-        return self.proj(out.transpose(1, 2).flatten(2)), received(q, k) if need_weights else None
+    def forward(self, x: Tensor, bias: Tensor | None = None, needs: Collection[str] = ()) -> tuple[Tensor, Given]:
+        """Args: x `(B, N, C)`; see `Tokens.bias`; what of `Given` is wanted. Returns: `(B, N, C)`; and what is wanted."""
+        own = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        q, k, v = F.linear(x, self.qkv.weight, own).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        out = F.scaled_dot_product_attention(q, k, v, bias)  # (B, D, N, C / D)
+        given = Given(
+            keys=k.mean(1).detach() if "keys" in needs else None, received=received(q, k) if "received" in needs else None
+        )
+        return self.proj(out.transpose(1, 2).flatten(2)), given
 
 
 def received(q: Tensor, k: Tensor) -> Tensor:
@@ -85,11 +89,27 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Args: x `(B, N, C)`. Returns: `(B, N, C)`; see `Attention.forward`."""
-        attended, weights = self.attn(self.norm1(x), need_weights)
-        x = x + self.drop_path(attended)
-        return x + self.drop_path(self.mlp(self.norm2(x))), weights
+    def forward(
+        self, x: Tensor, tokens: Tokens, bias: Tensor | None = None, reducing: Reducing | None = None, need_weights: bool = False
+    ) -> tuple[Tokens, Tensor | None, Tensor | None]:
+        """Attention, a reducer if there is one, and MLP.
+
+        Args:
+            x: `(B, N, C)`.
+            tokens: x with sizes.
+            bias: of the logits of attention.
+            reducing: the reducer.
+            need_weights: whether `received` is wanted.
+
+        Returns:
+            tokens, `(B, N', C)`; `received` or None; where the reducer has put each token (`Reduction.where`) or None.
+        """
+        needs = {*(reducing.needs if reducing else ()), *(["received"] if need_weights else ())}
+        attended, given = self.attn(self.norm1(x), bias, needs)
+        tokens, where = tokens._replace(x=x + self.drop_path(attended)), None
+        if reducing is not None:
+            tokens, where = reducing(tokens, given)
+        return tokens._replace(x=tokens.x + self.drop_path(self.mlp(self.norm2(tokens.x)))), given.received, where
 
 
 class ViT(Backbone):
@@ -148,11 +168,13 @@ class ViT(Backbone):
         self.slots = SlotBank(selection or SelectionSpec())
         self.blocks = nn.ModuleList()
         self.block_sizes: list[GridSize] = []
-        """Size of the grid that reaches each block."""
-        grid = self.grid
+        """Size of the grid that reaches each block; after a reducer, of the one that its tokens were."""
+        grid, tokens = self.grid, None
         for i in range(depth):
             grid = self.slots.build_selectors(i, grid, dim, "" if i else "no self-attention is computed before block 0")
             self.block_sizes.append(grid)
+            tokens = math.prod(grid) if tokens is None or i in self.slots.at_block else tokens
+            tokens = self.slots.build_reducer(i, tokens, grid, dim, self.clip_size, self.std)
             self.blocks.append(Block(dim, heads, drop_path * i / max(depth - 1, 1)))
         self.slots.check_all_built(depth)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -192,12 +214,12 @@ class ViT(Backbone):
                 return one.repeat(1, self.grid[0], 1)
         return weight
 
-    def forward(self, clip: Tensor, kept: list[Selection] | None = None) -> Tensor:
+    def forward(self, clip: Tensor, kept: list[Record] | None = None) -> Tensor:
         """Features of a clip.
 
         Args:
             clip: `(B, 3, T, H, W)`, normalised by `mean` and `std`.
-            kept: where to append what each slot kept, if that is wanted.
+            kept: where to append what each slot did, if that is wanted.
 
         Returns:
             `(B, C)`, the mean of all tokens after the last block, normalised.
@@ -208,14 +230,19 @@ class ViT(Backbone):
         self.check_clip(clip)
         x = self.patch_embed(clip).flatten(2).transpose(1, 2).contiguous()
         x = x + self.pos_embed.to(self.patch_embed.weight.dtype)  # Fixed positions are no weight, and may be wider.
-        size, attention = self.grid, None
+        selection = self.slots.selection
+        size, tokens, attention = self.grid, Tokens(x), None
         for i, block in enumerate(self.blocks):
             if i in self.slots.at_block:
-                x = self.slots(i, x.unflatten(1, size), kept, attention).flatten(1, 3)
+                tokens = Tokens(self.slots(i, tokens.x.unflatten(1, size), kept, attention).flatten(1, 3))
                 size = self.block_sizes[i]
-            x, weights = self.run(block, x, self.slots.wants_attention(i + 1))
-            attention = None if weights is None else weights.unflatten(1, size)
-        return self.norm(x.mean(1))
+            tokens = self.slots.reduce(i, tokens, clip, kept)
+            bias, reducing = tokens.bias(selection.proportional_attention), self.slots.reducer(i)
+            tokens, weights, where = self.run(block, tokens.x, tokens, bias, reducing, self.slots.wants_attention(i + 1))
+            if kept is not None and reducing is not None:
+                kept.append(Reduction(reducing.reducer.name, where))
+            attention = None if weights is None or self.slots.reducers else weights.unflatten(1, size)
+        return self.norm(tokens.mean(selection.proportional_pooling))
 
 
 @register_backbone

@@ -17,16 +17,24 @@ from stts_lightning.selection.temporal import FrameSelector, TemporalSelector
 from stts_lightning.selection.topk import hard_topk, one_hot
 
 
-def _uniform_noise(selector: Selector, shape: tuple[int, int], grid: Tensor, noise: Noise) -> Tensor:
-    """Uniform noise `(B, n)`; in evaluation it follows from slot and clip alone, so that a choice can be measured again."""
-    if selector.training:
-        return noise.uniform(shape, grid.device)
-    tokens = grid.flatten(1)
+def content_noise(slot: str, training: bool, shape: tuple[int, int], tokens: Tensor, noise: Noise) -> Tensor:
+    """Uniform noise `(B, n)`; in evaluation it follows from slot and clip alone, so that a choice can be measured again.
+
+    Args:
+        slot: its name.
+        training: whether `noise` is drawn from.
+        shape: of the noise.
+        tokens: of the clips, `(B, ...)`.
+        noise: where random numbers come from in training.
+    """
+    if training:
+        return noise.uniform(shape, tokens.device)
+    numbers = tokens.flatten(1)
     # Some rounded values tell clips apart, whatever batch they stand in and to the last bits of whatever device.
-    some = (tokens[:, :: max(tokens.shape[1] // 256, 1)].float() * 8).round().long()
+    some = (numbers[:, :: max(numbers.shape[1] // 256, 1)].float() * 8).round().long()
     seeds = (some * torch.arange(1, some.shape[1] + 1, device=some.device).square()).sum(1)
-    salt = sum(ord(letter) * 257**i for i, letter in enumerate(selector.slot))
-    return Noise.of_content(seeds, salt).uniform(shape, grid.device)
+    salt = sum(ord(letter) * 257**i for i, letter in enumerate(slot))
+    return Noise.of_content(seeds, salt).uniform(shape, tokens.device)
 
 
 class HardFrames(FrameSelector):
@@ -47,7 +55,7 @@ class RandomFrames(HardFrames):
 
     def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Noise."""
-        return _uniform_noise(self, (grid.shape[0], grid.shape[1]), grid, noise)
+        return content_noise(self.slot, self.training, (grid.shape[0], grid.shape[1]), grid, noise)
 
 
 class UniformFrames(HardFrames):
@@ -145,7 +153,7 @@ class RandomWindow(HardWindows):
 
     def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Noise."""
-        drawn = _uniform_noise(self, (grid.shape[0], grid.shape[1] * len(self.corners)), grid, noise)
+        drawn = content_noise(self.slot, self.training, (grid.shape[0], grid.shape[1] * len(self.corners)), grid, noise)
         return drawn.view(*grid.shape[:2], len(self.corners))
 
 
@@ -270,7 +278,7 @@ class RandomTokens(TokenSelector):
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""
         batch, frames, height, width, _ = grid.shape
-        drawn = _uniform_noise(self, (batch, frames * height * width), grid, noise)
+        drawn = content_noise(self.slot, self.training, (batch, frames * height * width), grid, noise)
         return self.take(grid, drawn.view(batch * frames, height * width))
 
 

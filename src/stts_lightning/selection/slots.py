@@ -1,4 +1,8 @@
-"""The seam: `grid = self.slots(i, grid)` in a backbone's loop, before block i. An empty bank is the unpruned model."""
+"""The seam: `grid = self.slots(i, grid)` in a backbone's loop, before block i. An empty bank is the unpruned model.
+
+A backbone that needs no grid has a second one: `self.slots.reduce(i, tokens, ...)` before block i, and
+`self.slots.reducer(i)`, which the block calls between attention and MLP.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,16 +13,19 @@ from torch import Tensor, nn
 from stts_lightning.selection.baselines import find_selector
 from stts_lightning.selection.noise import Noise, mixed_seeds
 from stts_lightning.selection.oracle import Told
+from stts_lightning.selection.reducer import Given, Record, Reducer, ReducerContext, Reducing, Reduction, Tokens
+from stts_lightning.selection.reducers import find_reducer
 from stts_lightning.selection.scorer import Scorer
-from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext
+from stts_lightning.selection.selector import GridSize, Selector, SlotContext
 from stts_lightning.selection.spec import SelectionError, SelectionSpec
 from stts_lightning.selection.truth import follow, of_grid
 
 
 class SlotBank(nn.Module):
-    """All selectors of a model, by the block before which they act. Temporal comes before spatial at one place.
+    """All selectors of a model, by the block before which they act, and its reducers. Temporal comes before spatial.
 
-    A backbone calls `build_selectors` for each block while it builds itself and `forward` while it runs.
+    A backbone calls `build_selectors` for each block while it builds itself and `forward` while it runs; one that needs no grid
+    also `build_reducer`, `reduce` and `reducer`.
     """
 
     sigma: Tensor
@@ -27,6 +34,7 @@ class SlotBank(nn.Module):
         super().__init__()
         self.selection = selection
         self.selectors = nn.ModuleDict()
+        self.reducers = nn.ModuleDict()
         self.at_block: dict[int, list[str]] = {}
         # A tensor, so that a new value neither recompiles a graph nor waits for a device. Not part of a checkpoint:
         # the schedule knows it from the step.
@@ -51,19 +59,51 @@ class SlotBank(nn.Module):
         Raises:
             SelectionError: if a ratio or size cannot be honoured here.
         """
-        here = sorted((slot for slot in self.selection.slots if slot.block == block), key=lambda slot: "ts".index(slot.axis))
-        for slot in here:
+        grid_slots = [slot for slot in self.selection.slots if slot.block == block and slot.axis != "r"]
+        for slot in sorted(grid_slots, key=lambda slot: "ts".index(slot.axis)):
+            if self.reducers:
+                first = next(iter(self.reducers))
+                raise SelectionError(
+                    f"selection.slots.{slot.name}: needs a grid, of which the reducer {first} before it leaves none"
+                )
             selector = find_selector(slot, self.selection)(SlotContext(slot, size, dim, self.selection, no_attention))
             self.selectors[slot.name] = selector
             self.at_block.setdefault(block, []).append(slot.name)
             size = selector.out_size
         return size
 
+    def build_reducer(
+        self, block: int, tokens: int, grid: GridSize, dim: int, clip_size: GridSize, std: tuple[float, float, float]
+    ) -> int:
+        """Build the reducer of a block, if the selection has one; see `ReducerContext`. Returns the tokens that come out.
+
+        Raises:
+            SelectionError: if it cannot stand here.
+        """
+        slot = next((slot for slot in self.selection.slots if slot.axis == "r" and block in slot.blocks), None)
+        if slot is None:
+            return tokens
+        context = ReducerContext(f"r{block}", slot, block, tokens, grid, clip_size, std, dim, self.selection)
+        reducer = find_reducer(slot, self.selection)(context)
+        for name, other in self.reducers.items():
+            assert isinstance(other, Reducer)
+            if type(other) is not type(reducer) and (other.alone or reducer.alone):
+                raise SelectionError(f"selection.slots.{slot.name}: the reducers of {name} and r{block} cannot be combined")
+        self.reducers[reducer.name] = reducer
+        return reducer.out_tokens
+
     def check_all_built(self, blocks: int) -> None:
-        """Raise SelectionError if a slot names a block that the backbone does not have."""
+        """Raise SelectionError if a slot names a block that the backbone does not have, or a reducer that it has no place for."""
         for slot in self.selection.slots:
-            if slot.name not in self.selectors:
-                raise SelectionError(f"selection.slots.{slot.name}: no block {slot.block}; this backbone has 0 to {blocks - 1}")
+            if slot.blocks[-1] >= blocks:
+                raise SelectionError(
+                    f"selection.slots.{slot.name}: no block {slot.blocks[-1]}; this backbone has 0 to {blocks - 1}"
+                )
+            if slot.axis == "r" and f"r{slot.block}" not in self.reducers:
+                raise SelectionError(
+                    f"selection.slots.{slot.name}: a reducer leaves no grid, which the convolutions or windows of this backbone "
+                    "need; reducers are for plain ViTs (vit_s, vit_b, vit_l)"
+                )
 
     def start_scorers(self) -> None:
         """Let new scorers start as the selection says, once more: a backbone that initialises all its layers has reset them."""
@@ -98,7 +138,7 @@ class SlotBank(nn.Module):
         assert isinstance(selector, Selector)
         return selector
 
-    def forward(self, block: int, grid: Tensor, kept: list[Selection] | None = None, attention: Tensor | None = None) -> Tensor:
+    def forward(self, block: int, grid: Tensor, kept: list[Record] | None = None, attention: Tensor | None = None) -> Tensor:
         """Apply the slots before a block.
 
         Args:
@@ -124,6 +164,41 @@ class SlotBank(nn.Module):
                 kept.append(selection)
         return grid
 
+    def reduce(self, block: int, tokens: Tokens, clip: Tensor, kept: list[Record] | None = None) -> Tokens:
+        """Apply the reducer before a block, if there is one; see `forward`. Some read the clip, `(B, 3, T, H, W)`, normalised."""
+        reducing = self._reducing(block, "before")
+        if reducing is None:
+            return tokens
+        tokens, where = reducing(tokens, Given(clip=clip))
+        if kept is not None:
+            kept.append(Reduction(reducing.reducer.name, where))
+        return tokens
+
+    def reducer(self, block: int) -> Reducing | None:
+        """What a block is to call between attention and MLP; None for nothing."""
+        return self._reducing(block, "inside")
+
+    def _reducing(self, block: int, place: str) -> Reducing | None:
+        name = f"r{block}"
+        if name not in self.reducers:
+            return None
+        reducer = self.reducers[name]
+        assert isinstance(reducer, Reducer)
+        # Selectors' salts are twice the block, or one more.
+        return Reducing(reducer, self.sigma, Noise(self._seeds, 1000 + block)) if reducer.place == place else None
+
+    def loss(self) -> Tensor | None:
+        """What reducers add to the loss of a training step, after its forward pass, 0-d; None for nothing."""
+        losses = [
+            loss for reducer in self.reducers.values() if isinstance(reducer, Reducer) and (loss := reducer.loss()) is not None
+        ]
+        return torch.stack(losses).sum() if losses else None
+
+    @property
+    def empty(self) -> bool:
+        """Whether this is the unpruned model."""
+        return not self.selectors and not self.reducers
+
     def _tell(self, selector: Selector) -> None:
         if selector.slot == next(iter(self.selectors)):  # A new pass.
             truth, self._truth = self._truth, None
@@ -133,17 +208,33 @@ class SlotBank(nn.Module):
 
     @property
     def sizes(self) -> dict[str, GridSize]:
-        """Frames, height and width of the grid that reaches each slot, by name, in the order of the slots."""
-        return {name: self._selector(name).in_size for name in self.selectors}
+        """Frames, height and width of the grid that reaches each slot, by name, in the order of the slots.
+
+        A reducer has the grid that its tokens were before the first reducer.
+        """
+        grids = {name: self._selector(name).in_size for name in self.selectors}
+        return grids | {name: reducer.grid for name, reducer in self.reducers.items() if isinstance(reducer, Reducer)}
 
     @property
     def share(self) -> float:
         """Share of tokens that passes all slots: the product of what each keeps. 1 for the unpruned model."""
         selectors = [self._selector(name) for name in self.selectors]
-        return math.prod(math.prod(selector.out_size) / math.prod(selector.in_size) for selector in selectors)
+        share = math.prod(math.prod(selector.out_size) / math.prod(selector.in_size) for selector in selectors)
+        return share * math.prod(r.out_tokens / r.in_tokens for r in self.reducers.values() if isinstance(r, Reducer))
 
     def describe(self) -> dict[str, str]:
         """What each slot keeps, in integers, by name: {"t0": "5 of 8 frames", "s4": "13x13 of 14x14, 4 anchors"}."""
-        named = {slot.name: slot.selector or self.selection.selector for slot in self.selection.slots}
-        which = {name: "" if kind == "learned" else f" ({kind.rpartition('.')[2]})" for name, kind in named.items()}
-        return {name: f"{selector.extra_repr()}{which[name]}" for name, selector in self.selectors.items()}
+        named: dict[str, str] = {}
+        for slot in self.selection.slots:
+            modules, usual = (
+                (self.reducers, self.selection.reducer) if slot.axis == "r" else (self.selectors, self.selection.selector)
+            )
+            kind = slot.selector or usual
+            which = "" if kind == "learned" else f" ({kind.rpartition('.')[2]})"
+            ends = [f"{slot.axis}{block}" for block in (slot.blocks[0], slot.blocks[-1])]
+            first, last = (modules[end] for end in ends)
+            text = first.extra_repr()
+            if first is not last and isinstance(first, Reducer) and isinstance(last, Reducer):
+                text = f"{last.out_tokens} of {first.in_tokens} tokens after {len(slot.blocks)} blocks"
+            named[slot.name] = text + which
+        return named

@@ -1,4 +1,8 @@
-"""What to select and where: the paper's notation (T_R^L, S_R^L) as plain data, and what a ratio means as an integer."""
+"""What to select and where: the paper's notation (T_R^L, S_R^L) as plain data, and what a ratio means as an integer.
+
+Beside `t` and `s`, a slot `r` stands for a reducer (see `reducer`): `r3_0.7` keeps 0.7 of the tokens of block 3, and `r0-11_65`
+takes 65 tokens away in each of the blocks 0 to 11.
+"""
 
 import math
 import re
@@ -9,8 +13,8 @@ from typing import Any, Self
 
 from stts_lightning.errors import UserError
 
-_SLOT_NAME = re.compile(r"([ts])(\d+)")
-_NOTATION = re.compile(r"([ts]\d+)_(\d+(?:\.\d+)?)(?:_(?=[ts])|$)")
+_SLOT_NAME = re.compile(r"[ts]\d+|r\d+(-\d+)?")
+_NOTATION = re.compile(r"([ts]\d+|r\d+(?:-\d+)?)_(\d+(?:\.\d+)?)(?:_(?=[tsr])|$)")
 
 PAPER_SELECTIONS = (
     "none", "t0_0.4", "t0_0.5", "t0_0.6", "t0_0.7", "t0_0.8", "t0_0.9", "t4_0.3", "s0_0.5", "s0_0.6", "s4_0.3",
@@ -44,49 +48,84 @@ def side_kept(side: int, ratio: float) -> int:
     return round(side * math.sqrt(ratio))
 
 
+AMOUNTS = {"t": ("ratio", "keep"), "s": ("ratio", "side"), "r": ("ratio", "drop", "threshold")}
+"""Ways to say how much the slots of an axis keep."""
+
+
 @dataclass(frozen=True)
 class SlotSpec:
-    """One selector at one place.
+    """One selector or reducer at one place.
 
     Attributes:
-        name: `t` (temporal) or `s` (spatial) and the self-attention block, from 0, before which it acts: `t0`, `s4`.
-        ratio: share of the frames (t) or of the tokens of a frame (s) to keep, in (0, 1].
-        keep: number of frames to keep, instead of what the ratio says (temporal only).
-        side: side of the window to keep, in tokens, instead of what the ratio says (spatial only).
-        selector: which, by name (see `SELECTORS`) or by the dotted path of a class; None is the selection's.
+        name: `t` (temporal), `s` (spatial) or `r` (reducer) and the self-attention block, from 0, before or in which it acts:
+            `t0`, `s4`, `r3`; a reducer may act in a range of blocks, `r0-11`.
+        ratio: share of the frames (t), of the tokens of a frame (s) or of the tokens (r) to keep, in (0, 1].
+        keep: number of frames to keep, instead of what the ratio says (t only).
+        side: side of the window to keep, in tokens, instead of what the ratio says (s only).
+        drop: number of tokens to take away, instead of what the ratio says (r only).
+        threshold: keep tokens that changed by more (r only; the reducer `rlt`).
+        place: where in the block a reducer acts, "inside" it or "before" it; None is its usual place (r only).
+        selector: which, by name (see `SELECTORS`, `REDUCERS`) or by the dotted path of a class; None is the selection's.
     """
 
     name: str
     ratio: float | None = None
     keep: int | None = None
     side: int | None = None
+    drop: int | None = None
+    threshold: float | None = None
+    place: str | None = None
     selector: str | None = None
 
     def __post_init__(self) -> None:
-        if not _SLOT_NAME.fullmatch(self.name):
-            raise SelectionError(f"selection.slots.{self.name}: a slot is called t<block> or s<block>, as in t0 or s4")
-        if self.keep is not None and self.axis != "t":
-            raise SelectionError(f"selection.slots.{self.name}.keep={self.keep}: only a temporal slot keeps frames; use side")
-        if self.side is not None and self.axis != "s":
-            raise SelectionError(f"selection.slots.{self.name}.side={self.side}: only a spatial slot has a side; use keep")
-        if self.ratio is None and self.keep is None and self.side is None:
-            raise SelectionError(f"selection.slots.{self.name}: give ratio, or {'keep' if self.axis == 't' else 'side'}")
+        if not _SLOT_NAME.fullmatch(self.name) or not self.blocks:
+            raise SelectionError(
+                f"selection.slots.{self.name}: a slot is called t<block>, s<block>, r<block> or r<first>-<last>, as in t0"
+            )
+        allowed = AMOUNTS[self.axis]
+        given = {
+            key: value for key in ("ratio", "keep", "side", "drop", "threshold") if (value := getattr(self, key)) is not None
+        }
+        for key, value in given.items():
+            if key not in allowed:
+                raise SelectionError(f"selection.slots.{self.name}.{key}={value}: slots {self.axis} take {_either(allowed)}")
+        if not given:
+            raise SelectionError(f"selection.slots.{self.name}: give {_either(allowed)}")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise SelectionError(f"selection.slots.{self.name}.ratio={self.ratio}: must lie in (0, 1]")
+        if self.place is not None and (self.axis != "r" or self.place not in ("inside", "before")):
+            raise SelectionError(f"selection.slots.{self.name}.place={self.place}: inside or before, of slots r alone")
+        if self.drop is not None and self.drop < 0:
+            raise SelectionError(f"selection.slots.{self.name}.drop={self.drop}: must be 0 or more")
 
     @property
     def axis(self) -> str:
-        """`t` or `s`."""
+        """`t`, `s` or `r`."""
         return self.name[0]
 
     @property
+    def blocks(self) -> range:
+        """Numbers of the self-attention blocks before or in which the slot acts."""
+        first, _, last = self.name[1:].partition("-")
+        return range(int(first), int(last or first) + 1)
+
+    @property
     def block(self) -> int:
-        """Number of the self-attention block before which the slot acts."""
-        return int(self.name[1:])
+        """The first of them."""
+        return self.blocks[0]
+
+    @property
+    def given(self) -> str:
+        """How much it keeps, as in "ratio=0.7"."""
+        return next(f"{key}={value}" for key in AMOUNTS[self.axis][::-1] if (value := getattr(self, key)) is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """What was given, as plain values."""
-        return {key: value for key in ("ratio", "keep", "side", "selector") if (value := getattr(self, key)) is not None}
+        return {
+            field.name: value
+            for field in fields(self)
+            if field.name != "name" and (value := getattr(self, field.name)) is not None
+        }
 
     def _check(self, key: str, value: int, limit: int, what: str) -> int:
         if not 1 <= value <= limit:
@@ -98,6 +137,12 @@ class SlotSpec:
         """Frames kept of those available. Raises SelectionError where that is impossible."""
         value = self.keep if self.keep is not None else frames_kept(available, float(self.ratio or 0))
         return self._check("keep", value, available, "frames")
+
+    def tokens(self, available: int) -> int:
+        """Tokens that a reducer keeps of those available; all of them where a threshold decides."""
+        if self.drop is not None:
+            return available - self.drop
+        return available if self.ratio is None else round(available * self.ratio)
 
     def window(self, height: int, width: int) -> tuple[int, int]:
         """Height and width, in tokens, of the window kept of a frame. Raises SelectionError where that is impossible."""
@@ -130,6 +175,9 @@ class SelectionSpec:
             (`smooth`: scores are averaged over three frames).
         forward: what the network sees in training: `soft`, the weighted sum of Eq. 9, or `hard`, the best frames or windows
             as in evaluation, with the gradients of the weighted sum (straight-through).
+        reducer: of the slots `r` that name none (see `REDUCERS`).
+        proportional_attention: reducers that merge: a token that stands for n others receives as much attention as n would.
+        proportional_pooling: reducers that merge: in the mean of all tokens it counts n times.
         start: new scorers begin with `random` weights, as any layer, whose scores are stretched to [0, 1] and may avoid the
             action; or `even`: all scores are equal (the last layer is 0), and ranges below 1 are not stretched.
         sigma_of: sigma is given on `scores` in [0, 1], or as a multiple of their `spread`, the standard deviation of a row.
@@ -147,6 +195,9 @@ class SelectionSpec:
     forward: str = "soft"
     sigma_of: str = "scores"
     start: str = "random"
+    reducer: str = "tome"
+    proportional_attention: bool = True
+    proportional_pooling: bool = True
 
     def __post_init__(self) -> None:
         for key, allowed in CHOICES.items():
@@ -157,6 +208,7 @@ class SelectionSpec:
         if self.samples < 2:
             raise SelectionError(f"selection.samples={self.samples}: must be 2 or more")
         names = [slot.name for slot in self.slots]
+        names += [f"r{block}" for slot in self.slots if len(slot.blocks) > 1 for block in slot.blocks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise SelectionError(f"selection.slots: {', '.join(twice)} named twice; a place has one slot an axis")
 
@@ -199,17 +251,18 @@ class SelectionSpec:
         return ", ".join(f"{key}={value}" for key, values in CHOICES.items() if (value := getattr(self, key)) != values[0])
 
     def __str__(self) -> str:
-        parts = (f"{s.name}_{s.ratio if s.keep is None and s.side is None else s.keep or s.side}" for s in self.slots)
-        return "_".join(parts) or "none"
+        given = (slot.given.replace("threshold=", "=over").partition("=")[2] for slot in self.slots)
+        return "_".join(f"{slot.name}_{amount}" for slot, amount in zip(self.slots, given, strict=True)) or "none"
 
 
 def _slot(name: str, values: Mapping[str, Any] | float | int) -> SlotSpec:
     if isinstance(values, int | float):
-        return SlotSpec(name, ratio=float(values))
+        return _noted(name, float(values))
     values = dict(values)
     values["selector"] = values.pop("_target_", None) or values.pop("selector", None)
-    if unknown := sorted(set(values) - {"ratio", "keep", "side", "selector"}):
-        raise SelectionError(f"selection.slots.{name}.{unknown[0]}: unknown key; allowed are ratio, keep, side, selector")
+    allowed = [field.name for field in fields(SlotSpec) if field.name != "name"]
+    if unknown := sorted(set(values) - set(allowed)):
+        raise SelectionError(f"selection.slots.{name}.{unknown[0]}: unknown key; allowed are {', '.join(allowed)}")
     if values["selector"] and "." in values["selector"]:
         selector_class(values["selector"])  # Refused now, not when the model is built.
     return SlotSpec(name, **values)
@@ -234,4 +287,15 @@ def _parse(text: str) -> tuple[SlotSpec, ...]:
         return ()
     if not is_notation(text):
         raise SelectionError(f"selection={text!r}: expected none, or slots as in t0_0.6_s4_0.9 (axis, block, ratio)")
-    return tuple(SlotSpec(name, ratio=float(ratio)) for name, ratio in _NOTATION.findall(text))
+    return tuple(_noted(name, float(amount)) for name, amount in _NOTATION.findall(text))
+
+
+def _noted(name: str, amount: float) -> SlotSpec:
+    """A slot as the notation has it: for a reducer, whole numbers above 1 are tokens to take away."""
+    if name[0] == "r" and amount > 1 and amount.is_integer():
+        return SlotSpec(name, drop=int(amount))
+    return SlotSpec(name, ratio=amount)
+
+
+def _either(keys: tuple[str, ...]) -> str:
+    return f"{', '.join(keys[:-1])} or {keys[-1]}"

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from stts_lightning.selection.reducer import Record
 from stts_lightning.selection.selector import GridSize, Selection
 
 
@@ -57,8 +58,21 @@ def area(boxes: Tensor) -> Tensor:
     return ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])).nan_to_num(0.0)
 
 
-def found(truth: Tensor, kept: Sequence[Selection], sizes: Mapping[str, GridSize]) -> dict[str, Tensor]:
+def tokens_shown(boxes: Tensor, size: GridSize) -> Tensor:
+    """Share of each token that a box covers: boxes `(B, T, 4)` of a grid -> `(B, T H W)`."""
+    _, height, width = size
+    along: list[Tensor] = []
+    for low, high, side in ((1, 3, height), (0, 2, width)):
+        edge = torch.arange(side, device=boxes.device)
+        covered = (boxes[..., high, None] * side).minimum(edge + 1.0) - (boxes[..., low, None] * side).maximum(edge)
+        along.append(covered.clamp_min(0).nan_to_num(0.0))
+    return (along[0].unsqueeze(-1) * along[1].unsqueeze(-2)).flatten(1)
+
+
+def found(truth: Tensor, kept: Sequence[Record], sizes: Mapping[str, GridSize]) -> dict[str, Tensor]:
     """How much of the action that reached each slot it kept, for each clip: of its frames, or of its area in these.
+
+    Of a reducer: of the area of its tokens.
 
     Args:
         truth: `(B, T, 4)`, of the clip's frames.
@@ -70,9 +84,17 @@ def found(truth: Tensor, kept: Sequence[Selection], sizes: Mapping[str, GridSize
     """
     shares: dict[str, Tensor] = {}
     boxes: Tensor | None = None
+    left: Tensor | None = None
+    """Of each token that reached the first reducer, where it is now; -1 where it was dropped."""
     for selection in kept:
         size = sizes[selection.slot]
         boxes = of_grid(truth, size[0]) if boxes is None else boxes
+        if not isinstance(selection, Selection):
+            shown = tokens_shown(boxes, size)
+            reached = torch.ones_like(shown) if left is None else (left >= 0).float()
+            left = selection.after(left)
+            shares[selection.slot] = (shown * (left >= 0)).sum(1) / (shown * reached).sum(1)
+            continue
         after = follow(boxes, selection, size)
         if selection.windows is not None:
             # In shares of the window, an area counts for as much less as the window is smaller than the grid.

@@ -18,7 +18,7 @@ from stts_lightning.classifier import VideoClassifier
 from stts_lightning.data.dataset import Batch
 from stts_lightning.data.windows import WindowBatch
 from stts_lightning.errors import UserError
-from stts_lightning.selection.selector import Selection
+from stts_lightning.selection.reducer import Record
 from stts_lightning.training.augment import BatchAugment
 from stts_lightning.training.distillation import Teacher
 from stts_lightning.training.metrics import Accuracy, MeanClassAccuracy
@@ -140,6 +140,8 @@ class ClassificationModule(pl.LightningModule):
         loss = self._loss(logits, target)
         if self.teacher is not None:
             loss = loss + self.teacher.loss(clip, logits)
+        if (of_reducers := self.model.slots.loss()) is not None:
+            loss = loss + of_reducers
         self._batches.append((loss.detach(), batch.video))
         self._labelled = target is label  # A mixed clip is of no one class.
         top1 = (logits.argmax(-1) == label).float().mean() if self._labelled and is_logged(self.trainer) else None
@@ -259,7 +261,7 @@ class ClassificationModule(pl.LightningModule):
         """Logits of each view: `(B, V, 3, T, H, W)` -> `(B, V, num_classes)`, float32."""
         return self.run(clip.flatten(0, 1)).float().unflatten(0, clip.shape[:2])
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Selection]:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Record]:
         """Accuracies of the centre clip; what each slot kept of it, for callbacks."""
         self._tell_truth(batch, 1)
         logits, kept = self.run(batch.clip[:, 0], return_selection=True)
@@ -275,7 +277,7 @@ class ClassificationModule(pl.LightningModule):
         self._check_logits(logits, batch)
         return logits
 
-    def predict_step(self, batch: WindowBatch, batch_idx: int) -> tuple[Tensor | None, list[Selection]]:
+    def predict_step(self, batch: WindowBatch, batch_idx: int) -> tuple[Tensor | None, list[Record]]:
         """Logits `(B, crops, num_classes)` of the windows that decoded, and what was kept of each crop."""
         if batch.clip is None:
             return None, []

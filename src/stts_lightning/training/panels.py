@@ -16,6 +16,7 @@ from torch import Tensor
 from stts_lightning.analysis.kept import shown_boxes, trace
 from stts_lightning.analysis.overlay import contact_sheet
 from stts_lightning.data.datamodule import VideoDataModule
+from stts_lightning.selection.reducer import Record
 from stts_lightning.selection.selector import GridSize, Selection, Selector
 from stts_lightning.selection.truth import found
 from stts_lightning.training.module import ClassificationModule
@@ -61,7 +62,7 @@ class SelectionPanels(pl.Callback):
         self.examples: dict[int, list[int]] = {}
         self.entropies: dict[str, list[float]] = defaultdict(list)
         self.found: dict[str, list[float]] = defaultdict(list)
-        self.unread: list[tuple[str, HostCopy, HostCopy, HostCopy, HostCopy, HostCopy | None]] = []
+        self.unread: list[tuple[str, HostCopy, HostCopy, HostCopy, HostCopy | None, HostCopy | None]] = []
         """Of the latest batch, for each slot: videos, which are valid, choices, entropies, how much of the action was kept."""
 
     def on_validation_batch_end(
@@ -70,7 +71,7 @@ class SelectionPanels(pl.Callback):
         """Note what was chosen for each video."""
         if trainer.sanity_checking:
             return
-        kept: Mapping[str, Selection] = outputs or {}
+        kept: Mapping[str, Record] = outputs or {}
         while self.unread:
             self._note(*self.unread.pop())  # The batch before: its copies are on the host by now.
         videos, valid = HostCopy(batch.video), HostCopy(batch.valid)
@@ -78,14 +79,19 @@ class SelectionPanels(pl.Callback):
         if batch.truth is not None and kept:
             shares = found(batch.truth[:, 0], list(kept.values()), pl_module.model.slots.sizes)
         for name, record in kept.items():
-            entropy = score_entropy(record.scores).reshape(len(record.scores), -1).mean(1)
             share = HostCopy(shares[name]) if name in shares else None
-            self.unread.append((name, videos, valid, HostCopy(record.indices.flatten(1)), HostCopy(entropy), share))
+            if isinstance(record, Selection):
+                chosen = record.indices.flatten(1)
+                entropy = HostCopy(score_entropy(record.scores).reshape(len(record.scores), -1).mean(1))
+            else:
+                chosen, entropy = record.where, None
+            self.unread.append((name, videos, valid, HostCopy(chosen), entropy, share))
 
     def _note(
-        self, name: str, videos: HostCopy, valid: HostCopy, indices: HostCopy, entropy: HostCopy, share: HostCopy | None
+        self, name: str, videos: HostCopy, valid: HostCopy, indices: HostCopy, entropy: HostCopy | None, share: HostCopy | None
     ) -> None:
-        self.entropies[name] += entropy.read().tolist()
+        if entropy is not None:
+            self.entropies[name] += entropy.read().tolist()
         if share is not None:
             self.found[name] += [value for value in share.read().tolist() if value == value]  # NaN: no action there.
         rows = (copy.read().tolist() for copy in (videos, valid, indices))
@@ -99,15 +105,17 @@ class SelectionPanels(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log figures, draw, and warn."""
         assert isinstance(pl_module, ClassificationModule)
-        if trainer.sanity_checking or not pl_module.model.slots.at_block:
+        if trainer.sanity_checking or pl_module.model.slots.empty:
             return
         while self.unread:
             self._note(*self.unread.pop())
         self._gather(trainer)
         figures: dict[str, float] = {}
         for name, choices in self.choices.items():
-            selector = pl_module.model.slots.selectors[name]
-            figures[f"selection/{name}/entropy"] = float(np.mean(self.entropies[name]))
+            slots = pl_module.model.slots
+            selector = slots.selectors[name] if name in slots.selectors else slots.reducers[name]
+            if self.entropies[name]:
+                figures[f"selection/{name}/entropy"] = float(np.mean(self.entropies[name]))
             if self.found[name]:
                 figures[f"selection/{name}/found"] = float(np.mean(self.found[name]))
             figures[f"selection/{name}/choices"] = len(set(choices.values())) / len(choices)
@@ -174,7 +182,7 @@ class SelectionPanels(pl.Callback):
         model.slots.eval()
         figures = {"selection/gap": float((soft.softmax(-1) - hard.softmax(-1)).abs().sum(-1).mean() / 2)}
         for name, record in soft_kept.items():
-            if record.indicator is not None:
+            if isinstance(record, Selection) and record.indicator is not None:
                 figures[f"selection/{name}/softness"] = float(1 - record.indicator.float().amax(-1).mean())
         if trainer.is_global_zero:
             self._draw(trainer, model.slots.sizes, clips, items, hard, list(kept.values()), data.classes)
@@ -187,7 +195,7 @@ class SelectionPanels(pl.Callback):
         clips: Tensor,
         items: list[Any],
         logits: Tensor,
-        kept: list[Selection],
+        kept: list[Record],
         classes: Any,
     ) -> None:
         pictures = clips.permute(0, 2, 3, 4, 1).cpu().numpy()

@@ -24,7 +24,7 @@ from stts_lightning.files import write_json
 from stts_lightning.kernels import prepacked_weights
 from stts_lightning.progress import counting
 from stts_lightning.run_folders import EXIT_REQUEUE
-from stts_lightning.selection.selector import Selection
+from stts_lightning.selection.reducer import Record
 from stts_lightning.training.module import ClassificationModule
 from stts_lightning.training.partial import Asked, PartialResults, listening, read_records, write_records
 
@@ -142,7 +142,7 @@ class Predictor(pl.Callback):
             log.warning("asked to end: %s holds the videos that are done; the same command goes on", self.folder)
             raise SystemExit(EXIT_REQUEUE)
 
-    def _take(self, window: Window, chances: torch.Tensor, kept: list[Selection], sizes: dict[str, Any], row: int) -> None:
+    def _take(self, window: Window, chances: torch.Tensor, kept: list[Record], sizes: dict[str, Any], row: int) -> None:
         best = ranked(chances, self.classes, self.top)
         self.chances[window.video].append(chances)
         self.lines[window.video].append({"start": round(window.start, 3), "end": round(window.end, 3), "top": best})

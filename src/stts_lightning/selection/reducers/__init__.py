@@ -1,0 +1,33 @@
+"""Reducers by name: rivals of token selection on backbones that need no grid. Each file names its source."""
+
+from stts_lightning.selection.reducer import Reducer
+from stts_lightning.selection.reducers.dynamic_vit import DynamicViT
+from stts_lightning.selection.reducers.joint_topk import JointTopK
+from stts_lightning.selection.reducers.random_tokens import Random
+from stts_lightning.selection.reducers.received import EViT, Received
+from stts_lightning.selection.reducers.run_length import RunLength
+from stts_lightning.selection.reducers.tome import ToMe
+from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec, selector_class
+
+REDUCERS: dict[str, type[Reducer]] = {
+    "tome": ToMe,
+    "rlt": RunLength,
+    "random": Random,
+    "evit": EViT,
+    "received": Received,
+    "topk": JointTopK,
+    "dynamic_vit": DynamicViT,
+}
+
+
+def find_reducer(slot: SlotSpec, selection: SelectionSpec) -> type[Reducer]:
+    """The class of a slot's reducer. Raises SelectionError for an unknown name."""
+    name = slot.selector or selection.reducer
+    if "." in name:
+        chosen = selector_class(name)
+        if not (isinstance(chosen, type) and issubclass(chosen, Reducer)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SelectionError(f"selection.reducer={name!r}, at slot {slot.name}: not a subclass of Reducer")
+        return chosen
+    if name not in REDUCERS:
+        raise SelectionError(f"selection.reducer={name!r}, at slot {slot.name}: allowed are {', '.join(REDUCERS)}")
+    return REDUCERS[name]

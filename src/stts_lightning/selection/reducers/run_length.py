@@ -1,0 +1,83 @@
+"""Run-length tokens: RLT (Choudhury et al., "Don't Look Twice", NeurIPS 2024, Sec. 3). Needs no training.
+
+A token whose pixels hardly differ from those of the token before it in time is left out, before the first block. The published
+code strings clips together; here those of a batch are as long as the longest, and what fills up the others is not seen.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stts_lightning.selection.noise import Noise
+from stts_lightning.selection.reducer import Given, Reducer, ReducerContext, Tokens, where_kept
+from stts_lightning.selection.spec import SelectionError
+from stts_lightning.selection.topk import hard_topk
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""The threshold is on pixels that were divided by it."""
+
+
+class RunLength(Reducer):
+    """Keeps the tokens that changed by more than a threshold; or, given a ratio, the number of tokens that changed most.
+
+    The change of a token is the mean, over its pixels and channels, of |its last frame - the first frame of the token before|.
+    Tokens of the first frames are all kept. The paper's way is a threshold (0.1); a ratio is a variant with a budget.
+    """
+
+    places = ("before",)
+    needs = frozenset({"clip"})
+
+    def __init__(self, context: ReducerContext) -> None:
+        threshold = context.slot.threshold
+        if context.block or context.tokens != _product(context.grid) or context.grid[0] * 2 != context.clip_size[0]:
+            raise SelectionError(
+                f"selection.slots.{context.slot.name}: the reducer rlt compares the pixels of all tokens of a clip; it stands "
+                "before block 0 (r0), with no slot before it"
+            )
+        super().__init__(context)
+        self.threshold = threshold
+        self.alone = self.threshold is not None
+        self.patch = context.clip_size[1] // context.grid[1]
+        scale = torch.tensor([own / imagenet for own, imagenet in zip(context.std, IMAGENET_STD, strict=True)])
+        self.register_buffer("scale", scale.view(1, 3, 1, 1, 1), persistent=False)
+        self.scale: Tensor
+        if self.out_tokens < self.grid[1] * self.grid[2] and threshold is None:
+            raise SelectionError(
+                f"selection.slots.{context.slot.name}.{context.slot.given}: would keep {self.out_tokens} tokens; the reducer rlt "
+                f"keeps all {self.grid[1] * self.grid[2]} of the first frame"
+            )
+
+    def count(self, context: ReducerContext) -> int:
+        """See `Reducer.count`; all, where a threshold decides."""
+        return context.tokens if context.slot.threshold is not None else super().count(context)
+
+    def change(self, clip: Tensor) -> Tensor:
+        """How much each token changed, infinite in the first frame: clip `(B, 3, T, H, W)` -> `(B, N)`, in the order t, h, w."""
+        scaled = clip.float() * self.scale
+        difference = (scaled[:, :, 3::2] - scaled[:, :, :-2:2]).abs().mean(1)  # (B, T / 2 - 1, H, W)
+        means = F.avg_pool2d(difference, self.patch)
+        return torch.cat((means.new_full((len(means), 1, *means.shape[2:]), torch.inf), means), 1).flatten(1)
+
+    def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
+        """Tokens `(B, N, C)` -> `(B, N', C)`, in input order; see `Reducer.forward`."""
+        assert given.clip is not None
+        change = self.change(given.clip.detach())
+        if self.threshold is None:
+            indices = hard_topk(change, self.out_tokens)
+            return tokens.take(indices), where_kept(indices, self.in_tokens)
+        keep = change > self.threshold
+        lengths = keep.sum(1)
+        longest = int(lengths.max())
+        # Kept tokens first, each in input order; the rest of a row is filling.
+        indices = keep.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+        real = torch.arange(longest, device=keep.device) < lengths.unsqueeze(1)
+        where = torch.where(keep, keep.cumsum(1) - 1, -1)
+        return tokens.take(indices)._replace(real=real), where
+
+    def extra_repr(self) -> str:
+        """What is kept."""
+        return super().extra_repr() if self.threshold is None else f"tokens that changed by more than {self.threshold:g}"
+
+
+def _product(grid: tuple[int, int, int]) -> int:
+    return grid[0] * grid[1] * grid[2]
