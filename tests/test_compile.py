@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stts_lightning import create_model
+from stts_lightning.selection.reducers import REDUCERS
 
 SMALL = {
     "video_swin_b": {"frames": 16, "size": 64, "dim": 16, "depths": (2, 2, 1), "heads": (1, 1, 2)},
@@ -24,6 +25,8 @@ SELECTIONS: dict[str, Any] = {
 CASES = [(name, kind) for name in ("mvit_tiny", "video_swin_b") for kind in SELECTIONS]
 CASES += [(name, kind) for name in ("mvit_v2_tiny", "vit_tiny") for kind in ("none", "learned")]
 CASES += [("vit_tiny", "attention"), ("vit_tiny", "tokens")]
+CASES += [("vit_tiny", f"reducer-{kind}") for kind in REDUCERS]
+SELECTIONS |= {f"reducer-{kind}": {"slots": {"r0": 0.7}, "reducer": kind} for kind in REDUCERS}
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])

@@ -10,6 +10,7 @@ import torch
 from stts_lightning import VideoClassifier, create_model
 from stts_lightning.analysis.exporting import _reason, export
 from stts_lightning.backbones import list_backbones
+from stts_lightning.selection.reducers import REDUCERS
 
 # Two stages, a shifted block and a padded grid.
 SWIN: dict[str, Any] = {"frames": 8, "size": (40, 48), "dim": 8, "depths": (1, 2), "heads": (1, 2), "window": (4, 4, 4)}
@@ -116,6 +117,14 @@ def test_random_selection_is_exported_too(name: str, tmp_path: Path) -> None:
     model = built("mvit_b16", {"slots": {"t0": 0.5, "s1": 0.5}, "selector": "random"})
     (file,) = export(model, [name], tmp_path / "model")
     assert file["difference"] < 1e-5
+
+
+@pytest.mark.parametrize("kind", sorted(REDUCERS))
+def test_reducers_are_exported(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model = create_model("vit_tiny", {"slots": {"r0": 0.7}, "reducer": kind}, 3).eval()
+    for file in export(model, ["torch", "onnx"], tmp_path / "model"):
+        assert file["difference"] < 1e-5
 
 
 def test_an_error_tells_the_first_cause_in_one_line() -> None:

@@ -103,6 +103,32 @@ class RelativeAttention(nn.Module):
         _, *keys = pooled(full, kv_stride)
         rows = [2 * full[0] - 1, *(2 * max(q, k) - 1 for q, k in zip(queries, keys, strict=True))]
         self.rel_pos_t, self.rel_pos_h, self.rel_pos_w = (nn.Parameter(torch.zeros(n, out_dim // heads)) for n in rows)
+        # Within a window displacements are always the same, and in time where no frames were dropped.
+        at = torch.arange(size[0], device="cpu")
+        index = (at[:, None] - at + full[0] - 1).to(self.rel_pos_t.device)
+        self.register_buffer("index_t", index, persistent=False)
+        self.index_t: Tensor
+        for axis, name in enumerate("hw"):
+            index = self._displacements(axis)
+            picked = rows_at(torch.eye(rows[axis + 1], device="cpu"), index.flatten().expand(rows[axis + 1], -1)).T
+            self.register_buffer(f"index_{name}", index.to(self.rel_pos_h.device), persistent=False)
+            self.register_buffer(f"rows_{name}", picked.contiguous().to(self.rel_pos_h.device), persistent=False)
+        self.index_h: Tensor
+        """Row of the table for each query and key, `(h, k)`; may lie between two."""
+        self.index_w: Tensor
+        self.rows_h: Tensor
+        """Shares of the table's rows in that, `(h * k, rows)`."""
+        self.rows_w: Tensor
+
+    def _displacements(self, axis: int) -> Tensor:
+        """Row of the table for each query and key along rows (0) or columns (1), `(h or w, k)` float."""
+        s_q, s_k = self.q_stride[axis + 1], self.kv_stride[axis + 1]
+        queries, keys = (pooled(self.size, stride)[axis + 1] for stride in (self.q_stride, self.kv_stride))
+        full_q, full_k = (pooled(self.full, stride)[axis + 1] for stride in (self.q_stride, self.kv_stride))
+        # Row of displacement 0: a key stands where its pooling is centred.
+        zero = (full_k - 1) * max(full_q / full_k, 1)
+        at_q, at_k = (torch.arange(n, device="cpu") * s for n, s in ((queries, s_q), (keys, s_k)))
+        return (at_q[:, None] - at_k) / min(s_q, s_k) + zero
 
     def forward(self, x: Tensor, places: Places, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """Attend.
@@ -137,27 +163,19 @@ class RelativeAttention(nn.Module):
     def _over_time(self, grid: Tensor, places: Places) -> Tensor:
         """By displacement in time, `(B, D, T, h, w, T)`."""
         if places.frames is None:
-            at = torch.arange(self.size[0], device=grid.device)
-            table = self.rel_pos_t[at[:, None] - at + self.full[0] - 1]  # (T, T, C / D)
+            table = self.rel_pos_t[self.index_t]  # (T, T, C / D)
             return torch.einsum("bdthwc,tkc->bdthwk", grid, table.to(grid.dtype))
         table = self.rel_pos_t[places.frames[:, :, None] - places.frames[:, None] + self.full[0] - 1]
         return torch.einsum("bdthwc,btkc->bdthwk", grid, table.to(grid.dtype))
 
     def _over_space(self, grid: Tensor, places: Places, axis: int) -> Tensor:
         """By displacement along rows (0) or columns (1), `(B, D, T, h, w, 1, k)`, or one for each frame of the keys."""
-        table = (self.rel_pos_h, self.rel_pos_w)[axis]
-        s_q, s_k = self.q_stride[axis + 1], self.kv_stride[axis + 1]
-        finer = min(s_q, s_k)
-        queries, keys = (pooled(self.size, stride)[axis + 1] for stride in (self.q_stride, self.kv_stride))
-        full_q, full_k = (pooled(self.full, stride)[axis + 1] for stride in (self.q_stride, self.kv_stride))
-        # Row of displacement 0: a key stands where its pooling is centred.
-        zero = (full_k - 1) * max(full_q / full_k, 1)
-        at_q, at_k = (torch.arange(n, device=grid.device) * s for n, s in ((queries, s_q), (keys, s_k)))
-        index = (at_q[:, None] - at_k) / finer + zero  # (h or w, k)
+        table, index = (self.rel_pos_h, self.rel_pos_w)[axis], (self.index_h, self.index_w)[axis]
         if places.corners is None or self.displacements == "window":
-            along = rows_at(table.T, index.flatten().expand(table.shape[1], -1)).T.unflatten(0, index.shape)
+            along = ((self.rows_h, self.rows_w)[axis].to(table.dtype) @ table).unflatten(0, index.shape)
             equation = ("bdthwc,hkc->bdthwk", "bdthwc,wkc->bdthwk")[axis]
             return torch.einsum(equation, grid, along.to(grid.dtype)).unsqueeze(-2)
+        finer = min(self.q_stride[axis + 1], self.kv_stride[axis + 1])
         corner = places.corners[..., axis]
         between = (corner[:, :, None] - corner[:, None]) / finer  # (B, T of the query, T of the key)
         index = between[:, :, None, :, None] + index[:, None]  # (B, T, h or w, T, k)

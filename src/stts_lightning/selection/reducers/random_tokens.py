@@ -15,6 +15,6 @@ class Random(Reducer):
 
     def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
         """Tokens `(B, N, C)` -> `(B, N', C)`; see `Reducer.forward`."""
-        uniform = content_noise(self.name, self.training, (len(tokens.x), self.in_tokens), tokens.x.detach(), noise)
+        uniform = content_noise(self.name, self.training, (tokens.x.shape[0], self.in_tokens), tokens.x.detach(), noise)
         indices = hard_topk(uniform, self.out_tokens)
         return tokens.take(indices), where_kept(indices, self.in_tokens)

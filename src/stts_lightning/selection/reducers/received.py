@@ -47,7 +47,7 @@ class EViT(Received):
     def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
         """Tokens `(B, N, C)` -> `(B, N', C)`, the fused token last; see `Reducer.forward`."""
         if self.out_tokens == self.in_tokens:
-            return tokens, torch.arange(self.in_tokens, device=tokens.x.device).expand(len(tokens.x), -1)
+            return tokens, torch.arange(self.in_tokens, device=tokens.x.device).expand(tokens.x.shape[0], -1)
         assert given.received is not None
         kept, indices, others = self.ranked(tokens, given, self.out_tokens - 1)
         weights = given.received.gather(1, others).to(tokens.x.dtype)

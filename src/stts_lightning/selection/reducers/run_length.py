@@ -56,7 +56,7 @@ class RunLength(Reducer):
         scaled = clip.float() * self.scale
         difference = (scaled[:, :, 3::2] - scaled[:, :, :-2:2]).abs().mean(1)  # (B, T / 2 - 1, H, W)
         means = F.avg_pool2d(difference, self.patch)
-        return torch.cat((means.new_full((len(means), 1, *means.shape[2:]), torch.inf), means), 1).flatten(1)
+        return torch.cat((means.new_full((means.shape[0], 1, *means.shape[2:]), torch.inf), means), 1).flatten(1)
 
     def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
         """Tokens `(B, N, C)` -> `(B, N', C)`, in input order; see `Reducer.forward`."""

@@ -42,9 +42,9 @@ class ToMe(Reducer):
             where[:, 1::2] = torch.arange(left - merged, self.out_tokens, device=x.device)
         ones = torch.ones(x.shape[:2], device=x.device)
         sizes = ones if tokens.sizes is None else tokens.sizes
-        out = sizes.new_zeros(len(x), self.out_tokens).scatter_add(1, where, sizes)
+        out = sizes.new_zeros(x.shape[0], self.out_tokens).scatter_add(1, where, sizes)
         shares = sizes / out.gather(1, where)  # of each token in the one that it becomes a part of
         weighted = x * shares.unsqueeze(-1).to(x.dtype)
-        mixed = x.new_zeros(len(x), self.out_tokens, x.shape[-1])
+        mixed = x.new_zeros(x.shape[0], self.out_tokens, x.shape[-1])
         mixed = mixed.scatter_add(1, where.unsqueeze(-1).expand_as(x), weighted)
         return Tokens(mixed, out), where
