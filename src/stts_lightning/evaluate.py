@@ -23,7 +23,8 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     from stts_lightning import assembly, console, run_config
     from stts_lightning.analysis.evaluation import check_question, score
-    from stts_lightning.analysis.speed import clips_per_second
+    from stts_lightning.analysis.flops import test_cost
+    from stts_lightning.analysis.running import running_costs
     from stts_lightning.files import fingerprint
     from stts_lightning.training.callbacks import FailureLog
     from stts_lightning.training.summary import facts, rows, show
@@ -52,8 +53,9 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if predictions is None:  # Not the first process.
         raise SystemExit(0)
     failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]
-    measured = clips_per_second(model, trainer.strategy.root_device)
-    return {**score(predictions, cfg.views, cfg.missing), **info, **measured, "undecodable_files": failures}
+    cost = test_cost(model, data.test_views)  # Before it runs on other clips.
+    measured = running_costs(model, trainer.strategy.root_device)
+    return {**score(predictions, cfg.views, cfg.missing), **info, **cost, **measured, "undecodable_files": failures}
 
 
 def warn_of_another_list(run: Path, data: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from stts_lightning.classifier import VideoClassifier
+from stts_lightning.classifier import VideoClassifier, create_model
 
 PARTS = ("stem", "attention", "pooling", "MLP", "norms", "merging", "selectors", "head")
 
@@ -116,6 +116,24 @@ def count(model: VideoClassifier) -> Cost:
     # torch counts two for a multiply-add.
     gflops = {part: operations / 2e9 for part, operations in parts.items() if operations}
     return Cost(sum(parts.values()) / 2e9, gflops, dict(uncounted.calls.most_common()))
+
+
+def test_cost(model: VideoClassifier, views: int) -> dict[str, float]:
+    """Cost of what a test has kept, where that depends on its clips, under the names of `result.json`; else empty.
+
+    It is that of a clip with the mean number of tokens.
+    """
+    seen = model.slots.as_seen()
+    if seen is None:
+        return {}
+    with torch.device("meta"):
+        alike = create_model(**{**model.recipe, "selection": seen})
+    gflops = count_gflops(alike)
+    return {
+        "gflops_per_view": round(gflops, 4),
+        "gflops": round(gflops * views, 4),
+        "tokens_kept": round(alike.slots.share, 6),
+    }
 
 
 def count_gflops(model: VideoClassifier) -> float:

@@ -20,9 +20,17 @@ from stts_lightning.analysis.runs import Run
 PICTURES = 80
 """Pictures on a page at most; each takes some 100 kB."""
 
+RUNNING = {
+    "ms of a clip": "latency_ms",
+    "clips/s, 8 at a time": "clips_per_second_of_8",
+    "peak MB of 8": "peak_megabytes",
+    "launches": "launches",
+}
+"""Columns of what `evaluate` measures beside the usual speed."""
+
 FIXED = (
     "name", "GFLOPs a view", "top-1, %", "deviation", "seeds", "tokens kept, %", "clips/s", "top-5, %", "views", "sigma", "keeps",
-    "operator", "backbone", "selection", "measured on", "Pareto",
+    "operator", "backbone", "selection", "measured on", "Pareto", *RUNNING,
 )  # fmt: skip
 """Columns of every table; those of settings come beside them where settings vary."""
 
@@ -99,6 +107,7 @@ def rows(points: Sequence[Point], names: Sequence[str]) -> list[Row]:
             "seeds": float(point.seeds),
             "tokens kept, %": None if kept is None else round(100 * kept, 1),
             "clips/s": None if speed is None else round(speed, 2),
+            **{name: None if (mean := point.mean(key)) is None else round(mean, 2) for name, key in RUNNING.items()},
             "top-5, %": None if top5 is None else round(100 * top5, 2),
         }
         words: Row = {
@@ -112,7 +121,7 @@ def rows(points: Sequence[Point], names: Sequence[str]) -> list[Row]:
             "Pareto": "*" if number in front else "",
         }
         table.append({**figures, **settings[number], **words})
-    told = _told(table, list(settings[0]))
+    told = _told(table, list(settings[0])) | {name for name in RUNNING if all(row[name] is None for row in table)}
     return [{key: value for key, value in row.items() if key not in told} for row in table]
 
 
@@ -202,10 +211,11 @@ def _section(dataset: str, group: Sequence[Point], base: str, left: int) -> tupl
     if lines := sigma_curves(group):
         figures["sigma"] = charts.curves(lines, "sigma at the first step", f"{dataset}: over sigma")
     for slot, lines in ratio_curves(group).items():
-        kept = "frames" if slot[0] == "t" else "tokens of each frame"
-        figures[f"ratio_{slot}"] = charts.curves(
-            lines, f"share of {kept} kept before block {slot[1:]}", f"{dataset}: over {slot}"
-        )
+        kept = {"t": "frames kept before", "s": "tokens of each frame kept before", "r": "tokens kept in"}[slot[0]]
+        amount = f"share of {kept} block {slot[1:]}"
+        if any(place > 1 for line in lines.values() for place, _ in line):
+            amount = f"tokens taken away in block {slot[1:]}"
+        figures[f"ratio_{slot}"] = charts.curves(lines, amount, f"{dataset}: over {slot}")
     cards: list[dict[str, Any]] = []
     for point, name, anchor in zip(group, names, anchors, strict=True):
         config = next((run.folder / "config.yaml" for run in point.runs if (run.folder / "config.yaml").is_file()), None)

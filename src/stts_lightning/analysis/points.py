@@ -201,7 +201,7 @@ def ratio_curves(points: Sequence[Point]) -> dict[str, dict[str, Curve]]:
     """For each slot, points that differ in its ratio alone, by what they share; those with two values and more."""
     curves: dict[str, dict[str, Curve]] = {}
     for slot in sorted({slot for point in points for slot in point.ratios}):
-        ratio, name = rf"selection\.slots\.{slot}\.ratio", partial(_without, slot)
+        ratio, name = rf"selection\.slots\.{slot}\.(ratio|drop)", partial(_without, slot)
         groups: dict[tuple[str, ...], Curve] = defaultdict(list)
         for point in points:
             if slot in point.ratios:

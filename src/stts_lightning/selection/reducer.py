@@ -178,6 +178,13 @@ class Reducer(nn.Module, ABC):
         """What is added to the loss of a training step, of the last forward pass, 0-d; None for nothing."""
         return None
 
+    def mean_tokens(self) -> float | None:
+        """Mean number of tokens that came out in evaluation, where it depends on the clip; else None."""
+        return None
+
+    def forget_seen(self) -> None:
+        """Begin that mean anew."""
+
     def extra_repr(self) -> str:
         """What is kept, in integers."""
         return f"{self.out_tokens} of {self.in_tokens} tokens"

@@ -5,7 +5,8 @@ A backbone that needs no grid has a second one: `self.slots.reduce(i, tokens, ..
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +86,7 @@ class SlotBank(nn.Module):
             return tokens
         context = ReducerContext(f"r{block}", slot, block, tokens, grid, clip_size, std, dim, self.selection)
         reducer = find_reducer(slot, self.selection)(context)
-        for name, other in self.reducers.items():
-            assert isinstance(other, Reducer)
+        for name, other in self._reducers():
             if type(other) is not type(reducer) and (other.alone or reducer.alone):
                 raise SelectionError(f"selection.slots.{slot.name}: the reducers of {name} and r{block} cannot be combined")
         self.reducers[reducer.name] = reducer
@@ -189,9 +189,7 @@ class SlotBank(nn.Module):
 
     def loss(self) -> Tensor | None:
         """What reducers add to the loss of a training step, after its forward pass, 0-d; None for nothing."""
-        losses = [
-            loss for reducer in self.reducers.values() if isinstance(reducer, Reducer) and (loss := reducer.loss()) is not None
-        ]
+        losses = [loss for _, reducer in self._reducers() if (loss := reducer.loss()) is not None]
         return torch.stack(losses).sum() if losses else None
 
     @property
@@ -213,14 +211,34 @@ class SlotBank(nn.Module):
         A reducer has the grid that its tokens were before the first reducer.
         """
         grids = {name: self._selector(name).in_size for name in self.selectors}
-        return grids | {name: reducer.grid for name, reducer in self.reducers.items() if isinstance(reducer, Reducer)}
+        return grids | {name: reducer.grid for name, reducer in self._reducers()}
 
     @property
     def share(self) -> float:
         """Share of tokens that passes all slots: the product of what each keeps. 1 for the unpruned model."""
         selectors = [self._selector(name) for name in self.selectors]
         share = math.prod(math.prod(selector.out_size) / math.prod(selector.in_size) for selector in selectors)
-        return share * math.prod(r.out_tokens / r.in_tokens for r in self.reducers.values() if isinstance(r, Reducer))
+        return share * math.prod(reducer.out_tokens / reducer.in_tokens for _, reducer in self._reducers())
+
+    def forget_seen(self) -> None:
+        """Begin anew to count what thresholds keep."""
+        for _, reducer in self._reducers():
+            reducer.forget_seen()
+
+    def as_seen(self) -> SelectionSpec | None:
+        """The selection with a ratio in place of each threshold: what was kept on average in evaluation. None without any."""
+        means = {name: mean / reducer.in_tokens for name, reducer in self._reducers() if (mean := reducer.mean_tokens())}
+        if not means:
+            return None
+        slots = (
+            replace(slot, threshold=None, ratio=means[slot.name]) if slot.name in means else slot for slot in self.selection.slots
+        )
+        return replace(self.selection, slots=tuple(slots))
+
+    def _reducers(self) -> Iterator[tuple[str, Reducer]]:
+        for name, reducer in self.reducers.items():
+            assert isinstance(reducer, Reducer)
+            yield name, reducer
 
     def describe(self) -> dict[str, str]:
         """What each slot keeps, in integers, by name: {"t0": "5 of 8 frames", "s4": "13x13 of 14x14, 4 anchors"}."""

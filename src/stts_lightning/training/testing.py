@@ -103,6 +103,7 @@ def run_test(
     data.tested_before = done
     if done and trainer.is_global_zero:
         log.info("%d of %d videos were tested before; the test goes on", len(done), len(data.tested))
+    module.model.slots.forget_seen()
     with listening() as ending:
         collect = _Collect(partial, ending)
         trainer.callbacks.append(collect)  # type: ignore[attr-defined]

@@ -41,6 +41,9 @@ class RunLength(Reducer):
         scale = torch.tensor([own / imagenet for own, imagenet in zip(context.std, IMAGENET_STD, strict=True)])
         self.register_buffer("scale", scale.view(1, 3, 1, 1, 1), persistent=False)
         self.scale: Tensor
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.float64), persistent=False)
+        self.seen: Tensor
+        """With a threshold: how many tokens were kept in evaluation, and of how many clips."""
         if self.out_tokens < self.grid[1] * self.grid[2] and threshold is None:
             raise SelectionError(
                 f"selection.slots.{context.slot.name}.{context.slot.given}: would keep {self.out_tokens} tokens; the reducer rlt "
@@ -67,12 +70,24 @@ class RunLength(Reducer):
             return tokens.take(indices), where_kept(indices, self.in_tokens)
         keep = change > self.threshold
         lengths = keep.sum(1)
-        longest = int(lengths.max())
+        # torch's meta device knows shapes alone: as if all were kept.
+        longest = self.in_tokens if lengths.is_meta else int(lengths.max())
+        if not self.training and not lengths.is_meta:
+            self.seen += torch.stack((lengths.sum(), lengths.new_tensor(len(lengths))))
         # Kept tokens first, each in input order; the rest of a row is filling.
         indices = keep.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
         real = torch.arange(longest, device=keep.device) < lengths.unsqueeze(1)
         where = torch.where(keep, keep.cumsum(1) - 1, -1)
         return tokens.take(indices)._replace(real=real), where
+
+    def mean_tokens(self) -> float | None:
+        """See `Reducer.mean_tokens`."""
+        kept, clips = float(self.seen[0]), float(self.seen[1])
+        return kept / clips if clips else None
+
+    def forget_seen(self) -> None:
+        """See `Reducer.forget_seen`."""
+        self.seen.zero_()
 
     def extra_repr(self) -> str:
         """What is kept."""
