@@ -1,7 +1,9 @@
 """Does learned selection pay? Every way of choosing on the same data, with equal budgets, several seeds and the truth beside it.
 
     python scripts/study.py runs/study                            # the demo's three settings
-    python scripts/study.py runs/study --data NAME=FOLDER         # also a data set made by prepare_data task=embed
+    python scripts/study.py runs/study --data NAME=FOLDER --start FILE
+                                                                  # also a data set made by prepare_data task=embed, whose
+                                                                  # unpruned models begin with the weights of a file
     python scripts/study.py runs/study --small                    # two seeds and what matters: an hour
 
 Each seed trains one unpruned model a data set; every method starts from it and is tuned for the same number of steps. A run is a
@@ -137,8 +139,8 @@ DEMOS = {
 """Budgets of each setting, and that of attention."""
 
 
-def data_sets(own: Sequence[str]) -> dict[str, DataSet]:
-    """The data sets at hand: the demo's settings, and folders given as NAME=FOLDER."""
+def data_sets(own: Sequence[str], start: Path | None = None) -> dict[str, DataSet]:
+    """The demo's settings, and folders given as NAME=FOLDER; `start` is what the unpruned models of these begin with."""
     plain = ("recipe=scratch", "trainer.max_epochs=4")
     found = {
         f"demo_{setting}": DataSet(
@@ -156,7 +158,8 @@ def data_sets(own: Sequence[str]) -> dict[str, DataSet]:
             "clip.short_side=crop", "clip.train_transform.scale=[0.8,1.0]", "clip.train_transform.ratio=[0.9,1.1]",
         )  # fmt: skip
         budgets = ("t0_0.5", "s0_0.5", "t0_0.5_s0_0.5")
-        found[name] = DataSet(data, ("recipe=scratch", "trainer.max_epochs=12"), budgets, epochs=6)
+        begin = (f"pretrained={start.resolve()}",) if start else ()
+        found[name] = DataSet(data, ("recipe=scratch", "trainer.max_epochs=16", *begin), budgets, epochs=6)
     return found
 
 
@@ -359,6 +362,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder of the runs")
     parser.add_argument("--data", action="append", default=[], metavar="NAME=FOLDER", help="a folder with train.csv and val.csv")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="checkpoint that unpruned models of --data begin with")
     parser.add_argument("--only", nargs="*", help="these data sets alone")
     parser.add_argument("--small", action="store_true", help="two seeds, the smallest budgets and the methods that matter")
     parser.add_argument("--seeds", type=int, help="5, or 2 with --small")
@@ -368,7 +372,7 @@ def main() -> None:
     options = parser.parse_args()
     PROCESSES.set_forkserver_preload(["stts_lightning.train", "stts_lightning.assembly"])
     root, seeds = options.root.resolve(), range(options.seeds or (2 if options.small else 5))
-    found = data_sets(options.data)
+    found = data_sets(options.data, options.start)
     if not options.tables:
         picked = {name: data for name, data in found.items() if not options.only or name in options.only}
         # A seed is finished on all data sets before the next begins: what is cut off has fewer seeds, not fewer rows.

@@ -1,13 +1,18 @@
 """What is built from a configuration and a data set together."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
-from stts_lightning import create_model
+from stts_lightning import create_model, load_model
 from stts_lightning.assembly import class_weights
+from stts_lightning.backbones import BackboneError
 from stts_lightning.errors import UserError
 from stts_lightning.run_config import ConfigError
 from stts_lightning.training.optim import OptimSpec, PartSpec, build_optimizer
+from stts_lightning.trusted import TrustError, check_stored
 
 
 def test_balanced_class_weights_are_the_inverse_of_the_counts() -> None:
@@ -59,3 +64,31 @@ def test_other_groups_than_the_checkpoints_are_refused() -> None:
     other, _ = optimizer(0.01, head=PartSpec(decay_all=True))
     with pytest.raises(UserError, match="cannot change within a run"):
         other.load_state_dict(first.state_dict())
+
+
+def test_a_backbone_by_its_dotted_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_net.py").write_text(
+        "from stts_lightning.backbones.vit import ViT\n"
+        "def small(**kwargs):\n"
+        "    return ViT(size=32, patch=8, dim=32, depth=2, heads=2, **kwargs)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = create_model("their_net.small", "t0_0.5", 3).eval()
+    assert model(torch.zeros(1, 3, 16, 32, 32)).shape == (1, 3)
+    file = tmp_path / "model.ckpt"
+    torch.save({"state_dict": model.state_dict(), "model": dict(model.recipe)}, file)
+    with pytest.raises(TrustError, match=r"backbone=their_net.small"):
+        load_model(file)
+    again = load_model(file, trust=True).eval()
+    clip = torch.randn(1, 3, 16, 32, 32)
+    assert torch.equal(again(clip), model(clip))
+    for path in ("their_net.large", "no_such_package.net"):
+        with pytest.raises(BackboneError, match=f"{path}.*no such factory"):
+            create_model(path)
+
+
+def test_stored_configurations_do_not_import_what_they_name() -> None:
+    for content in ({"backbone": {"name": "antigravity.net"}}, {"selection": {"reducer": "antigravity.Reducer"}}):
+        with pytest.raises(TrustError, match="antigravity"):
+            check_stored(content, "run")
+        check_stored(content, "run", also=content)

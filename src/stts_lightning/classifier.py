@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stts_lightning.backbones.checkpoints import CheckpointError, load_checkpoint, read_checkpoint
-from stts_lightning.backbones.registry import Backbone, create_backbone
+from stts_lightning.backbones.registry import Backbone, create_backbone, find_backbone
 from stts_lightning.kernels import kernels_for
 from stts_lightning.selection.reducer import Record
 from stts_lightning.selection.slots import SlotBank
@@ -145,7 +145,7 @@ def create_model(
     project's files may also be all there is: `load_model`.
 
     Args:
-        backbone: a registered name, as "mvit_b16".
+        backbone: a registered name, as "mvit_b16", or the dotted path of a factory.
         selection: "t0_0.6_s4_0.9", None or "none" for the unpruned model, or a mapping (see `SelectionSpec.of`).
         num_classes: number of classes; 0 for no head (features); None for those of the checkpoint's head, else 400.
         pretrained: a checkpoint in any known layout, or None.
@@ -162,6 +162,7 @@ def create_model(
     """
     spec = SelectionSpec.of(selection)
     backbone_kwargs = {key: value for key, value in backbone_kwargs.items() if value is not None}
+    find_backbone(backbone)  # Its file may register a layout of checkpoints.
     checkpoint = read_checkpoint(pretrained, trust) if pretrained else None
     if checkpoint:
         spec = spec.with_scorer(checkpoint.scorer() or spec.scorer)

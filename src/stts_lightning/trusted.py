@@ -40,12 +40,14 @@ class TrustError(UserError):
 
 
 def named_classes(content: Mapping[str, Any]) -> dict[str, str]:
-    """What a configuration would import, by key: targets of Hydra, and selectors given by a dotted path."""
-    return {key: str(value) for key, value in leaves(content) if _imports(key.rpartition(".")[2], value)}
+    """What a configuration would import, by key: targets of Hydra, and what is given by a dotted path."""
+    return {key: str(value) for key, value in leaves(content) if _imports(key, value)}
 
 
-def _imports(name: str, value: Any) -> bool:
-    return name == "_target_" or (name == "selector" and isinstance(value, str) and "." in value)
+def _imports(key: str, value: Any) -> bool:
+    name = key.rpartition(".")[2]
+    by_path = name in ("selector", "reducer", "backbone") or key.endswith("backbone.name")
+    return name == "_target_" or (by_path and isinstance(value, str) and "." in value)
 
 
 REFERENCE = "${run_dir}"

@@ -3,8 +3,10 @@
 import contextlib
 import gc
 import itertools
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -173,6 +175,20 @@ def matmul(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Work], f
     return works, 2.0 * side**3
 
 
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Nothing of what the process writes to its standard error: torch's profiler writes there as it starts and stops."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def peak_memory(work: Work, device: torch.device, runs: int = 1) -> int | None:
     """Bytes that a piece of work holds at its peak beyond what it leaves behind; None where that cannot be told.
 
@@ -194,7 +210,7 @@ def peak_memory(work: Work, device: torch.device, runs: int = 1) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         work()
     results: Any = getattr(seen.profiler, "kineto_results", None)
     if results is None:

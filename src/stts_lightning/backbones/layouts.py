@@ -250,7 +250,7 @@ TIMM_VIT = Layout(
     backbone={"positions": "learned", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
 )
 
-LAYOUTS = (
+LAYOUTS = [
     OWN,
     STTS_MVIT,
     SLOWFAST_MVIT,
@@ -265,4 +265,12 @@ LAYOUTS = (
     VIDEOMAE,
     HUGGING_FACE_VIT,
     TIMM_VIT,
-)
+]
+"""In the order in which they are tried."""
+
+
+def register_layout(layout: Layout) -> None:
+    """Let files of one more layout be recognised. Raises ValueError if there is one of that name."""
+    if layout.name in [known.name for known in LAYOUTS]:
+        raise ValueError(f"layout {layout.name!r} is registered twice")
+    LAYOUTS.append(layout)

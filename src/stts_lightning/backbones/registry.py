@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -112,20 +113,36 @@ def register_backbone(factory: Factory) -> Factory:
     return factory
 
 
+def find_backbone(name: str) -> Factory:
+    """The factory of a registered name, or that which a dotted path names (`package.module.factory`), imported now.
+
+    Raises:
+        BackboneError: for an unknown name (lists the known ones), or a path at which there is none.
+    """
+    if "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            return getattr(import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise BackboneError(f"backbone {name!r}: no such factory ({error})") from error
+    if name not in _FACTORIES:
+        raise BackboneError(f"backbone {name!r} is unknown; known are {', '.join(list_backbones())}")
+    return _FACTORIES[name]
+
+
 def list_backbones() -> list[str]:
     """Names of all registered backbones."""
     return sorted(_FACTORIES)
 
 
 def create_backbone(name: str, **kwargs: Any) -> Backbone:
-    """Build a backbone by name.
+    """Build a backbone by name or dotted path.
 
     Raises:
-        BackboneError: for an unknown name (lists the known ones), or an argument the backbone does not take.
+        BackboneError: see `find_backbone`; or for an argument the backbone does not take.
     """
-    if name not in _FACTORIES:
-        raise BackboneError(f"backbone {name!r} is unknown; known are {', '.join(list_backbones())}")
+    factory = find_backbone(name)
     try:
-        return _FACTORIES[name](**kwargs)
+        return factory(**kwargs)
     except TypeError as error:
         raise BackboneError(f"backbone {name}: {error}") from error

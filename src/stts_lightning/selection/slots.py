@@ -16,6 +16,7 @@ from stts_lightning.selection.noise import Noise, mixed_seeds
 from stts_lightning.selection.oracle import Told
 from stts_lightning.selection.reducer import Given, Record, Reducer, ReducerContext, Reducing, Reduction, Tokens
 from stts_lightning.selection.reducers import find_reducer
+from stts_lightning.selection.reducers.dynamic_vit import DynamicViT
 from stts_lightning.selection.scorer import Scorer
 from stts_lightning.selection.selector import GridSize, Selector, SlotContext
 from stts_lightning.selection.spec import SelectionError, SelectionSpec
@@ -191,6 +192,11 @@ class SlotBank(nn.Module):
         """What reducers add to the loss of a training step, after its forward pass, 0-d; None for nothing."""
         losses = [loss for _, reducer in self._reducers() if (loss := reducer.loss()) is not None]
         return torch.stack(losses).sum() if losses else None
+
+    @property
+    def learns(self) -> bool:
+        """Whether a score is learned."""
+        return any(isinstance(module, Scorer | DynamicViT) for module in self.modules())
 
     @property
     def empty(self) -> bool:

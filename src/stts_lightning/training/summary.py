@@ -25,9 +25,10 @@ def facts(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModu
         "selection": str(spec),
         "slots": model.slots.describe(),
         "tokens_kept": round(model.slots.share, 6),
-        "scorer": spec.scorer,
-        "estimator": f"{spec.estimator}, {spec.samples} samples",
-        "ways_to_learn": spec.ways(),
+        # Null where nothing is learned.
+        "scorer": spec.scorer if model.slots.learns else None,
+        "estimator": f"{spec.estimator}, {spec.samples} samples" if model.slots.learns else None,
+        "ways_to_learn": spec.ways() if model.slots.learns else "",
         "sigma": spec.sigma,
         "parameters": sum(p.numel() for p in model.parameters()),
         "gflops_per_view": round(gflops, 4),
@@ -50,6 +51,7 @@ def rows(info: Mapping[str, Any]) -> dict[str, str]:
     dataset = info["dataset"]
     slots = "; ".join(f"{name.upper()}: {text}" for name, text in info["slots"].items())
     ways = f", {info['ways_to_learn']}" if info["ways_to_learn"] else ""
+    how = f" ({info['scorer']} scorer, {info['estimator']}{ways})" if info["scorer"] else ""
     size = "x".join(map(str, info["clip"]))
     videos = [str(dataset[key]) for key in ("train_videos", "val_videos") if key in dataset]
     choices = "".join(f", {name}={value}" for name, value in info["backbone_choices"].items())
@@ -57,7 +59,7 @@ def rows(info: Mapping[str, Any]) -> dict[str, str]:
     return {
         "model": f"{info['backbone']} {info['selection']}, {size}{choices}",
         "weights": info["weights"],
-        "slots": f"{slots} ({info['scorer']} scorer, {info['estimator']}{ways})" if slots else "none: all tokens are kept",
+        "slots": f"{slots}{how}" if slots else "none: all tokens are kept",
         "parameters": f"{info['parameters']:,}",
         "GFLOPs": f"{info['gflops_per_view']:.2f} a view, {info['views']} views a test video",
         "data": f"{dataset['name']}: {' + '.join(videos)} videos, {dataset['classes']} classes",
