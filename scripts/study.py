@@ -155,11 +155,19 @@ def data_sets(own: Sequence[str], start: Path | None = None) -> dict[str, DataSe
         data = (
             "dataset=list", f"dataset.train={root}/train.csv", f"dataset.val={root}/val.csv", f"dataset.name={name}",
             f"dataset.manifest={root}/manifest.csv", "dataset.truth=true", "clip.sampling=segments", "clip.test_views=1",
-            "clip.short_side=crop", "clip.train_transform.scale=[0.8,1.0]", "clip.train_transform.ratio=[0.9,1.1]",
+            "clip.short_side=crop", "clip.train_transform.scale=[0.6,1.0]", "clip.train_transform.ratio=[0.8,1.25]",
         )  # fmt: skip
         budgets = ("t0_0.5", "s0_0.5", "t0_0.5_s0_0.5")
-        begin = (f"pretrained={start.resolve()}",) if start else ()
-        found[name] = DataSet(data, ("recipe=scratch", "trainer.max_epochs=16", *begin), budgets, epochs=6)
+        unpruned = ("recipe=scratch", "trainer.max_epochs=12")
+        if start:
+            unpruned = (
+                f"pretrained={start.resolve()}",
+                "recipe=scratch",
+                "trainer.max_epochs=8",
+                "optim.lr=3e-4",
+                "backbone.drop_path=0.2",
+            )
+        found[name] = DataSet(data, unpruned, budgets, epochs=4)
     return found
 
 
