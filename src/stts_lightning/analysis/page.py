@@ -37,7 +37,7 @@ FIXED = (
 SAID = {
     "backbone.name": "backbone", "selection.slots": "selection", "selection.selector": "keeps", "selection.sigma": "sigma",
     "selection.scorer": "operator", "selection.estimator": "operator", "selection.samples": "operator",
-    "callbacks.sigma.sigma": "sigma", "weights": "pretrained",
+    "callbacks.sigma.sigma": "sigma", "weights": "pretrained", "selection.reducer": "keeps",
 }  # fmt: skip
 """Settings that are no column where another column tells them."""
 
@@ -112,7 +112,7 @@ def rows(points: Sequence[Point], names: Sequence[str]) -> list[Row]:
         }
         words: Row = {
             "views": float(point.views),
-            "sigma": point.sigma if point.ratios else None,
+            "sigma": point.sigma if point.estimator else None,
             "keeps": point.keeps,
             "operator": point.estimator,
             "backbone": point.backbone,

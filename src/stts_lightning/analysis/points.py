@@ -97,7 +97,7 @@ def _point(run: Run) -> Point:
     keeps = "; ".join(f"{slot.upper()}: {text}" for slot, text in r["slots"].items()) or "all"
     # Runs of earlier versions knew the paper's way alone.
     operator = ", ".join(filter(None, (r["scorer"], r["estimator"], r.get("ways_to_learn", "")))) if r["slots"] else ""
-    sigma = float(r["sigma"]) if r["slots"] else 0.0
+    sigma = float(r["sigma"]) if r["slots"] and r["scorer"] else 0.0
     name, gflops, views = printable(str(r["dataset"]["name"])), r["gflops_per_view"], r["views"]
     return Point(name, r["backbone"] + choices, r["selection"], keeps, operator, sigma, gflops, views, run.settings, ())
 

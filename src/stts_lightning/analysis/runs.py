@@ -28,7 +28,8 @@ NO_SETTING = re.compile(
 """Keys that make no other experiment: the seed, places, and how a run is named, watched, saved and fed."""
 
 NO_QUESTION = re.compile(
-    r"(run|checkpoint|which|predictions|hydra\b.*|(loader|callbacks|dataset)\..*|trainer\b(?!\.limit_test_batches$).*)"
+    r"(run|checkpoint|which|predictions|backbone|selection|dataset|hydra\b.*|(loader|callbacks|dataset)\..*"
+    r"|trainer\b(?!\.limit_test_batches$).*)"
 )
 """Overrides of a test that its result tells better, or that say where it ran."""
 

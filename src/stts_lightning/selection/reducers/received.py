@@ -37,7 +37,8 @@ class Received(Reducer):
 class EViT(Received):
     """The same, and one token more: the sum of all others, weighted by their attention (EViT, Sec. 3.2).
 
-    The weights are not divided by their sum, as in the published code. Later blocks treat it as any token.
+    The weights are not divided by their sum, as in the published code. Later blocks treat it as any token. Differs from the
+    published code: there the ratio falls from 1 during training.
     """
 
     def count(self, context: ReducerContext) -> int:
