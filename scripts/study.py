@@ -155,6 +155,7 @@ def data_sets(own: Sequence[str], start: Path | None = None) -> dict[str, DataSe
         data = (
             "dataset=list", f"dataset.train={root}/train.csv", f"dataset.val={root}/val.csv", f"dataset.name={name}",
             f"dataset.manifest={root}/manifest.csv", "dataset.truth=true", "clip.sampling=segments", "clip.test_views=1",
+            "clip.decoder=pyav", "clip.decode_timeout=null",  # Twice as fast for small files that are known to decode.
             "clip.short_side=crop", "clip.train_transform.scale=[0.6,1.0]", "clip.train_transform.ratio=[0.8,1.25]",
         )  # fmt: skip
         budgets = ("t0_0.5", "s0_0.5", "t0_0.5_s0_0.5")
