@@ -12,6 +12,8 @@ goes on. At the end the tables in docs/study.md are written anew, with what ther
 """
 
 import argparse
+import functools
+import json
 import multiprocessing
 import os
 import sys
@@ -28,6 +30,8 @@ from torch import Tensor
 
 from stts_lightning.analysis.evaluation import Predictions, bootstrap, probabilities
 from stts_lightning.analysis.results import read_result
+from stts_lightning.data.annotations import read_list
+from stts_lightning.data.truth import truth_file
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "study.md"
 MARKS = ("<!-- tables: written by scripts/study.py -->", "<!-- end of tables -->")
@@ -121,6 +125,7 @@ class DataSet:
         attended: the budget at which attention is compared; empty for none.
         options: the budget at which each option is tried alone; empty for none.
         epochs: of tuning.
+        tested: list of the test videos, where several were made of one source; None where each is its own.
     """
 
     data: tuple[str, ...]
@@ -129,6 +134,7 @@ class DataSet:
     attended: str = ""
     options: str = ""
     epochs: int = 2
+    tested: Path | None = None
 
 
 DEMOS = {
@@ -168,7 +174,7 @@ def data_sets(own: Sequence[str], start: Path | None = None) -> dict[str, DataSe
                 "optim.lr=3e-4",
                 "backbone.drop_path=0.2",
             )
-        found[name] = DataSet(data, unpruned, budgets, epochs=4)
+        found[name] = DataSet(data, unpruned, budgets, epochs=4, tested=root / "val.csv")
     return found
 
 
@@ -278,11 +284,25 @@ def job(root: Path, row: Row, data: DataSet, seed: int) -> Job:
     )
 
 
-def right(folder: Path) -> Tensor:
-    """Which test videos a run has right, 0 or 1 in the order of the list, `(N,)` float64."""
+def right(folder: Path, tested: Path | None = None) -> Tensor:
+    """Which test videos a run has right, 0 or 1 in the order of the list, `(N,)` float64.
+
+    Of videos that were made of one source, the share of them: they are no independent tests.
+    """
     found = Predictions.load(folder / "test" / "predictions.npz")
     order = np.argsort(found.video)
-    return (probabilities(found).argmax(1) == torch.from_numpy(found.label))[order].double()
+    correct = (probabilities(found).argmax(1) == torch.from_numpy(found.label))[order].double()
+    if tested is None:
+        return correct
+    of = torch.from_numpy(np.unique(sources(tested), return_inverse=True)[1])
+    return torch.zeros(int(of.max()) + 1, dtype=torch.float64).scatter_reduce(0, of, correct, "mean", include_self=False)
+
+
+@functools.cache
+def sources(tested: Path) -> tuple[str, ...]:
+    """The video that each of a list of embedded videos was made of."""
+    paths = [video.path for video in read_list(tested).videos]
+    return tuple(json.loads(truth_file(path).read_text())["embedding"]["source"] for path in paths)
 
 
 def interval(values: Tensor) -> tuple[float, float]:
@@ -298,11 +318,11 @@ def percent(low: float, high: float, sign: bool = False) -> str:
 class Outcome:
     """What the runs of a row with all finished seeds say."""
 
-    def __init__(self, root: Path, row: Row, seeds: range, plain: bool = False) -> None:
+    def __init__(self, root: Path, row: Row, seeds: range, plain: bool = False, tested: Path | None = None) -> None:
         folders = [plain_folder(root, row.data, seed) if plain else row.folder(root, seed) for seed in seeds]
         self.seeds = [seed for seed, folder in zip(seeds, folders, strict=True) if (folder / "result.json").is_file()]
         done = [folders[seed] for seed in self.seeds]
-        self.right = {seed: right(folder) for seed, folder in zip(self.seeds, done, strict=True)}
+        self.right = {seed: right(folder, tested) for seed, folder in zip(self.seeds, done, strict=True)}
         self.results: list[dict[str, Any]] = [read_result(folder) for folder in done]
 
     def minus(self, other: "Outcome") -> str:
@@ -330,14 +350,14 @@ class Outcome:
         return [cost, f"{np.mean(top1):.1f} ({percent(low, high)})", each, self.found(), *differences]
 
 
-def table(root: Path, found: Sequence[Row], seeds: range, plain: Row | None = None) -> list[str]:
+def table(root: Path, found: Sequence[Row], seeds: range, tested: Path | None, plain: Row | None = None) -> list[str]:
     """A table in Markdown; differences are to the random and the fixed choice of the same budget."""
     head = ["chosen by", "GFLOPs a view", "top-1 (95 % interval)", "each seed", "action found, %", "minus random", "minus fixed"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    outcomes = {row.method.label: Outcome(root, row, seeds) for row in found}
+    outcomes = {row.method.label: Outcome(root, row, seeds, tested=tested) for row in found}
     random, fixed = outcomes.get(RANDOM), outcomes.get(FIXED_CHOICE)
     if plain is not None:
-        outcomes = {"the unpruned model, before tuning": Outcome(root, plain, seeds, plain=True), **outcomes}
+        outcomes = {"the unpruned model, before tuning": Outcome(root, plain, seeds, plain=True, tested=tested), **outcomes}
     for label, outcome in outcomes.items():
         if not outcome.seeds:
             continue
@@ -353,16 +373,16 @@ def tables(root: Path, found: dict[str, DataSet], seeds: range) -> str:
         if not any((plain_folder(root, name, seed) / "result.json").is_file() for seed in seeds):
             continue
         everything = list(rows(name, data, small=False))
-        lines += ["", f"### {name}", "", *table(root, everything[:1], seeds, everything[0])]
+        lines += ["", f"### {name}", "", *table(root, everything[:1], seeds, data.tested, everything[0])]
         for kept in (*data.budgets, data.attended):
             main = [row for row in everything if row.kept == kept and row.method in (*METHODS, ATTENTION)]
             if any(Outcome(root, row, seeds).seeds for row in main):
-                lines += ["", f"**{kept}**", "", *table(root, main, seeds)]
+                lines += ["", f"**{kept}**", "", *table(root, main, seeds, data.tested)]
         if data.options:
             base = [row for row in everything if row.kept == data.options and row.method.label in BASES]
             alone = [row for row in everything if row.method in OPTIONS]
             if any(Outcome(root, row, seeds).seeds for row in alone):
-                lines += ["", f"**{data.options}, each option alone**", "", *table(root, [*base, *alone], seeds)]
+                lines += ["", f"**{data.options}, each option alone**", "", *table(root, [*base, *alone], seeds, data.tested)]
     return "\n".join(lines).strip()
 
 

@@ -1,12 +1,15 @@
 """scripts/study.py: what it would run is what the training command takes, and no two runs share a folder."""
 
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
 from stts_lightning import assembly, run_config
+from stts_lightning.analysis.evaluation import Predictions
 from stts_lightning.configuration import conf_dir
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -37,3 +40,17 @@ def test_the_small_study_has_the_rows_that_the_others_are_compared_with() -> Non
         assert {study.RANDOM, study.FIXED_CHOICE, "oracle", "recipe=learn_selection"} < small
         everything = {row.folder(Path(), 0) for row in study.rows(name, data, small=False)}
         assert {row.folder(Path(), 0) for row in study.rows(name, data, small=True)} < everything
+
+
+def test_copies_of_one_source_count_as_one_video(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"{number}.mp4").touch()
+        (tmp_path / f"{number}.json").write_text(json.dumps({"embedding": {"source": f"{'ba'[number // 3]}.mp4"}}))
+    (tmp_path / "val.csv").write_text("path,label\n" + "".join(f"{number}.mp4,{number // 3}\n" for number in range(6)))
+    (tmp_path / "test").mkdir()
+    logits = np.eye(2, dtype=np.float32)[[0, 0, 1, 1, 1, 1]][:, None]
+    order = np.array([5, 4, 3, 2, 1, 0])
+    found = Predictions(logits[order], np.array([0, 0, 0, 1, 1, 1])[order], order, np.ones(6, bool))
+    found.save(tmp_path / "test" / "predictions.npz")
+    assert study.right(tmp_path).tolist() == [1, 1, 0, 1, 1, 1]
+    assert study.right(tmp_path, tmp_path / "val.csv").tolist() == pytest.approx([1, 2 / 3])
