@@ -81,11 +81,13 @@ METHODS = (
     Method("oracle, one window a clip", (*chosen("oracle"), "selection.windows=clip"), axes=("s", "ts"), main=True),
     Method("random", chosen("random"), main=True),
     Method("fixed (uniform, centre)", slots=FIXED, main=True),
+    Method("difference to the frame before", chosen("difference")),
     Method("Gumbel-Softmax", slots={"t": "gumbel"}, axes=("t",)),
     Method("STTS as in the paper, sigma 0.1", PAPER, main=True),
     Method("STTS as in the paper, sigma 0.5", WIDE, main=True),
     Method("STTS as released", ("selection.scorer=official", "selection.estimator=official", *PAPER)),
     Method("recipe=learn_selection", recipe="learn_selection", main=True),
+    Method("recipe=learn_selection, scorer=official", ("selection.scorer=official",), recipe="learn_selection"),
 )
 """Rows of the main tables."""
 
@@ -103,6 +105,9 @@ OPTIONS = (
     Method("distilled", (*WIDE, "distill.teacher={plain}")),
 )
 """Each option alone, on top of the paper's method with sigma 0.5, where both time and place matter."""
+
+ON_REAL_VIDEOS = ("difference to the frame before", "STTS as released", "recipe=learn_selection, scorer=official")
+"""What a small study compares there too: motion is seen in the differences, not in the mean of a frame."""
 
 ATTENTION = Method("attention of the class token", chosen("attention"))
 """Chooses what the block before attended to; needs a block before it."""
@@ -125,6 +130,7 @@ class DataSet:
         attended: the budget at which attention is compared; empty for none.
         options: the budget at which each option is tried alone; empty for none.
         epochs: of tuning.
+        also: rows that its small study has beside the main ones.
         tested: list of the test videos, where several were made of one source; None where each is its own.
     """
 
@@ -134,6 +140,7 @@ class DataSet:
     attended: str = ""
     options: str = ""
     epochs: int = 2
+    also: tuple[str, ...] = ()
     tested: Path | None = None
 
 
@@ -174,7 +181,7 @@ def data_sets(own: Sequence[str], start: Path | None = None) -> dict[str, DataSe
                 "optim.lr=3e-4",
                 "backbone.drop_path=0.2",
             )
-        found[name] = DataSet(data, unpruned, budgets, epochs=4, tested=root / "val.csv")
+        found[name] = DataSet(data, unpruned, budgets, epochs=8, also=ON_REAL_VIDEOS, tested=root / "val.csv")
     return found
 
 
@@ -245,7 +252,11 @@ def rows(name: str, data: DataSet, small: bool) -> Iterator[Row]:
     """What is compared on a data set, what matters most first."""
     yield Row(name, "none", ALL)
     *larger, smallest = data.budgets
-    yield from (Row(name, smallest, method) for method in METHODS if axes(smallest) in method.axes and (method.main or not small))
+
+    def wanted(method: Method) -> bool:
+        return not small or method.main or method.label in data.also
+
+    yield from (Row(name, smallest, method) for method in METHODS if axes(smallest) in method.axes and wanted(method))
     if small:
         return
     if data.options:
