@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from stts_lightning import assembly, run_config
@@ -54,3 +55,23 @@ def test_copies_of_one_source_count_as_one_video(tmp_path: Path) -> None:
     found.save(tmp_path / "test" / "predictions.npz")
     assert study.right(tmp_path).tolist() == [1, 1, 0, 1, 1, 1]
     assert study.right(tmp_path, tmp_path / "val.csv").tolist() == pytest.approx([1, 2 / 3])
+
+
+def test_a_probe_sees_what_the_description_of_a_frame_holds() -> None:
+    """Something bright and something dark beside it: nothing in the mean of the frame, much in its maximum."""
+    probe = pytest.importorskip("probe_selection")
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(clips: int) -> tuple[torch.Tensor, torch.Tensor]:
+        grid = torch.randn(clips, 8, 4, 4, 6, generator=generator)
+        truth = torch.full((clips, 8, 4), torch.nan)
+        rows, frames = torch.arange(clips), torch.randint(8, (clips,), generator=generator)
+        grid[rows, frames, 0, 0, 0] += 6
+        grid[rows, frames, 0, 1, 0] -= 6
+        truth[rows, frames] = torch.tensor([0.0, 0.0, 0.5, 0.25])
+        return grid, truth
+
+    train, test = {0: drawn(200)}, {0: drawn(100)}
+    assert probe.area(train, test, 0, "official", "t") > 0.95 > 0.65 > probe.area(train, test, 0, "paper", "t")
+    inputs, labels = probe.candidates(test[0], "paper", "s")
+    assert inputs.shape == (100, 16, 6) and labels.sum(1).tolist() == [2] * 100
