@@ -110,15 +110,14 @@ class RelativeAttention(nn.Module):
         self.index_t: Tensor
         for axis, name in enumerate("hw"):
             index = self._displacements(axis)
-            picked = rows_at(torch.eye(rows[axis + 1], device="cpu"), index.flatten().expand(rows[axis + 1], -1)).T
-            self.register_buffer(f"index_{name}", index.to(self.rel_pos_h.device), persistent=False)
-            self.register_buffer(f"rows_{name}", picked.contiguous().to(self.rel_pos_h.device), persistent=False)
+            whole = index.clamp(0, rows[axis + 1] - 1).floor().long()
+            for key, values in (("index", index), ("row", whole), ("next", (whole + 1).clamp(max=rows[axis + 1] - 1))):
+                self.register_buffer(f"{key}_{name}", values.to(self.rel_pos_h.device), persistent=False)
         self.index_h: Tensor
-        """Row of the table for each query and key, `(h, k)`; may lie between two."""
+        """Row of the table for each query and key, `(h, k)`; may lie between two, `row_h` and `next_h`."""
         self.index_w: Tensor
-        self.rows_h: Tensor
-        """Shares of the table's rows in that, `(h * k, rows)`."""
-        self.rows_w: Tensor
+        self.between = tuple(bool((self._displacements(axis) % 1).any()) for axis in (0, 1))
+        """Whether any does, along rows and along columns."""
 
     def _displacements(self, axis: int) -> Tensor:
         """Row of the table for each query and key along rows (0) or columns (1), `(h or w, k)` float."""
@@ -172,7 +171,12 @@ class RelativeAttention(nn.Module):
         """By displacement along rows (0) or columns (1), `(B, D, T, h, w, 1, k)`, or one for each frame of the keys."""
         table, index = (self.rel_pos_h, self.rel_pos_w)[axis], (self.index_h, self.index_w)[axis]
         if places.corners is None or self.displacements == "window":
-            along = ((self.rows_h, self.rows_w)[axis].to(table.dtype) @ table).unflatten(0, index.shape)
+            name = "hw"[axis]
+            row = self.get_buffer(f"row_{name}")
+            along = table[row]
+            if self.between[axis]:
+                share = (index.clamp(0, len(table) - 1) - row).unsqueeze(-1).to(table.dtype)
+                along = torch.lerp(along, table[self.get_buffer(f"next_{name}")], share)
             equation = ("bdthwc,hkc->bdthwk", "bdthwc,wkc->bdthwk")[axis]
             return torch.einsum(equation, grid, along.to(grid.dtype)).unsqueeze(-2)
         finer = min(self.q_stride[axis + 1], self.kv_stride[axis + 1])
