@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stts_lightning import create_model
+from stts_lightning import create_model, load_model
 from stts_lightning.analysis.flops import count_gflops
 from stts_lightning.analysis.kept import trace
 from stts_lightning.backbones.vit import Block
@@ -421,3 +422,15 @@ def test_notation_of_reducers() -> None:
     ]
     assert str(spec) == "t0_0.5_r3-5_0.7_r7_65"
     assert SelectionSpec.of(spec.to_dict()) == spec
+
+
+@pytest.mark.parametrize("kind", ["topk", "dynamic_vit"])
+def test_learned_reducers_begin_with_an_unpruned_checkpoint(kind: str, tmp_path: Path) -> None:
+    plain = create_model("vit_tiny", None, 5)
+    torch.save({"state_dict": plain.state_dict(), "model": dict(plain.recipe)}, tmp_path / "plain.ckpt")
+    model = create_model("vit_tiny", spec_of(kind, "r2_0.5"), pretrained=tmp_path / "plain.ckpt")
+    assert torch.equal(model.head.weight, plain.head.weight) and "as initialised: reducer r2" in model.weights
+    torch.save({"state_dict": model.state_dict(), "model": dict(model.recipe)}, tmp_path / "reduced.ckpt")
+    again = load_model(tmp_path / "reduced.ckpt")
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key

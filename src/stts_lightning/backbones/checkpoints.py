@@ -119,8 +119,10 @@ class LoadReport:
         if self.fitted:
             parts.append(f"{len(self.fitted)} of them fitted to another size ({_some(self.fitted, 1)})")
         if self.fresh:
-            slots = sorted({key.split(".selectors.")[1].split(".")[0] for key in self.fresh if ".selectors." in key})
-            new = [f"selector {slot}" for slot in slots] + (["head"] if any(k.startswith("head.") for k in self.fresh) else [])
+            slots = sorted({slot for key in self.fresh if (slot := _slot_of(key))})
+            new = [f"{'reducer' if slot[0] == 'r' else 'selector'} {slot}" for slot in slots] + (
+                ["head"] if any(k.startswith("head.") for k in self.fresh) else []
+            )
             parts.append(f"as initialised: {', '.join(new)}")
         return "; ".join(parts)
 
@@ -242,7 +244,7 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, selection: Selecti
     for key in [k for k, v in state.items() if k in target and v.shape != target[k].shape]:
         state[key], changed = _fit(backbone, key, state[key], target[key], made_for)
         fitted += [key] if changed else []
-    slots = {key.split(".selectors.")[1].split(".")[0] for key in state if ".selectors." in key}
+    slots = {slot for key in state if (slot := _slot_of(key))}
     fresh = [key for key in target if key not in state and _may_stay_as_initialised(key, slots, head)]
     missing = [key for key in target if key not in state and key not in fresh]
     unexpected = [key for key in state if key not in target]
@@ -268,6 +270,12 @@ def save_weights(model: nn.Module, recipe: Mapping[str, Any], path: str | Path, 
     """Write a model as safetensors that `create_model(**recipe, pretrained=path)` reads back; notes become metadata."""
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     save_file(state, path, metadata={**(notes or {}), RECIPE: json.dumps(dict(recipe))})
+
+
+def _slot_of(key: str) -> str:
+    """Name of the selector or reducer that one of our keys belongs to; empty for none."""
+    found = re.search(r"\.slots\.(?:selectors|reducers)\.(\w+)\.", key)
+    return found[1] if found else ""
 
 
 def _our_key(key: str, layout: Layout, selection: SelectionSpec) -> str:
@@ -299,8 +307,8 @@ def _fit(backbone: Backbone, key: str, value: Tensor, target: Tensor, made_for: 
 
 def _may_stay_as_initialised(key: str, slots_in_file: set[str], head: str) -> bool:
     """Weights of a slot that the file knows nothing of, and of a head that is to be new."""
-    if ".selectors." in key:
-        return key.split(".selectors.")[1].split(".")[0] not in slots_in_file
+    if slot := _slot_of(key):
+        return slot not in slots_in_file
     return head == "reset" and key.startswith("head.")
 
 

@@ -41,7 +41,7 @@ class SigmaAnnealing(pl.Callback):
         """Set and log sigma."""
         assert isinstance(pl_module, ClassificationModule)
         self._set(trainer, pl_module)
-        if pl_module.model.slots.at_block and is_logged(trainer):
+        if not pl_module.model.slots.empty and is_logged(trainer):
             pl_module.log("sigma", pl_module.model.slots.sigma)  # A number of the host would be copied to the device.
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

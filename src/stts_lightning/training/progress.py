@@ -120,7 +120,7 @@ class ProgressLines(ProgressBar):
         parts = [f"loss {loss:.4f}"]
         parts += [f"{name} {float(value):.2%}" for name, value in self.accuracies.items()]
         parts.append(f"lr {rates(trainer.optimizers[0])}")
-        if module.model.slots.at_block:
+        if not module.model.slots.empty:
             parts.append(f"sigma {float(module.model.slots.sigma):.3g}")
         parts.append(f"{self.clips / max(self.seconds, 1e-9):.1f} clips/s")
         taken = time.monotonic() - self.begun
