@@ -120,9 +120,8 @@ class LoadReport:
             parts.append(f"{len(self.fitted)} of them fitted to another size ({_some(self.fitted, 1)})")
         if self.fresh:
             slots = sorted({slot for key in self.fresh if (slot := _slot_of(key))})
-            new = [f"{'reducer' if slot[0] == 'r' else 'selector'} {slot}" for slot in slots] + (
-                ["head"] if any(k.startswith("head.") for k in self.fresh) else []
-            )
+            new = [f"{'reducer' if slot[0] == 'r' else 'selector'} {slot}" for slot in slots]
+            new += ["head"] if any(key.startswith("head.") for key in self.fresh) else []
             parts.append(f"as initialised: {', '.join(new)}")
         return "; ".join(parts)
 
