@@ -53,7 +53,7 @@ FILES = {
     "VideoMAE ViT": (videomae, "vit_s", 15, 56.95),
     "Hugging Face VideoMAE": (hugging_face, "vit_s", 15, 56.95),
     "SlowFast MViTv2": (slowfast, "mvit_v2_s", 5, 64.46),
-    "torchvision MViTv2": (of_torchvision, "mvit_v2_s", 5, 64.46),
+    "torchvision mvit_v2_s": (of_torchvision, "mvit_v2_s", 5, 64.46),
 }
 
 
