@@ -23,7 +23,7 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     from stts_lightning import assembly, console, run_config
     from stts_lightning.analysis.evaluation import check_question, score
-    from stts_lightning.analysis.flops import test_cost
+    from stts_lightning.analysis.flops import cost_as_tested
     from stts_lightning.analysis.running import running_costs
     from stts_lightning.files import fingerprint
     from stts_lightning.training.callbacks import FailureLog
@@ -53,7 +53,7 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if predictions is None:  # Not the first process.
         raise SystemExit(0)
     failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]
-    cost = test_cost(model, data.test_views)  # Before it runs on other clips.
+    cost = cost_as_tested(model, data.test_views)  # Before it runs on other clips.
     measured = running_costs(model, trainer.strategy.root_device)
     return {**score(predictions, cfg.views, cfg.missing), **info, **cost, **measured, "undecodable_files": failures}
 

@@ -31,7 +31,7 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
 
     from stts_lightning import assembly, console, run_config
     from stts_lightning.analysis.evaluation import score
-    from stts_lightning.analysis.flops import test_cost
+    from stts_lightning.analysis.flops import cost_as_tested
     from stts_lightning.analysis.results import commit, versions, write_result
     from stts_lightning.analysis.speed import clips_per_second
     from stts_lightning.files import fingerprint
@@ -88,7 +88,7 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
         **tested,
         **last_metrics,
         **info,
-        **test_cost(model, data.test_views),
+        **cost_as_tested(model, data.test_views),
         **(clips_per_second(model, trainer.strategy.root_device) if trainer.is_global_zero else {}),
         "experiment": cfg.get("experiment_name"),  # A run of an earlier version has none.
         "sigma_last": float(model.slots.sigma),

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from stts_lightning import create_model
-from stts_lightning.analysis.flops import count_gflops, test_cost
+from stts_lightning.analysis.flops import cost_as_tested, count_gflops
 from stts_lightning.analysis.running import running_costs
-
-test_cost.__test__ = False  # type: ignore[attr-defined]  # No test of pytest's.
 
 
 def test_time_memory_and_launches_are_told() -> None:
@@ -21,21 +19,21 @@ def test_time_memory_and_launches_are_told() -> None:
 
 def test_cost_of_a_threshold_is_that_of_the_tokens_it_kept() -> None:
     model = create_model("vit_tiny", {"reducer": "rlt", "slots": {"r0": {"threshold": 0.1}}}, 4).eval()
-    assert test_cost(model, 3) == {}
+    assert cost_as_tested(model, 3) == {}
     clip = torch.randint(0, 256, (2, 3, 16, 64, 64), dtype=torch.uint8)
     clip[1, :, 4:] = clip[1, :, 3:4]
     with torch.inference_mode():
         _, kept = model(clip, return_selection=True)
     share = float((kept["r0"].where >= 0).float().mean())
     assert 0.5 < share < 0.8
-    cost = test_cost(model, 3)
+    cost = cost_as_tested(model, 3)
     expected = count_gflops(create_model("vit_tiny", {"reducer": "rlt", "slots": {"r0": share}}, 4))
     assert cost["gflops_per_view"] == pytest.approx(expected, abs=1e-4) and cost["tokens_kept"] == pytest.approx(share, abs=2e-3)
     assert cost["gflops"] == pytest.approx(3 * expected, abs=2e-4)
     assert running_costs(model, "cpu", 0.01)["launches"] is None, "it depends on the clip"
     model.slots.forget_seen()
-    assert test_cost(model, 3) == {}
+    assert cost_as_tested(model, 3) == {}
 
 
 def test_a_model_without_thresholds_costs_what_is_counted() -> None:
-    assert test_cost(create_model("vit_tiny", "r0_0.5", 4), 1) == {}
+    assert cost_as_tested(create_model("vit_tiny", "r0_0.5", 4), 1) == {}

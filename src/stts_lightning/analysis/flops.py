@@ -118,7 +118,7 @@ def count(model: VideoClassifier) -> Cost:
     return Cost(sum(parts.values()) / 2e9, gflops, dict(uncounted.calls.most_common()))
 
 
-def test_cost(model: VideoClassifier, views: int) -> dict[str, float]:
+def cost_as_tested(model: VideoClassifier, views: int) -> dict[str, float]:
     """Cost of what a test has kept, where that depends on its clips, under the names of `result.json`; else empty.
 
     It is that of a clip with the mean number of tokens.

@@ -12,7 +12,7 @@ from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.oracle import OracleFrames, OracleWindow
 from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext, SoftTopK, build_scorer
 from stts_lightning.selection.spatial import SpatialSelector, WindowSelector
-from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec, selector_class
+from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec, subclass_at
 from stts_lightning.selection.temporal import FrameSelector, TemporalSelector
 from stts_lightning.selection.topk import hard_topk, one_hot
 
@@ -329,10 +329,7 @@ def find_selector(slot: SlotSpec, selection: SelectionSpec) -> type[Selector]:
     """The class of a slot's selector. Raises SelectionError for a name that its axis does not have."""
     name = slot.selector or selection.selector
     if "." in name:
-        chosen = selector_class(name)
-        if not (isinstance(chosen, type) and issubclass(chosen, Selector)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise SelectionError(f"selection.slots.{slot.name}.selector={name!r}: not a subclass of Selector")
-        return chosen
+        return subclass_at(name, Selector, f"selection.slots.{slot.name}.selector")
     if name not in SELECTORS[slot.axis]:
         key = f"selection.slots.{slot.name}.selector" if slot.selector else f"selection.selector, at slot {slot.name}"
         allowed = ", ".join(SELECTORS[slot.axis])

@@ -9,9 +9,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from stts_lightning.errors import UserError
+
+T = TypeVar("T")
 
 _SLOT_NAME = re.compile(r"[ts]\d+|r\d+(-\d+)?")
 _NOTATION = re.compile(r"([ts]\d+|r\d+(?:-\d+)?)_(\d+(?:\.\d+)?)(?:_(?=[tsr])|$)")
@@ -275,6 +277,14 @@ def selector_class(path: str) -> type:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise SelectionError(f"selection: no selector class {path!r} ({error})") from error
+
+
+def subclass_at(path: str, base: type[T], key: str) -> type[T]:
+    """The class that a dotted path names, given by a key. Raises SelectionError if it is no subclass of a base."""
+    chosen = selector_class(path)
+    if not (isinstance(chosen, type) and issubclass(chosen, base)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SelectionError(f"{key}={path!r}: not a subclass of {base.__name__}")
+    return chosen
 
 
 def is_notation(text: str) -> bool:

@@ -7,7 +7,7 @@ from stts_lightning.selection.reducers.random_tokens import Random
 from stts_lightning.selection.reducers.received import EViT, Received
 from stts_lightning.selection.reducers.run_length import RunLength
 from stts_lightning.selection.reducers.tome import ToMe
-from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec, selector_class
+from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec, subclass_at
 
 REDUCERS: dict[str, type[Reducer]] = {
     "tome": ToMe,
@@ -24,10 +24,7 @@ def find_reducer(slot: SlotSpec, selection: SelectionSpec) -> type[Reducer]:
     """The class of a slot's reducer. Raises SelectionError for an unknown name."""
     name = slot.selector or selection.reducer
     if "." in name:
-        chosen = selector_class(name)
-        if not (isinstance(chosen, type) and issubclass(chosen, Reducer)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise SelectionError(f"selection.reducer={name!r}, at slot {slot.name}: not a subclass of Reducer")
-        return chosen
+        return subclass_at(name, Reducer, f"selection.slots.{slot.name}, selection.reducer")
     if name not in REDUCERS:
         raise SelectionError(f"selection.reducer={name!r}, at slot {slot.name}: allowed are {', '.join(REDUCERS)}")
     return REDUCERS[name]

@@ -4,6 +4,8 @@ A token whose pixels hardly differ from those of the token before it in time is 
 code strings clips together; here those of a batch are as long as the longest, and what fills up the others is not seen.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,7 +31,7 @@ class RunLength(Reducer):
 
     def __init__(self, context: ReducerContext) -> None:
         threshold = context.slot.threshold
-        if context.block or context.tokens != _product(context.grid) or context.grid[0] * 2 != context.clip_size[0]:
+        if context.block or context.tokens != math.prod(context.grid) or context.grid[0] * 2 != context.clip_size[0]:
             raise SelectionError(
                 f"selection.slots.{context.slot.name}: the reducer rlt compares the pixels of all tokens of a clip; it stands "
                 "before block 0 (r0), with no slot before it"
@@ -92,7 +94,3 @@ class RunLength(Reducer):
     def extra_repr(self) -> str:
         """What is kept."""
         return super().extra_repr() if self.threshold is None else f"tokens that changed by more than {self.threshold:g}"
-
-
-def _product(grid: tuple[int, int, int]) -> int:
-    return grid[0] * grid[1] * grid[2]
