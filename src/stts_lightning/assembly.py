@@ -1,6 +1,7 @@
 """From a composed configuration to built objects. Front doors call it; nothing below ever sees a DictConfig."""
 
 import os
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -155,9 +156,17 @@ def build_optim(cfg: DictConfig) -> OptimSpec:
     if "optim" not in cfg:
         return OptimSpec(lr=0.0, weight_decay=0.0, epochs=1)
     values = to_container(cfg.optim)
-    parts = {name: PartSpec(**part) for name, part in (values.pop("parts", None) or {}).items()}
+    parts = {name: _part(name, part) for name, part in (values.pop("parts", None) or {}).items()}
     first, second = values.pop("betas")
     return OptimSpec(**values, betas=(first, second), parts=parts)
+
+
+def _part(name: str, values: dict[str, Any]) -> PartSpec:
+    known = [field.name for field in fields(PartSpec)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"optim.parts.{name}.{key}: no such key; allowed are {', '.join(known)}")
+    return PartSpec(**values)
 
 
 def build_module(cfg: DictConfig, model: VideoClassifier, labels: NDArray[np.int64] | None = None) -> ClassificationModule:

@@ -13,6 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from stts_lightning import misspelt
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.files import replacing, write_json
@@ -369,4 +370,5 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = for_hydra(sys.argv[1:])
+    misspelt.check("benchmark", sys.argv[1:])
     main()

@@ -6,12 +6,15 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from stts_lightning.errors import UserError
 from stts_lightning.run_config import ConfigError
+from stts_lightning.run_folders import EXIT_INTERRUPTED, remove_unused
 
 
 @contextmanager
@@ -29,16 +32,42 @@ def as_user_errors() -> Iterator[None]:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn errors that are the user's to fix into one line and exit status 2; set HYDRA_FULL_ERROR=1 to see more."""
+    """Turn errors that are the user's to fix into one line and exit status 2; set HYDRA_FULL_ERROR=1 to see more.
+
+    A command that was refused, or interrupted before it wrote anything, leaves no output folder.
+    """
     try:
         yield
     except (UserError, MisconfigurationException) as error:
+        _remove_unused_folder()
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        # A worker's error comes with the worker's stack trace; its last line is the error.
-        line = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {what_is_wrong(error)}", file=sys.stderr)
         raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        _remove_unused_folder()
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from error
+
+
+def what_is_wrong(error: Exception) -> str:
+    """The part of an error that says what is wrong, as one line.
+
+    A worker's error comes with the worker's stack trace, whose last line it is; others begin with it.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    if any(line.startswith("Traceback (most recent call last)") for line in lines):
+        return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+    return "; ".join(line for line in lines[:LINES] if line)
+
+
+LINES = 3
+"""Of an error of many lines, how many are shown."""
+
+
+def _remove_unused_folder() -> None:
+    if HydraConfig.initialized():
+        remove_unused(Path(HydraConfig.get().runtime.output_dir))
 
 
 def quiet_libraries() -> None:

@@ -45,8 +45,9 @@ def for_hydra(arguments: list[str]) -> list[str]:
     """
     parser = OverridesParser.create()
     arguments = [_quoted(argument, parser) for argument in arguments]
-    # A slot, or how much it keeps, is not a key of every selection.
-    return [f"++{argument}" if argument.startswith("selection.slots.") else argument for argument in arguments]
+    # A slot is not a key of every selection, nor a setting of a part one of every recipe. What builds them judges the rest.
+    open_ended = ("selection.slots.", "optim.parts.")
+    return [f"++{argument}" if argument.startswith(open_ended) else argument for argument in arguments]
 
 
 def _quoted(argument: str, parser: OverridesParser) -> str:

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import re
+import shutil
+import signal
 import socket
 import sys
 import uuid
@@ -25,10 +27,16 @@ log = logging.getLogger(__name__)
 
 JOB, RESULT, CONFIG, LAST = "job.json", "result.json", "config.yaml", "checkpoints/last.ckpt"
 LOCK, OWNER = ".lock", ".owner.json"
+TEST = "test"
+"""Folder, in a run's, of its test."""
+CONSOLE = "console.log"
+"""What a job of a sweep printed: it tells why the job was refused."""
 OUTPUTS = (RESULT, CONFIG, JOB, "classes.txt", "checkpoints", "panels", "test", "metrics.csv", "report.html")
 """What a run writes into its folder."""
 EXIT_REQUEUE = os.EX_TEMPFAIL if hasattr(os, "EX_TEMPFAIL") else 75
 """Exit status of a command that was asked to end and can resume: what schedulers requeue on."""
+EXIT_INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C ended, as shells have it."""
 _DECISION = "STTS_CAN_RESUME"
 _LOCKS: dict[Path, FileLock] = {}
 """Held until the process ends, however it does."""
@@ -153,6 +161,32 @@ def _set_aside(folder: Path) -> None:
         if path.exists():
             path.replace(earlier / path.name)
     log.warning("%s held another run; what it left is in %s", folder, earlier.name)
+
+
+def exit_status(number: int) -> int:
+    """Exit status of a command that a signal asked to end, and that can resume."""
+    return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE
+
+
+def how_to_resume(folder: Path) -> str:
+    """What to type to go on in a folder, whose command may have made it by the time of day."""
+    run = folder.parent if folder.name == TEST else folder
+    return f"resume={run} goes on" if (run / JOB).is_file() else f"the same command with hydra.run.dir={folder} goes on"
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove the output folder of a command that was refused: one in which nothing lies but what every command writes first."""
+    if not is_first_process() or not folder.is_dir() or folder.resolve() == Path.cwd():
+        return
+    written = list(folder.iterdir())
+    if all(path.name in (".hydra", LOCK, OWNER, JOB) or (path.suffix == ".log" and path.name != CONSOLE) for path in written):
+        with suppress(OSError):  # On Windows a log is open.
+            for path in written:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            for place in (folder.resolve(), *folder.resolve().parents):
+                if Path.cwd() not in place.parents:
+                    break
+                place.rmdir()  # Fails for one that holds anything else.
 
 
 def can_resume(folder: Path, overrides: Sequence[str]) -> bool:

@@ -28,13 +28,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from stts_lightning.errors import UserError
-from stts_lightning.run_folders import EXIT_REQUEUE, JOB, LAST, RESULT, lock, note_owner, overrides_of
+from stts_lightning.run_folders import CONSOLE, EXIT_INTERRUPTED, EXIT_REQUEUE, JOB, LAST, RESULT, lock, note_owner, overrides_of
 
 log = logging.getLogger(__name__)
 
 PARENT = "STTS_SWEEP_PROCESS"
 _GRACE = 60.0
-CONSOLE = "console.log"
 # Of a launcher or a former process group; a job that inherits them joins the wrong one.
 INHERITED = re.compile(
     r"(LOCAL_RANK|NODE_RANK|GROUP_RANK|RANK|WORLD_SIZE|MASTER_\w+|TORCHELASTIC_\w+|PL_GLOBAL_SEED|STTS_CAN_RESUME"
@@ -169,6 +168,12 @@ def _ends_with_this(process: "subprocess.Popen[bytes]") -> Iterator["subprocess.
             if process.wait(_GRACE) == EXIT_REQUEUE:
                 raise SystemExit(EXIT_REQUEUE) from None
         raise
+    except KeyboardInterrupt:
+        log.warning("interrupted: the job saves where it is; the same command goes on")
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(_GRACE)
+        raise SystemExit(EXIT_INTERRUPTED) from None
     finally:
         for number, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 5)):
             try:

@@ -10,11 +10,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from stts_lightning import sweeps
+from stts_lightning import misspelt, sweeps
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.overrides import for_sweep, in_run_folder
-from stts_lightning.run_folders import LAST, can_resume, claim, let_lightning_launch, lock
+from stts_lightning.run_folders import LAST, TEST, can_resume, claim, let_lightning_launch, lock
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
     last_metrics = {f"last/{name}": value for name, value in kept.items()}
     last = Path(cfg.run_dir) / LAST
     weights = f"{fingerprint(last)} {trainer.global_step}" if last.is_file() else ""
-    predictions = run_test(trainer, module, data, Path(cfg.run_dir) / "test", weights) if cfg.test else None
+    predictions = run_test(trainer, module, data, Path(cfg.run_dir) / TEST, weights) if cfg.test else None
     tested = score(predictions) if predictions else {}
     failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]
     result = {
@@ -134,4 +134,5 @@ def main(cfg: DictConfig) -> Any:
 
 if __name__ == "__main__":
     sys.argv[1:] = for_sweep(in_run_folder(sys.argv[1:]))
+    misspelt.check("train", sys.argv[1:])
     main()

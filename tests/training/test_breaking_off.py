@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from stts_lightning.analysis.results import read_metrics
-from stts_lightning.training.preemption import EXIT_REQUEUE, LastCheckpoint, SaveError, WholeCheckpointIO
+from stts_lightning.run_folders import EXIT_REQUEUE
+from stts_lightning.training.preemption import LastCheckpoint, SaveError, WholeCheckpointIO
 from stts_lightning.training.step_figures import Known
 
 RUN = [
@@ -123,7 +124,7 @@ def test_run_killed_twenty_times_resumes_identically(place: Path) -> None:
     print(f"{kills} kills, at steps {steps}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_asked_to_end_it_saves_and_says_that_it_goes_on(place: Path, number: signal.Signals) -> None:
     name = f"asked_{number.name}"
     # No checkpoint but the one that is asked for; the request reaches the whole group, as a scheduler's does.
@@ -135,8 +136,8 @@ def test_asked_to_end_it_saves_and_says_that_it_goes_on(place: Path, number: sig
     time.sleep(1)
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == EXIT_REQUEUE == 75, output
-    assert f"asked to end by {number.name}" in output and "the same command goes on" in output
+    assert process.returncode == (130 if number == signal.SIGINT else 75), output
+    assert f"asked to end by {number.name}" in output and f"resume={place}/runs/{name} goes on" in output
     finish(start(place, name, "callbacks.last.every_n_steps=null"))
     check_is_whole(place, name)
 

@@ -380,7 +380,8 @@ def test_flops_says_what_a_configuration_costs(tmp_path: Path) -> None:
         assert [row["selection"] for row in csv.DictReader(file)] == ["t0_0.5", "none", "s0_0.5"]
     failed = door("flops", tmp_path, "backbone=mvit_tiny", "selection=t0_0.5", "selection.slots.t0.ratio=2", check=False)
     assert failed.returncode == 2
-    assert failed.stderr.strip().splitlines()[-1] == "error: selection.slots.t0.ratio=2: must lie in (0, 1]"
+    hint = "did you mean 0.2, as in t0_0.2?"
+    assert failed.stderr.strip().splitlines()[-1] == f"error: selection.slots.t0.ratio=2: must lie in (0, 1]; {hint}"
 
 
 def test_flops_of_the_papers_selections_and_of_a_budget(tmp_path: Path) -> None:

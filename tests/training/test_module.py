@@ -24,6 +24,7 @@ from stts_lightning.data.annotations import Video, VideoList
 from stts_lightning.data.dataset import Batch, Failure, collate
 from stts_lightning.data.resumable_sampler import EpochOrder, Pick, TrainLoader
 from stts_lightning.errors import UserError
+from stts_lightning.run_folders import EXIT_REQUEUE
 from stts_lightning.training import callbacks
 from stts_lightning.training import module as training_module
 from stts_lightning.training.callbacks import FailureLog, SigmaAnnealing
@@ -31,7 +32,7 @@ from stts_lightning.training.distillation import Teacher
 from stts_lightning.training.metrics import MeanClassAccuracy
 from stts_lightning.training.module import ClassificationModule, TrainingError
 from stts_lightning.training.optim import OptimSpec
-from stts_lightning.training.preemption import ASKING, EXIT_REQUEUE, BestCheckpoint, LastCheckpoint
+from stts_lightning.training.preemption import ASKING, BestCheckpoint, LastCheckpoint
 from stts_lightning.training.step_figures import HostCopy
 from stts_lightning.training.testing import run_test
 

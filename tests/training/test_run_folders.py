@@ -295,7 +295,7 @@ def test_a_test_that_is_ended_goes_on_and_gives_the_same(place: Path, copy: Path
     test = [f"run={copy}", "trainer.accelerator=cpu", "loader.batch_size=1", "loader.num_workers=0", "callbacks.progress=null"]
     folder = copy / "evaluation"
     output = ended("evaluate", place, test, folder / "partial", signal.SIGTERM)
-    assert "the same command goes on" in output and not (folder / "evaluation.json").exists()
+    assert f"the same command with hydra.run.dir={folder} goes on" in output and not (folder / "evaluation.json").exists()
     done = door("evaluate", place, *test)
     assert "of 16 videos were tested before; the test goes on" in done.stdout
     whole = door("evaluate", place, *test, "hydra.run.dir=runs/whole")

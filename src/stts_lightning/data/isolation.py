@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 HAS_ISOLATION = os.name == "posix"
 """Whether a child process can be handed a socket: `pass_fds` is for POSIX alone."""
 
-ASKING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
-"""Signals by which schedulers announce that they will end a job; Windows has the first alone."""
+ASKING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+"""Signals by which users (Ctrl-C) and schedulers ask a job to end; Windows has the first two alone."""
 
 MEMORY = 8 * 2**30
 """Bytes that the decoding process may address: a broken header can ask for any amount."""
@@ -235,7 +235,7 @@ def _serve(ours: socket.socket) -> None:
 
 if __name__ == "__main__":
     # Whoever asks the run to end leaves it a step more, which wants its frames.
-    for number in (*ASKING, signal.SIGINT):
+    for number in ASKING:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no limits, macOS not this one.
         import resource

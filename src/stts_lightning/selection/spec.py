@@ -94,7 +94,11 @@ class SlotSpec:
         if not given:
             raise SelectionError(f"selection.slots.{self.name}: give {_either(allowed)}")
         if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise SelectionError(f"selection.slots.{self.name}.ratio={self.ratio}: must lie in (0, 1]")
+            # 05, 5 or 50 for a half.
+            share = self.ratio / (10 if self.ratio < 10 else 100)
+            whole = 1 < self.ratio < 100 and self.ratio % 1 == 0
+            hint = f"; did you mean {share:g}, as in {self.name}_{share:g}?" if whole else ""
+            raise SelectionError(f"selection.slots.{self.name}.ratio={self.ratio}: must lie in (0, 1]{hint}")
         if self.place is not None and (self.axis != "r" or self.place not in ("inside", "before")):
             raise SelectionError(f"selection.slots.{self.name}.place={self.place}: inside or before, of slots r alone")
         if self.drop is not None and self.drop < 0:

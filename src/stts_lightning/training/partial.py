@@ -87,7 +87,9 @@ def listening() -> Iterator[Asked]:
     """Take signals that ask the process to end as requests, which the block looks at when it can end well."""
     asked = Asked()
 
-    def note(number: int, _: FrameType | None) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT == asked.number:  # Twice: at once.
+            signal.default_int_handler(number, frame)
         asked.number = number
 
     before: dict[signal.Signals, Any] = {}

@@ -23,7 +23,7 @@ from stts_lightning.data.windows import Window, WindowBatch, WindowDataset, Wind
 from stts_lightning.files import write_json
 from stts_lightning.kernels import prepacked_weights
 from stts_lightning.progress import counting
-from stts_lightning.run_folders import EXIT_REQUEUE
+from stts_lightning.run_folders import exit_status, how_to_resume
 from stts_lightning.selection.reducer import Record
 from stts_lightning.training.module import ClassificationModule
 from stts_lightning.training.partial import Asked, PartialResults, listening, read_records, write_records
@@ -139,8 +139,8 @@ class Predictor(pl.Callback):
         if self.asked or time.monotonic() - self.written > self.every_seconds:
             self._write()
         if self.asked:
-            log.warning("asked to end: %s holds the videos that are done; the same command goes on", self.folder)
-            raise SystemExit(EXIT_REQUEUE)
+            log.warning("asked to end: %s holds the videos that are done; %s", self.folder, how_to_resume(self.folder))
+            raise SystemExit(exit_status(self.asked.number))
 
     def _take(self, window: Window, chances: torch.Tensor, kept: list[Record], sizes: dict[str, Any], row: int) -> None:
         best = ranked(chances, self.classes, self.top)

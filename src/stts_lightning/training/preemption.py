@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from stts_lightning.data.isolation import ASKING
 from stts_lightning.errors import UserError
 from stts_lightning.files import replacing
-from stts_lightning.run_folders import EXIT_REQUEUE
+from stts_lightning.run_folders import exit_status, how_to_resume
 from stts_lightning.training.module import ClassificationModule
 from stts_lightning.training.processes import gathered
 
@@ -80,9 +80,9 @@ class BestCheckpoint(ModelCheckpoint):
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`: after each epoch, now and then in between, and when a scheduler asks the run to end.
 
-    Asked by SIGTERM, SIGUSR1 or SIGUSR2, a run finishes its step (all batches whose gradients it accumulates; in a validation:
-    that), writes the checkpoint on the word of any of its processes, and exits with status 75. The signal's former handler is
-    called then: submitit's requeues the job.
+    Asked by Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2, a run finishes its step (all batches whose gradients it accumulates; in a
+    validation: that), writes the checkpoint on the word of any of its processes, and exits with status 75 (after Ctrl-C 130). A
+    scheduler's signal's former handler is called then: submitit's requeues the job. Ctrl-C twice ends the run at once.
 
     Args:
         folder: where.
@@ -105,7 +105,12 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on signals are requests. Lightning's own handler talks to the other processes from within, which can hang."""
 
-        def asked(number: int, _: FrameType | None) -> None:
+        def asked(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGINT:
+                if self.asked == signal.SIGINT:
+                    signal.default_int_handler(number, frame)
+                if trainer.is_global_zero:
+                    log.warning("ends after this step, and saves; press Ctrl-C again to end at once")
             self.asked = signal.Signals(number)
 
         self.saved_at = time.monotonic()
@@ -190,10 +195,11 @@ class LastCheckpoint(Checkpoint):
     def _end(self, trainer: pl.Trainer) -> None:
         name = self.asked.name if self.asked else "another process"
         if trainer.is_global_zero:
-            log.warning("asked to end by %s: %s holds step %d; the same command goes on", name, self.file, trainer.global_step)
+            told = how_to_resume(self.file.parent.parent)
+            log.warning("asked to end by %s: %s holds step %d; %s", name, self.file, trainer.global_step, told)
         former: Callable[..., Any] | Any = self.before.get(self.asked) if self.asked else None
-        if callable(former) and self.asked != signal.SIGTERM:
+        if callable(former) and self.asked not in (signal.SIGINT, signal.SIGTERM):
             former(int(self.asked or 0), None)
         # Lightning takes the end of a process that it started, with any status but 0, for a failure, and kills the others.
         started = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
-        raise SystemExit(EXIT_REQUEUE if trainer.is_global_zero or not started else 0)
+        raise SystemExit(exit_status(self.asked or 0) if trainer.is_global_zero or not started else 0)

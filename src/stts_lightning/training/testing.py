@@ -13,7 +13,7 @@ from stts_lightning.analysis.evaluation import FILE, Predictions, write_tables
 from stts_lightning.data.datamodule import VideoDataModule
 from stts_lightning.data.dataset import Batch
 from stts_lightning.kernels import prepacked_weights
-from stts_lightning.run_folders import EXIT_REQUEUE
+from stts_lightning.run_folders import exit_status, how_to_resume
 from stts_lightning.training.module import ClassificationModule
 from stts_lightning.training.partial import Asked, PartialResults, listening, question
 
@@ -38,8 +38,9 @@ class _Collect(pl.Callback):
         if self.asked or time.monotonic() - self.written > self.every_seconds:
             self._write()
         if self.asked:
-            log.warning("asked to end: %s holds what is done; the same command goes on", self.partial.folder)
-            raise SystemExit(EXIT_REQUEUE)
+            told = how_to_resume(self.partial.folder.parent)
+            log.warning("asked to end: %s holds what is done; %s", self.partial.folder, told)
+            raise SystemExit(exit_status(self.asked.number))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._write()

@@ -1,0 +1,127 @@
+"""Keys and options that no command has, answered in one line that names the nearest. Light: nothing here imports torch.
+
+Hydra would hint to add an unknown key with `+`, which only fails later, and answer an unknown option with a page.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from itertools import islice
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stts_lightning.configuration import GROUP, conf_dir
+from stts_lightning.containers import leaves
+
+ANOTHER_CONFIGURATION = ("-h", "--help", "--hydra-help", "--version", "--info", "-i", "-cd", "-cn", "-cp", "--config-")
+"""Flags under which a command composes nothing, or another configuration than its own."""
+VALUES = 50
+"""How many values of a sweep are tried."""
+
+
+def check(command: str, arguments: Sequence[str]) -> None:
+    """Refuse a key or an option that a command's configuration does not have.
+
+    Args:
+        command: name of its file in `conf/`.
+        arguments: of the command line.
+
+    Raises:
+        SystemExit: after a line that names what was found and what is nearest.
+    """
+    if any(argument.startswith(ANOTHER_CONFIGURATION) for argument in arguments):
+        return
+    given = [argument for argument in arguments if argument.startswith("~") or ("=" in argument and argument[0] != "-")]
+    with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+        for overrides in _jobs(given):
+            try:
+                compose(command, overrides)
+            except (HydraException, OmegaConfBaseException) as error:
+                if found := _said(command, overrides, error):
+                    print(f"error: {found}", file=sys.stderr)
+                    raise SystemExit(2) from error
+                return  # Hydra says what it is.
+
+
+def _jobs(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """Overrides as single values: of the first job of a sweep, and with each other value in its place."""
+    parser = OverridesParser.create()
+    values: list[list[str]] = []
+    for argument in arguments:
+        try:
+            override = parser.parse_override(argument)
+        except HydraException:  # Hydra says what it is.
+            return
+        found = [argument]
+        if override.is_sweep_override():
+            found = list(islice(_values(override), VALUES))
+        if found:
+            values.append(found)
+    first = [one[0] for one in values]
+    yield first
+    for at, one in enumerate(values):
+        yield from ([*first[:at], other, *first[at + 1 :]] for other in one[1:])
+
+
+def _values(override: Override) -> Iterator[str]:
+    with suppress(Exception):  # An interval of a search has no list of values.
+        for value in override.sweep_string_iterator():
+            yield f"{override.get_key_element()}={value}"
+
+
+def _said(command: str, overrides: Sequence[str], error: Exception) -> str:
+    """What is wrong, in one line; empty for what Hydra says well."""
+    text = str(error)
+    if text.startswith("error: "):
+        return text.removeprefix("error: ").splitlines()[0]
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = (error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
+        options = sorted(error.options)
+        listed = "slots in the paper's notation, as t0_0.6_s4_0.9, or none" if group == GROUP else ", ".join(options)
+        return f"{group}={name}: no such option{_nearest(name, options)}; allowed are {listed}"
+    if isinstance(error, ConfigCompositionException) and text.startswith("Could not override '"):
+        key = text.split("'")[1]
+        return _unknown_key(command, overrides, key)
+    return ""
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    begun = [one for one in known if name and one.startswith(name)]
+    found = begun or get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
+def _unknown_key(command: str, overrides: Sequence[str], key: str) -> str:
+    """An unknown key, and the nearest one of the configuration without the values that are set in it."""
+    groups = [override for override in overrides if "." not in override.partition("=")[0]]
+    groups = [override for override in groups if override.partition("=")[0].lstrip("+~") != key]
+    try:
+        content: Any = OmegaConf.to_container(compose(command, groups))
+    except (HydraException, OmegaConfBaseException):
+        content = OmegaConf.to_container(compose(command))
+    known = _keys(content)
+    *place, last = key.split(".")
+    # The name alone may be right, or nearly so, at another place.
+    same_name = {full.rpartition(".")[2]: full for full in sorted(known, reverse=True)}
+    as_deep = [full for full in known if full.count(".") == len(place)]
+    if beside := get_close_matches(key, as_deep, n=1, cutoff=0.75):
+        hint = f"; did you mean {beside[0]}?"
+    elif found := get_close_matches(last, list(same_name), n=1, cutoff=0.75):
+        hint = f"; did you mean {same_name[found[0]]}?"
+    else:
+        inside = [full for full in known if full.startswith(".".join(place) + ".")] if place else []
+        hint = f"; {'.'.join(place)} has {', '.join(one.rpartition('.')[2] for one in inside)}" if inside else ""
+    return f"{key}: no such key{hint} (`stts {command} --help` lists all; +{key}=... adds one)"
+
+
+def _keys(content: dict[str, Any]) -> list[str]:
+    """Full keys of a configuration: of its values and of its groups."""
+    found = {key for key, _ in leaves(content, lists=False)}
+    return sorted(found | {key.rpartition(".")[0] for key in found if "." in key})

@@ -1,0 +1,56 @@
+"""A misspelt key or option gets one line that names the nearest, before anything is made."""
+
+from pathlib import Path
+
+import pytest
+
+from stts_lightning import misspelt
+from stts_lightning.overrides import for_hydra
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trainer.max_epoch=3"], "trainer.max_epoch: no such key; did you mean trainer.max_epochs?"),
+        (["max_epochs=3"], "max_epochs: no such key; did you mean trainer.max_epochs?"),
+        (["selction=t0_0.5"], "selction: no such key; did you mean selection?"),
+        (["dataset=list", "dataset.trian=x"], "dataset.trian: no such key; did you mean dataset.train?"),
+        (["trainer.zzz=1"], "trainer.zzz: no such key; trainer has "),
+        (["recipe=papr"], "recipe=papr: no such option (did you mean paper?); allowed are finetune, "),
+        (["backbone=mvit"], "backbone=mvit: no such option (did you mean mvit_b16 or mvit_tiny or mvit_v2_b or "),
+        (["selection=abc"], "selection=abc: no such option; allowed are slots in the paper's notation"),
+        (["selection=t0_05"], "selection.slots.t0.ratio=5.0: must lie in (0, 1]; did you mean 0.5, as in t0_0.5?"),
+        (["-m", "selection.sigma=0.1,0.2", "optim.lrr=1,2"], "optim.lrr: no such key; did you mean optim.lr?"),
+        (["-m", "selection=t0_0.5,t0_x"], "selection=t0_x: no such option"),
+    ],
+)
+def test_what_is_misspelt_is_named_with_the_nearest(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        misspelt.check("train", for_hydra(arguments))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("train", ["optim.parts.backbone.frozen=true", "selection.slots.t3.ratio=0.5", "+trainer.detect_anomaly=true"]),
+        ("train", ["-m", "selection=t0_0.5,none", "selection.sigma=interval(0.1,0.5)", "hparams_search=ratios"]),
+        ("train", ["hydra.run.dir=runs/x", "~logger", "optim.betas=[0.9,0.98]"]),
+        ("train", ["--help", "no.such.key=1"]),
+        ("evaluate", ["run=runs/x", "++backbone.drop_path=0.1", "which=best"]),
+        ("report", ["-m", "paper_table=range(1,9)"]),
+    ],
+)
+def test_what_is_right_passes(command: str, arguments: list[str]) -> None:
+    misspelt.check(command, for_hydra(arguments))
+
+
+def test_nothing_is_left_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        misspelt.check("train", ["trainer.max_epoch=3"])
+    assert not list(tmp_path.iterdir())
