@@ -24,9 +24,7 @@ from stts_lightning.overrides import for_hydra
         (["-m", "selection=t0_0.5,t0_x"], "selection=t0_x: no such option"),
     ],
 )
-def test_what_is_misspelt_is_named_with_the_nearest(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_misspelt_is_named_with_the_nearest(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         misspelt.check("train", for_hydra(arguments))
     error = capsys.readouterr().err

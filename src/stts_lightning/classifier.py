@@ -22,6 +22,8 @@ COMPILE = ("false", "true", "reduce-overhead", "max-autotune", "max-autotune-no-
 """Ways to run a model: as it is, by torch.compile, and by torch.compile in one of its modes (reduce-overhead: CUDA graphs)."""
 
 
+HEAD_SPREAD = 0.02
+"""Standard deviation of a new head's weights."""
 DEFAULT_CLASSES = 400
 """Of Kinetics-400, for a model that nothing else says the number of."""
 
@@ -67,7 +69,7 @@ class VideoClassifier(nn.Module):
         """Replace the head by a new, untrained one for another number of classes; 0 removes it."""
         self.head: nn.Module = nn.Linear(self.backbone.out_dim, num_classes) if num_classes else nn.Identity()
         if isinstance(self.head, nn.Linear):
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.trunc_normal_(self.head.weight, std=HEAD_SPREAD)
             nn.init.zeros_(self.head.bias)
         if self.recipe:
             self.recipe = {**self.recipe, "num_classes": num_classes}

@@ -44,7 +44,7 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         if Path(cfg.pretrained).parent.name == "checkpoints":
             trained = Path(cfg.pretrained).parent.parent
             run_config.check_classes(trained, data.classes)
-            warn_of_another_list(trained, data.summary())
+            warn_of_another_list(trained, data.source.name, data.test_hash)
         assembly.fit_head(model, len(data.classes))
         module = assembly.build_module(cfg, model)
     info = facts(trainer, module, data)
@@ -59,16 +59,14 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return {**score(predictions, cfg.views, cfg.missing), **info, **cost, **measured, "undecodable_files": failures}
 
 
-def warn_of_another_list(run: Path, data: dict[str, Any]) -> None:
+def warn_of_another_list(run: Path, name: str, tested: str) -> None:
     """Say so where a run was tested on a list of the same name and other videos or labels."""
     from stts_lightning.analysis.results import read_result
 
     before = read_result(run).get("dataset", {}) if (run / RESULT).is_file() else {}
-    if before.get("name") == data["name"] and before.get("val_hash") != data["val_hash"]:
-        log.warning(
-            "the test list of %s is not the one that the run was tested on (hash %s, was %s)",
-            data["name"], data["val_hash"], before.get("val_hash"),
-        )  # fmt: skip
+    was = before.get(f"{before.get('tested', 'val')}_hash")
+    if before.get("name") == name and was != tested:
+        log.warning("the test list of %s is not the one that the run was tested on (hash %s, was %s)", name, tested, was)
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> float:

@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 
 JOB, RESULT, CONFIG, LAST = "job.json", "result.json", "config.yaml", "checkpoints/last.ckpt"
 LOCK, OWNER = ".lock", ".owner.json"
-TEST = "test"
-"""Folder, in a run's, of its test."""
+TEST, SPLIT = "test", "split"
+"""Folders, in a run's, of its test, and of the lists that `dataset.val_fraction` made."""
+OUTPUTS = (RESULT, CONFIG, JOB, "classes.txt", "checkpoints", "panels", TEST, SPLIT, "metrics.csv", "report.html")
+"""What a run writes into its folder."""
 CONSOLE = "console.log"
 """What a job of a sweep printed: it tells why the job was refused."""
-OUTPUTS = (RESULT, CONFIG, JOB, "classes.txt", "checkpoints", "panels", "test", "metrics.csv", "report.html")
-"""What a run writes into its folder."""
 EXIT_REQUEUE = os.EX_TEMPFAIL if hasattr(os, "EX_TEMPFAIL") else 75
 """Exit status of a command that was asked to end and can resume: what schedulers requeue on."""
 EXIT_INTERRUPTED = 130

@@ -14,7 +14,7 @@ from stts_lightning import misspelt, sweeps
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.overrides import for_sweep, in_run_folder
-from stts_lightning.run_folders import LAST, TEST, can_resume, claim, let_lightning_launch, lock
+from stts_lightning.run_folders import LAST, SPLIT, TEST, can_resume, claim, let_lightning_launch, lock
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,9 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
     from stts_lightning.analysis.results import commit, versions, write_result
     from stts_lightning.analysis.speed import clips_per_second
     from stts_lightning.files import fingerprint
-    from stts_lightning.training.callbacks import FailureLog
+    from stts_lightning.training.callbacks import EarlyStop, FailureLog, check_monitors
     from stts_lightning.training.loggers import log_config, log_summary
+    from stts_lightning.training.optim import peak_rates
     from stts_lightning.training.preemption import LastCheckpoint, WholeCheckpointIO
     from stts_lightning.training.summary import StartTable, facts, rows
     from stts_lightning.training.testing import run_test
@@ -61,21 +62,24 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
         # Only now is it known to be a run: what was refused leaves an earlier configuration as it is.
         run_config.save_config(cfg)
         run_config.save_classes(cfg, data.classes)
+        data.write_split(Path(cfg.run_dir) / SPLIT)
         assembly.fit_head(model, len(data.classes))
         module = assembly.build_module(cfg, model, data.splits["train"].labels)
         if module.augment:
             module.augment.check_batch(cfg.loader.batch_size // trainer.world_size)
+        check_monitors(trainer, module.measured)
     info = facts(trainer, module, data)
     decays = bool(cfg.callbacks.sigma and cfg.callbacks.sigma.decay)
     sigma = f"{info['sigma']}{' -> 0, linear over the steps' if decays else ', constant'}"
     lines = {
         **rows(info),
-        "lr": f"{cfg.optim.lr}, recipe of {cfg.trainer.max_epochs} epochs",
+        "rates": f"{peak_rates(model, module.optim)}; {cfg.trainer.max_epochs} epochs",
         "sigma": sigma if info["slots"] else "-",
         "run folder": cfg.run_dir,
     }
     log_config(trainer, run_config.to_container(cfg))
-    trainer.callbacks.append(StartTable(lines))  # type: ignore[attr-defined]
+    new_head = bool(cfg.pretrained and cfg.head == "reset")
+    trainer.callbacks.append(StartTable(lines, new_head))  # type: ignore[attr-defined]
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     kept = next((c.metrics for c in trainer.callbacks if isinstance(c, LastCheckpoint)), {})  # type: ignore[attr-defined]
     last_metrics = {f"last/{name}": value for name, value in kept.items()}
@@ -93,6 +97,7 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
         "experiment": cfg.get("experiment_name"),  # A run of an earlier version has none.
         "sigma_last": float(model.slots.sigma),
         "steps": trainer.global_step,
+        "stopped_early": next((c.reason for c in trainer.callbacks if isinstance(c, EarlyStop)), ""),  # type: ignore[attr-defined]
         "undecodable_files": failures,
         "versions": versions(),
         "commit": commit(),

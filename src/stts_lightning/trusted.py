@@ -17,6 +17,7 @@ ALLOWED = frozenset(
         f"{_OURS}.data.datamodule.FolderSource",
         f"{_OURS}.data.datamodule.ListSource",
         f"{_OURS}.sweeps.SweepEnd",
+        f"{_OURS}.training.callbacks.EarlyStop",
         f"{_OURS}.training.callbacks.FailureLog",
         f"{_OURS}.training.callbacks.SigmaAnnealing",
         f"{_OURS}.training.loading.LoadingWatch",

@@ -57,7 +57,7 @@ def finished(place: Path) -> Path:
         for epoch in (1, 2):
             line = (
                 rf"epoch {epoch} of 2, step {4 * epoch} of 8: loss {number}, val/top1 {number}%, val/top5 {number}%, "
-                rf"val/mean_class_accuracy {number}%, "
+                rf"val/loss {number}, val/mean_class_accuracy {number}%, "
                 rf"lr {number} \(selectors\) {number} \(backbone\) {number} \(head\), sigma {number}, {number} clips/s, "
                 r"\d+:\d\d:\d\d left"
             )

@@ -53,7 +53,7 @@ def test_a_line_an_epoch(caplog: pytest.LogCaptureFixture) -> None:
     lines = trained(ProgressLines(), caplog, num_sanity_val_steps=0)
     assert [line.split(":")[0] for line in lines] == ["epoch 1 of 2, step 4 of 8", "epoch 2 of 2, step 8 of 8"]
     for line in lines:
-        accuracies = r"val/top1 [\d.]+%, val/mean_class_accuracy [\d.]+%"
+        accuracies = r"val/top1 [\d.]+%, val/loss [\d.]+, val/mean_class_accuracy [\d.]+%"
         assert re.search(rf": loss [\d.]+, {accuracies}, lr [-+\d.e]+, [\d.]+ clips/s, 0:00:\d\d left$", line), line
 
 

@@ -205,10 +205,10 @@ def _settings(
     if config is None:
         # Nobody knows what else differs: a seed is one setting more.
         unknown = unknown or {CONFIG: "none", "seed": str(result.get("seed"))}
-    hashes = {key: str(data[key]) for key in ("train_hash", "val_hash", "manifest_hash") if key in data}
+    hashes = {key: str(data[key]) for key in ("train_hash", "val_hash", "test_hash", "manifest_hash") if key in data}
     # A list is known by its hash, wherever it lies; numbers are the size of the demo's.
-    places = [f"dataset.{split}" for split in ("train", "val") if f"{split}_hash" in hashes]
-    places += ["dataset.root", "dataset.classes", "dataset.manifest"] if len(places) == 2 else []
+    places = [f"dataset.{split}" for split in ("train", "val", "test") if f"{split}_hash" in hashes]
+    places += ["dataset.root", "dataset.classes", "dataset.manifest"] if len(places) >= 2 else []
     pairs = {
         key: value
         for key, value in (config or {}).items()

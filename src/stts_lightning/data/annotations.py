@@ -16,7 +16,9 @@ from stts_lightning.data.labels import label_number, names_of_labels, read_class
 from stts_lightning.data.list_formats import VIDEO_SUFFIXES, AnnotationError, read_rows
 from stts_lightning.data.readers import is_frame_folder
 
-__all__ = ["VIDEO_SUFFIXES", "AnnotationError", "Video", "VideoList", "Videos", "check_files", "read_folder", "read_list"]
+__all__ = [
+    "VIDEO_SUFFIXES", "AnnotationError", "Video", "VideoList", "Videos", "check_files", "held_out", "read_folder", "read_list",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +127,34 @@ def read_folder(folder: str | Path, classes: Sequence[str] | None = None) -> Vid
         raise AnnotationError(f"data folder {folder}: no videos in {folder}/<class>/ ({len(found)} class folders found)")
     report_classes(f"data folder {folder}", videos.labels, names, classes is None)
     return VideoList(videos, names)
+
+
+def held_out(videos: VideoList, fraction: float, seed: int, source: str) -> tuple[VideoList, VideoList]:
+    """Split a list in two, the same share of each class in both: what is left to train with, and what is held out.
+
+    Args:
+        videos: the list.
+        fraction: that is held out; of each class at least one video, and not all.
+        seed: which ones.
+        source: how an error calls the list.
+
+    Raises:
+        AnnotationError: for a class of one video, which cannot be on both sides.
+    """
+    chosen = np.zeros(len(videos), bool)
+    for label, name in enumerate(videos.classes):
+        here = np.flatnonzero(videos.labels == label)
+        if len(here) == 1:
+            raise AnnotationError(
+                f"{source}: class {name!r} has 1 video; dataset.val_fraction={fraction} needs 2 or more of each class"
+            )
+        count = min(max(round(len(here) * fraction), 1), len(here) - 1) if len(here) else 0
+        chosen[np.random.default_rng((seed, label)).permutation(here)[:count]] = True
+
+    def part(which: NDArray[np.bool_]) -> VideoList:
+        return VideoList(Videos(videos.videos[int(number)] for number in np.flatnonzero(which)), videos.classes)
+
+    return part(~chosen), part(chosen)
 
 
 def is_hidden(path: Path) -> bool:

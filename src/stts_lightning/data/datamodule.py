@@ -1,6 +1,8 @@
 """The LightningDataModule: sources of videos in, loaders of clips out."""
 
+import csv
 import hashlib
+import io
 import multiprocessing
 import os
 import signal
@@ -19,7 +21,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch.utils.data import DataLoader, DistributedSampler
 
-from stts_lightning.data.annotations import AnnotationError, VideoList, check_files, read_folder, read_list
+from stts_lightning.data.annotations import AnnotationError, VideoList, check_files, held_out, read_folder, read_list
 from stts_lightning.data.dataset import Batch, ClipDataset, ClipSpec, Reading, collate, list_hash
 from stts_lightning.data.demo import DemoSpec, make_demo
 from stts_lightning.data.isolation import ASKING, can_isolate
@@ -27,7 +29,7 @@ from stts_lightning.data.labels import read_class_names
 from stts_lightning.data.manifest import manifest_hash, read_manifest, with_manifest
 from stts_lightning.data.resumable_sampler import EpochOrder, LoaderError, TrainLoader
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
-from stts_lightning.files import fingerprint
+from stts_lightning.files import fingerprint, write_text
 
 
 class Source(ABC):
@@ -38,63 +40,122 @@ class Source(ABC):
     """What `prepare_data` found out about the files: those that do not decode are left out, and counted."""
     truth = False
     """Whether a file beside each video says where the action is; see `truth`."""
+    has_test = False
+    """Whether there are videos of "test": they are tested instead of those of "val", by which the best weights are chosen."""
 
     def prepare(self) -> None:  # noqa: B027 (most sources have nothing to prepare)
         """Make or fetch what is needed, once a machine, before `videos` is called."""
 
     @abstractmethod
     def videos(self, split: str) -> VideoList:
-        """Videos of "train" or "val"."""
+        """Videos of "train", "val" or, where there are some, "test"."""
 
 
-class FolderSource(Source):
-    """Class folders: `root/train/<class>/*.mp4` and `root/val/<class>/*.mp4`."""
+class SplitSource(Source):
+    """A source that may hold out a share of its training videos, where it has none for validation.
 
-    def __init__(self, root: str, name: str = "folder", manifest: str | None = None, truth: bool = False) -> None:
-        self.root, self.name, self.manifest, self.truth = Path(root), name, manifest, truth
+    Args:
+        val_fraction: the share, of each class; None where there are validation videos.
+        split_seed: which videos.
+    """
+
+    def __init__(self, val_fraction: float | None, split_seed: int) -> None:
+        self.val_fraction, self.split_seed = val_fraction, split_seed
+
+    @abstractmethod
+    def listed(self, split: str) -> VideoList:
+        """Videos of a split that there is."""
 
     def videos(self, split: str) -> VideoList:
+        """See `Source.videos`."""
+        if self.val_fraction is None or split == "test":
+            return self.listed(split)
+        train, val = held_out(self.listed("train"), self.val_fraction, self.split_seed, f"data set {self.name}")
+        return train if split == "train" else val
+
+
+class FolderSource(SplitSource):
+    """Class folders: `root/train/<class>/*.mp4`, `root/val/<class>/*.mp4` and, if it is there, `root/test/<class>/*.mp4`.
+
+    Raises:
+        AnnotationError: if there is a folder `val`, and a share of `train` is to be held out.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        name: str = "folder",
+        manifest: str | None = None,
+        truth: bool = False,
+        val_fraction: float | None = None,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(val_fraction, split_seed)
+        self.root, self.name, self.manifest, self.truth = Path(root), name, manifest, truth
+        self.has_test = (self.root / "test").is_dir()
+        if val_fraction is not None and (self.root / "val").is_dir():
+            raise AnnotationError(f"dataset.val_fraction={val_fraction}: there is a folder {self.root / 'val'}; give one of them")
+
+    def listed(self, split: str) -> VideoList:
         """Videos of `root/<split>`; classes are train's."""
         train = read_folder(self.root / "train")
-        return train if split == "train" else read_folder(self.root / split, train.classes)
+        if split == "train":
+            return train
+        if split == "val" and not (self.root / "val").is_dir():
+            hint = f"dataset.val_fraction=0.2 holds out a fifth of {self.root / 'train'}"
+            raise AnnotationError(f"data folder {self.root / 'val'}: does not exist; {hint}")
+        return read_folder(self.root / split, train.classes)
 
 
-class ListSource(Source):
+class ListSource(SplitSource):
     """List files: `path label` text, csv, Kinetics or Something-Something JSON.
 
     Args:
         train: list of the training videos; None where there is only a test.
-        val: list of the validation videos.
+        val: list of the validation videos; None with `val_fraction`.
         root: folder that paths in the lists start from; None is each list's own folder.
         classes: file with a class name a line, or JSON; None: see `read_list`.
         name: how results call the data set.
         check: look for every listed file at start-up; a manifest has done that.
         manifest, truth: see `Source`.
+        val_fraction, split_seed: see `SplitSource`.
+        test: list of videos that are tested instead of those of `val`.
+
+    Raises:
+        AnnotationError: unless one of `val` and `val_fraction` is given.
     """
 
     def __init__(
         self,
         train: str | None,
-        val: str,
+        val: str | None,
         root: str | None = None,
         classes: str | None = None,
         name: str = "list",
         check: bool = True,
         manifest: str | None = None,
         truth: bool = False,
+        val_fraction: float | None = None,
+        split_seed: int = 0,
+        test: str | None = None,
     ) -> None:
-        self.files, self.truth = {"train": train, "val": val}, truth
+        super().__init__(val_fraction, split_seed)
+        if (val is None) == (val_fraction is None):
+            raise AnnotationError(
+                "dataset.val: give a list; or null, and dataset.val_fraction=0.2 to hold out a fifth of dataset.train"
+            )
+        self.files, self.truth, self.has_test = {"train": train, "val": val, "test": test}, truth, test is not None
         self.root, self.classes, self.name, self.check = root, classes, name, check and not manifest
         self.manifest = manifest
 
-    def videos(self, split: str) -> VideoList:
+    def listed(self, split: str) -> VideoList:
         """Videos of the split's list."""
         file = self.files[split]
         if file is None:
             raise AnnotationError(f"dataset.{split}: must be given, as in dataset.{split}=FILE")
         names = read_class_names(Path(self.classes)) if self.classes else None
         if names is None and split != "train" and self.files["train"] is not None:
-            names = self.videos("train").classes
+            names = self.listed("train").classes
         videos = read_list(file, self.root, names)
         if self.check:
             check_files(videos, f"list file {file}")
@@ -301,7 +362,8 @@ class VideoDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the lists; a test needs only the one of its videos."""
-        for split in ("val",) if stage == "test" else ("train", "val"):
+        tested = "test" if self.source.has_test else "val"
+        for split in (tested,) if stage == "test" else dict.fromkeys(("train", "val", tested)):
             if split not in self.splits:
                 self.splits[split] = self._decodable(split, self.source.videos(split))
 
@@ -320,13 +382,19 @@ class VideoDataModule(pl.LightningDataModule):
 
     @property
     def tested(self) -> VideoList:
-        """The videos of the test."""
-        return self.splits["val"]
+        """The videos of the test: of a split of its own, or else those of the validation."""
+        return self.splits["test" if self.source.has_test else "val"]
+
+    @property
+    def test_hash(self) -> str:
+        """What tells the list of the test from another."""
+        return list_hash(self.tested)
 
     def summary(self) -> dict[str, Any]:
         """Facts of the data for tables and results."""
         return {
             "name": self.source.name,
+            "tested": "test" if self.source.has_test else "val",
             "classes": len(self.classes),
             **{f"{split}_videos": len(videos) for split, videos in self.splits.items()},
             **{f"{split}_hash": list_hash(videos) for split, videos in self.splits.items()},
@@ -356,10 +424,13 @@ class VideoDataModule(pl.LightningDataModule):
             "timeout": self.loader.timeout if workers > 0 else 0,
         }
 
-    def _check_shared(self, split: str) -> None:
+    def _check_shared(self, videos: VideoList) -> None:
         devices = self.trainer.world_size if self.trainer else 1
-        if (videos := len(self.splits[split])) < devices:
-            raise LoaderError(f"data set {self.source.name}: {videos} videos of {split} cannot be shared by {devices} devices")
+        if len(videos) < devices:
+            split = next(name for name, there in self.splits.items() if there is videos)
+            raise LoaderError(
+                f"data set {self.source.name}: {len(videos)} videos of {split} cannot be shared by {devices} devices"
+            )
 
     def test_question(self) -> str:
         """What a test's logits follow from, besides the model: the files, the clips and how they are cut and read."""
@@ -368,11 +439,13 @@ class VideoDataModule(pl.LightningDataModule):
             files.update(os.fsencode(f"{fingerprint(video.path)} {video.label}\n"))
         return f"{files.hexdigest()} {self._test_clip} {vars(self._test_transform)} {self._reading}"
 
-    def _eval_loader(self, clip: ClipSpec, transform: EvalTransform, without: Collection[int] = ()) -> DataLoader[Batch]:
+    def _eval_loader(
+        self, videos: VideoList, clip: ClipSpec, transform: EvalTransform, without: Collection[int] = ()
+    ) -> DataLoader[Batch]:
         options = self.loader
         boxes = transform.with_boxes if self.source.truth else None
-        dataset = ClipDataset(self.splits["val"], clip, transform, train=False, reading=self._reading, boxes=boxes)
-        self._check_shared("val")
+        dataset = ClipDataset(videos, clip, transform, train=False, reading=self._reading, boxes=boxes)
+        self._check_shared(videos)
         key = "batch_size" if options.eval_batch_size is None else "eval_batch_size"
         size = self.per_device(options.eval_batch_size or options.batch_size, key)
         return DataLoader(dataset, batch_size=size, sampler=UnpaddedDistributedSampler(dataset, without), **self._workers())
@@ -388,7 +461,7 @@ class VideoDataModule(pl.LightningDataModule):
         transform = self._train_transform
         boxes = transform.with_boxes if self.source.truth else None
         dataset = ClipDataset(self.splits["train"], self._clip, transform, train=True, reading=self._reading, boxes=boxes)
-        self._check_shared("train")
+        self._check_shared(self.splits["train"])
         self.per_device(self.loader.batch_size)
         labels = self.splits["train"].labels if self.loader.balanced else None
         order = EpochOrder(len(dataset), self.loader.batch_size, self.seed, labels)
@@ -424,8 +497,19 @@ class VideoDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The centre clip of each validation video."""
-        return self._eval_loader(self._clip, self._val_transform)
+        return self._eval_loader(self.splits["val"], self._clip, self._val_transform)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """V clips of each validation video."""
-        return self._eval_loader(self._test_clip, self._test_transform, self._left_out())
+        """V clips of each test video."""
+        return self._eval_loader(self.tested, self._test_clip, self._test_transform, self._left_out())
+
+    def write_split(self, folder: Path) -> None:
+        """Write down what `val_fraction` held out: the lists `train.csv` and `val.csv`, with the names of their classes."""
+        if not isinstance(self.source, SplitSource) or self.source.val_fraction is None:
+            return
+        for split in ("train", "val"):
+            videos = self.splits[split]
+            rows = ((os.path.abspath(video.path), videos.classes[video.label]) for video in videos.videos)
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([("path", "label"), *rows])
+            write_text(folder / f"{split}.csv", text.getvalue())

@@ -1,12 +1,15 @@
 """Callbacks: the annealing of sigma, and the count of files that do not decode."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_only
 
 from stts_lightning.data.dataset import Batch, Failure
+from stts_lightning.errors import UserError
 from stts_lightning.training.module import ClassificationModule, is_logged
 from stts_lightning.training.processes import gathered
 
@@ -53,6 +56,53 @@ class SigmaAnnealing(pl.Callback):
         total = int(trainer.estimated_stepping_batches)
         sigma = annealed_sigma(self.sigma, trainer.global_step, total, self.until) if self.decay else self.sigma
         module.model.slots.sigma.fill_(sigma)
+
+
+class EarlyStop(EarlyStopping):
+    """Ends a training that a validation has found no better for some epochs, and says why.
+
+    Sigma is then what the schedule had come to, above 0: what was tested has met soft selections alone.
+
+    Args:
+        monitor: what is watched; see `ClassificationModule.measured`.
+        mode: whether it is to be "max" or "min".
+        patience: validations without improvement after which training ends; None: it never does.
+        min_delta: what counts as an improvement.
+
+    Attributes:
+        reason: why the training ended; empty if it was not by this.
+    """
+
+    def __init__(self, monitor: str = "val/top1", mode: str = "max", patience: int | None = None, min_delta: float = 0.0) -> None:
+        super().__init__(monitor, min_delta=min_delta, patience=patience or 0, mode=mode, check_on_train_epoch_end=False)
+        self.active = patience is not None
+        self.reason = ""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nothing to check before there is a validation."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look, after a validation of a training."""
+        if not self.active:
+            return
+        super().on_validation_end(trainer, pl_module)
+        if trainer.should_stop and self.stopped_epoch:
+            self.reason = f"{self.monitor} has not been better than {float(self.best_score):.4g} for {self.patience} validations"
+            if trainer.is_global_zero:
+                log.info("stops after epoch %d of %s: %s", trainer.current_epoch + 1, trainer.max_epochs, self.reason)
+
+
+def check_monitors(trainer: pl.Trainer, measured: Sequence[str]) -> None:
+    """Refuse to watch what no validation measures; Lightning would say so after the first epoch.
+
+    Raises:
+        UserError: names the callback, and what is measured.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None and monitor not in measured:
+            key = "early_stopping" if isinstance(callback, EarlyStop) else "best"
+            raise UserError(f"callbacks.{key}.monitor={monitor}: is not measured; allowed are {', '.join(measured)}")
 
 
 class FailureLog(pl.Callback):

@@ -2,7 +2,7 @@
 
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
 
 
-def wandb_logger(run_dir: str, project: str, **kwargs: Any) -> WandbLogger:
+def wandb_logger(run_dir: str, project: str, tags: Sequence[str | None] = (), **kwargs: Any) -> WandbLogger:
     """A W&B logger that never waits for a login: online with a key, offline into the run folder without.
 
     The run's id is kept in `wandb_id.txt` of the run folder, so that a resumed run continues the same one.
@@ -25,6 +25,7 @@ def wandb_logger(run_dir: str, project: str, **kwargs: Any) -> WandbLogger:
         offline=offline,
         id=kept.read_text().strip() if kept.is_file() else None,
         resume=None if offline else "allow",
+        tags=[tag for tag in tags if tag],  # A run without an experiment has no name of one.
         **kwargs,
     )
     if (run_id := logger.version) is not None or (run_id := getattr(logger.experiment, "id", None)):
@@ -48,7 +49,8 @@ def log_summary(trainer: pl.Trainer, result: Mapping[str, Any]) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             values = {name: result[name] for name in SUMMARY if name in result}
-            logger.experiment.summary.update({**values, "val_hash": result["dataset"].get("val_hash")})
+            data = result["dataset"]
+            logger.experiment.summary.update({**values, "val_hash": data.get(f"{data.get('tested', 'val')}_hash")})
 
 
 def _has_key() -> bool:

@@ -1,7 +1,11 @@
-"""Accuracies of a validation. torchmetrics' own pick rows by masks, for which the host waits for the device at each batch."""
+"""Accuracies and loss of a validation.
+
+torchmetrics' own pick rows by masks, for which the host waits for the device at each batch.
+"""
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
 
@@ -31,6 +35,29 @@ class Accuracy(Metric):
     def compute(self) -> Tensor:
         """The share."""
         return self.right / self.clips
+
+
+class Loss(Metric):
+    """Mean cross-entropy of clips, without smoothing and weights: what accuracies are compared with."""
+
+    full_state_update = False
+    total: Tensor
+    clips: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("clips", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, label: Tensor, valid: Tensor) -> None:
+        """Add clips: `(B, classes)`, `(B,)`, and whether each counts, `(B,)` bool."""
+        losses = cross_entropy(logits, label, reduction="none")
+        self.total += torch.where(valid, losses, 0.0).sum()
+        self.clips += valid.sum()
+
+    def compute(self) -> Tensor:
+        """The mean."""
+        return self.total / self.clips
 
 
 class MeanClassAccuracy(Metric):

@@ -21,7 +21,7 @@ from stts_lightning.errors import UserError
 from stts_lightning.selection.reducer import Record
 from stts_lightning.training.augment import BatchAugment
 from stts_lightning.training.distillation import Teacher
-from stts_lightning.training.metrics import Accuracy, MeanClassAccuracy
+from stts_lightning.training.metrics import Accuracy, Loss, MeanClassAccuracy
 from stts_lightning.training.optim import OptimSpec, build_optimizer, freeze
 from stts_lightning.training.processes import end_all, gathered, mean_of_all
 from stts_lightning.training.step_figures import HostCopy, Known, StepFigures, StepRecord
@@ -107,7 +107,7 @@ class ClassificationModule(pl.LightningModule):
         accuracy: dict[str, Metric | MetricCollection] = {f"top{k}": Accuracy(k) for k in (1, 5) if k <= num_classes}
         # In groups, metrics whose counts are equal after the first batch would share them for good.
         self.val_metrics = MetricCollection(accuracy, prefix="val/", compute_groups=False)
-        self.val_metrics.add_metrics({"mean_class_accuracy": MeanClassAccuracy(num_classes)})
+        self.val_metrics.add_metrics({"mean_class_accuracy": MeanClassAccuracy(num_classes), "loss": Loss()})
         self.figures = StepFigures()
         self.known = Known()
         """The latest step that the host knows of: one step late on a GPU."""
@@ -155,6 +155,11 @@ class ClassificationModule(pl.LightningModule):
         own = self.class_weights[target].sum()
         # A reduction of its own, before the backward pass: only where classes are weighed.
         return loss * (own / mean_of_all(self.trainer, own))
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of what each validation measures, by which `best` may be chosen and a run be stopped."""
+        return tuple(map(str, self.val_metrics.keys()))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note the step's figures, and leave out its update, on the device, if it is not finite. Nothing waits for the device.
@@ -216,7 +221,7 @@ class ClassificationModule(pl.LightningModule):
     def _end_naming(self, told: str, split: str, numbers: Sequence[int]) -> None:
         """End all processes, and name the videos that each found; all must call this together."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        videos = data.splits[split].videos
+        videos = (data.tested if split == "test" else data.splits[split]).videos
         paths = [str(videos[number].path) for number in chain.from_iterable(gathered(self.trainer, numbers))]
         end_all(self.trainer, TrainingError(f"{told}, of the videos {_named(paths)}"))
 
@@ -243,15 +248,20 @@ class ClassificationModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Stop if logits were no numbers: at the end, when all processes are there to agree."""
+        self._end_at_odd_logits("val")
+
+    def on_test_epoch_end(self) -> None:
+        """The same of a test."""
+        self._end_at_odd_logits("test")
+
+    def _end_at_odd_logits(self, split: str) -> None:
         evaluated, self._evaluated = self._evaluated, []
         numbers: list[int] = []
         if evaluated:
             videos, odd = (torch.cat(parts).cpu() for parts in zip(*evaluated, strict=True))
             numbers = videos[odd].tolist()
         if any(gathered(self.trainer, bool(numbers))):
-            self._end_naming("logits are NaN or infinite", "val", numbers)
-
-    on_test_epoch_end = on_validation_epoch_end
+            self._end_naming("logits are NaN or infinite", split, numbers)
 
     def _tell_truth(self, batch: Batch, views: int | None = None) -> None:
         """Tell the selectors where the action is in the first views of a batch, or in all of them, if it says so."""

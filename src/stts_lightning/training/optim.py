@@ -102,6 +102,27 @@ def lr_factor(part: PartSpec, spec: OptimSpec, progress: float) -> float:
     return min(factor, part.lr_cap)
 
 
+def peak_rates(model: VideoClassifier, spec: OptimSpec) -> str:
+    """Highest learning rate of each part that a model has, for a table."""
+    told: list[str] = []
+    for name, parameters in part_parameters(model).items():
+        part = spec.part(name)
+        rate = spec.lr * min(part.lr_scale, part.lr_cap)
+        if parameters:
+            told.append(f"{name} {'frozen' if part.frozen else f'{rate:.2g}'}")
+    return ", ".join(told)
+
+
+def reach(spec: OptimSpec, name: str, steps: int) -> float:
+    """How far a weight of a part can get: AdamW moves it by the learning rate in a step, or less."""
+    part = spec.part(name)
+    if part.frozen:
+        return 0.0
+    points = 200
+    mean = sum(lr_factor(part, spec, (point + 0.5) / points) for point in range(points)) / points
+    return spec.lr * mean * steps
+
+
 def part_parameters(model: VideoClassifier) -> dict[str, list[nn.Parameter]]:
     """Parameters of each part: the slots, the rest of the backbone, the head."""
     slots = list(model.slots.parameters())

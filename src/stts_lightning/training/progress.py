@@ -118,7 +118,8 @@ class ProgressLines(ProgressBar):
         total, done = int(trainer.estimated_stepping_batches), trainer.global_step
         loss = float(torch.as_tensor(self.loss)) / max(self.steps, 1)
         parts = [f"loss {loss:.4f}"]
-        parts += [f"{name} {float(value):.2%}" for name, value in self.accuracies.items()]
+        for name, value in self.accuracies.items():
+            parts.append(f"{name} {float(value):.4f}" if name == "val/loss" else f"{name} {float(value):.2%}")
         parts.append(f"lr {rates(trainer.optimizers[0])}")
         if not module.model.slots.empty:
             parts.append(f"sigma {float(module.model.slots.sigma):.3g}")

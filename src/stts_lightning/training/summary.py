@@ -1,5 +1,6 @@
 """What is known of a run before it starts: for its table, and for its result."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,9 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from stts_lightning.analysis.flops import count_gflops
+from stts_lightning.classifier import HEAD_SPREAD
 from stts_lightning.data.datamodule import VideoDataModule
 from stts_lightning.kernels import in_use
 from stts_lightning.training.module import ClassificationModule
+from stts_lightning.training.optim import reach
+
+log = logging.getLogger(__name__)
 
 
 def facts(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModule) -> dict[str, Any]:
@@ -53,7 +58,10 @@ def rows(info: Mapping[str, Any]) -> dict[str, str]:
     ways = f", {info['ways_to_learn']}" if info["ways_to_learn"] else ""
     how = f" ({info['scorer']} scorer, {info['estimator']}{ways})" if info["scorer"] else ""
     size = "x".join(map(str, info["clip"]))
-    videos = [str(dataset[key]) for key in ("train_videos", "val_videos") if key in dataset]
+    videos = [str(dataset[key]) for key in ("train_videos", "val_videos", "test_videos") if key in dataset]
+    # Said of a training alone: a test has the one list.
+    same = "train_videos" in dataset and dataset["tested"] == "val"
+    tested = "; tested on those of the validation, by which `best` is chosen (no dataset.test)" if same else ""
     choices = "".join(f", {name}={value}" for name, value in info["backbone_choices"].items())
     copies = f" x {info['clips_of_a_training_video']} clips" if info["clips_of_a_training_video"] > 1 else ""
     return {
@@ -62,7 +70,7 @@ def rows(info: Mapping[str, Any]) -> dict[str, str]:
         "slots": f"{slots}{how}" if slots else "none: all tokens are kept",
         "parameters": f"{info['parameters']:,}",
         "GFLOPs": f"{info['gflops_per_view']:.2f} a view, {info['views']} views a test video",
-        "data": f"{dataset['name']}: {' + '.join(videos)} videos, {dataset['classes']} classes",
+        "data": f"{dataset['name']}: {' + '.join(videos)} videos, {dataset['classes']} classes{tested}",
         "batch": f"{info['batch_size']} videos{copies} over {info['devices']}, {info['precision']}",
         "loading": f"{info['workers']} workers a device",
     }
@@ -83,13 +91,23 @@ class StartTable(pl.Callback):
 
     Args:
         rows: name and value of each line.
+        new_head: whether the head is new while the rest has learned weights.
     """
 
-    def __init__(self, rows: Mapping[str, object]) -> None:
-        self.rows = dict(rows)
+    def __init__(self, rows: Mapping[str, object], new_head: bool = False) -> None:
+        self.rows, self.new_head = dict(rows), new_head
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print on one process."""
         if trainer.is_global_zero:
             done = f" (resumed after {trainer.global_step})" if trainer.global_step else ""
-            show({**self.rows, "steps": f"{int(trainer.estimated_stepping_batches)}{done}"})
+            steps = int(trainer.estimated_stepping_batches)
+            show({**self.rows, "steps": f"{steps}{done}"})
+            assert isinstance(pl_module, ClassificationModule)
+            way = reach(pl_module.optim, "head", steps)
+            if self.new_head and steps and way < HEAD_SPREAD / 10:
+                log.warning(
+                    "head=reset: the new head hardly learns: its weights are drawn with a deviation of %g, and can move by %.2g "
+                    "in %d steps of this recipe; recipe=own_videos is made for it, or set optim.parts.head.lr_scale",
+                    HEAD_SPREAD, way, steps,
+                )  # fmt: skip
