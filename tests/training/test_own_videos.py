@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from training.test_commands import command, door
 
 from stts_lightning import create_model
 from stts_lightning.backbones.checkpoints import save_weights
@@ -21,7 +22,6 @@ from stts_lightning.run_config import ConfigError
 from stts_lightning.training.callbacks import EarlyStop, check_monitors
 from stts_lightning.training.metrics import Loss
 from stts_lightning.training.optim import OptimSpec, PartSpec, reach
-from training.test_commands import command, door
 
 SMALL = ["backbone=mvit_tiny", "selection=t0_0.5", "clip=default", "clip.stride=2", "clip.short_side=crop", "clip.test_views=1",
          "callbacks.progress=null", "callbacks.panels=null", "trainer.accelerator=cpu", "loader.num_workers=0",
