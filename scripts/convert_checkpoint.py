@@ -38,7 +38,7 @@ if __name__ == "__main__":
     except ValueError as error:  # Each refusal of the package is one, JSON's too.
         raise SystemExit(f"error: {error}") from error
     notes = {"source": given.source.name, "layout": checkpoint.layout.name}
-    save_weights(model, model.recipe, given.converted, notes)
+    save_weights(model, {**model.recipe, "classes": list(model.classes)}, given.converted, notes)
     card = given.converted.with_suffix(".md")
     card.write_text(model_card(model, checkpoint, given.converted, given.licence))
     print(f"{given.converted}: {model.weights}\n{card}")

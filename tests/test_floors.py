@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors", "files", "progress"},
     "backbones": {"errors", "selection"},
     "kernels": {"backbones", "selection"},
-    "classifier": {"errors", "trusted", "kernels", "backbones", "selection"},
+    "classifier": {"errors", "trusted", "kernels", "backbones", "selection", "data"},
     "run_folders": {"errors", "files"},
     "analysis": {
         "containers", "errors", "files", "progress", "configuration", "run_folders", "classifier", "kernels", "backbones",

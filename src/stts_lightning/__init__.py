@@ -4,14 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stts_lightning.classifier import VideoClassifier, create_model, load_model
+    from stts_lightning.classifier import VideoClassifier, create_model, list_models, load_model
     from stts_lightning.data.clips import read_clips
     from stts_lightning.selection.selector import Selection, Selector
     from stts_lightning.selection.slots import SlotBank
     from stts_lightning.selection.spec import SelectionSpec
 
 __version__ = "0.1.0"
-__all__ = ["Selection", "SelectionSpec", "Selector", "SlotBank", "VideoClassifier", "create_model", "load_model", "read_clips"]
+__all__ = [
+    "Selection", "SelectionSpec", "Selector", "SlotBank", "VideoClassifier", "create_model", "list_models", "load_model",
+    "read_clips",
+]  # fmt: skip
 
 _PLACES = {
     "Selection": "selection.selector",

@@ -339,6 +339,8 @@ def main(cfg: DictConfig) -> None:
 
     with console.one_line_errors():
         console.quiet_libraries()
+        if cfg.run:
+            cfg.models = [f"unpruned:{cfg.run}", f"run:{cfg.run}"]
         check(cfg)
         run_config.check_numbers(cfg)
         with console.as_user_errors():

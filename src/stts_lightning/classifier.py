@@ -1,15 +1,19 @@
 """A backbone and a head: clip in, logits out. `create_model` is the way in for every command and for users."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
+import yaml
 from torch import Tensor, nn
 
-from stts_lightning.backbones.checkpoints import CheckpointError, load_checkpoint, read_checkpoint
-from stts_lightning.backbones.registry import Backbone, create_backbone, find_backbone
+from stts_lightning.backbones.checkpoints import Checkpoint, CheckpointError, load_checkpoint, read_checkpoint
+from stts_lightning.backbones.registry import Backbone, create_backbone, find_backbone, list_backbones
+from stts_lightning.data.clips import ClipRule, read_clips
+from stts_lightning.data.labels import kinetics_names
 from stts_lightning.kernels import kernels_for
 from stts_lightning.selection.reducer import Record
 from stts_lightning.selection.slots import SlotBank
@@ -28,6 +32,14 @@ DEFAULT_CLASSES = 400
 """Of Kinetics-400, for a model that nothing else says the number of."""
 
 
+class Prediction(NamedTuple):
+    """A class that a video may show, with its probability."""
+
+    name: str
+    probability: float
+    label: int
+
+
 class VideoClassifier(nn.Module):
     """Backbone, dropout and one linear layer. Always logits.
 
@@ -40,12 +52,14 @@ class VideoClassifier(nn.Module):
     Attributes:
         recipe: plain arguments of `create_model` that build it again, weights aside; empty where it was built by hand.
         weights: where its weights come from, in words.
+        clips: which clips of a video it is tested on.
     """
 
     scale: Tensor
     shift: Tensor
     recipe: Mapping[str, Any]
     weights: str
+    clips: ClipRule
 
     def __init__(self, backbone: Backbone, num_classes: int, dropout: float = 0.0, kernels: str = "auto") -> None:
         super().__init__()
@@ -53,6 +67,7 @@ class VideoClassifier(nn.Module):
         backbone.slots.start_scorers()
         self.recipe = {}
         self.weights = "random"
+        self.clips = ClipRule(**backbone.reading)
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
         self.reset_classifier(num_classes)
@@ -71,8 +86,20 @@ class VideoClassifier(nn.Module):
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=HEAD_SPREAD)
             nn.init.zeros_(self.head.bias)
+        self._classes: tuple[str, ...] | None = None
         if self.recipe:
             self.recipe = {**self.recipe, "num_classes": num_classes}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, by label; their numbers where nobody said them."""
+        return tuple(map(str, range(self.num_classes))) if self._classes is None else self._classes
+
+    @classes.setter
+    def classes(self, names: Sequence[str]) -> None:
+        if len(names) != self.num_classes:
+            raise ValueError(f"{len(names)} names for {self.num_classes} classes")
+        self._classes = tuple(names)
 
     @property
     def slots(self) -> SlotBank:
@@ -129,6 +156,40 @@ class VideoClassifier(nn.Module):
         logits = self.head(self.dropout(self.forward_features(clip, kept)))
         return (logits, {selection.slot: selection for selection in kept}) if return_selection else logits
 
+    @torch.inference_mode()
+    def predict(self, path: str | Path, top: int = 5, **clips: Any) -> list[Prediction]:
+        """Classify a video file, by the mean of the probabilities of its clips.
+
+        For many or long videos, and labels over time, there is the command `predict`.
+
+        Args:
+            path: a file, or a folder with a picture for each frame.
+            top: how many classes.
+            **clips: what is to differ from `clips`: views, crops, stride, sampling or short_side.
+
+        Returns:
+            The likeliest classes, the likeliest first.
+
+        Raises:
+            DecodeError: if the video does not decode: names it.
+        """
+        rule = replace(self.clips, **clips)
+        pixels = read_clips(path, self.backbone.clip_size, **asdict(rule)).to(self.scale.device)
+        training = self.training
+        self.eval()
+        try:
+            chances = self(pixels).float().softmax(-1).mean(0)
+        finally:
+            self.train(training)
+        values, labels = chances.topk(min(top, len(chances)))
+        names = self.classes
+        return [Prediction(names[label], value, label) for value, label in zip(values.tolist(), labels.tolist(), strict=True)]
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` takes."""
+    return list_backbones()
+
 
 def create_model(
     backbone: str,
@@ -139,6 +200,7 @@ def create_model(
     trust: bool = False,
     dropout: float = 0.0,
     kernels: str = "auto",
+    classes: Sequence[str] | None = None,
     **backbone_kwargs: Any,
 ) -> VideoClassifier:
     """Build a model, with token selection and published weights if wanted.
@@ -155,6 +217,8 @@ def create_model(
         trust: also read a file that holds Python objects, which may run any code while they are read.
         dropout: rate before the head.
         kernels: "auto", or "none" to run every module as it is written; see `stts_lightning.kernels`.
+        classes: names of the classes, by label; None: as the file says, where its head is kept. Published files of 400 classes
+            are of Kinetics-400.
         **backbone_kwargs: go to the backbone's constructor; None leaves the choice to the file or the constructor.
 
     Raises:
@@ -179,24 +243,44 @@ def create_model(
         report = load_checkpoint(model, checkpoint, spec, head if num_classes else "reset")
         model.weights = f"{checkpoint.path} ({report})"
         log.info("checkpoint %s: %s", checkpoint.path, report)
+        if classes is None and head == "keep":
+            classes = _names(checkpoint, model.num_classes)
+    if classes is not None:
+        model.classes = classes
     return model
 
 
-def load_model(path: str | Path, **changes: Any) -> VideoClassifier:
-    """Build the model that one of this project's files holds: a training checkpoint or a converted safetensors file.
+def _names(checkpoint: Checkpoint, count: int) -> Sequence[str] | None:
+    """Names of the classes of a file's head, if they are known."""
+    if checkpoint.model:
+        return checkpoint.model.get("classes")
+    return kinetics_names() if count == len(kinetics_names()) else None
+
+
+def load_model(path: str | Path, which: str = "last", **changes: Any) -> VideoClassifier:
+    """Build the model of a run, or of one of this project's files: a training checkpoint or a converted safetensors file.
 
     Args:
-        path: the file.
+        path: the run's folder, or the file.
+        which: of a run's checkpoints: "last", or "best" by its validation.
         **changes: arguments of `create_model` that are to differ from what the file says.
 
     Raises:
         CheckpointError: if the file does not say how its model is built; and as `create_model`.
         TrustError: if it names a selector's class of another package, and trust=True is not given.
     """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoints" / f"{which}.ckpt"
     trust = bool(changes.get("trust"))
     recipe = read_checkpoint(path, trust).model
     if not recipe:
         raise CheckpointError(f"checkpoint {path}: does not say how its model is built; name the backbone and selection")
     if not trust:
         check_stored(recipe, f"checkpoint {path}", changes)
-    return create_model(**{**recipe, "pretrained": path, **changes})
+    model = create_model(**{**recipe, "pretrained": path, **changes})
+    run = path.parent.parent
+    if path.parent.name == "checkpoints" and (config := run / "config.yaml").is_file():
+        clip = yaml.safe_load(config.read_text(encoding="utf-8"))["clip"]
+        model.clips = ClipRule.of(clip)
+    return model

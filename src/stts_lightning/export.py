@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> None:
             run_config.check_numbers(cfg)
             model = assembly.build_model(cfg)
             assembly.check_truth(model, known=False)
-            names = run_config.class_names(None, checkpoint, model.num_classes)
+            names = run_config.class_names(None, checkpoint, model.classes)
         out = Path(cfg.out) if cfg.out else Path(cfg.run_dir) / "model"
         with console.as_user_errors():
             files = export(model, list(cfg.formats), out)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from stts_lightning import misspelt
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
-from stts_lightning.overrides import for_hydra
+from stts_lightning.overrides import for_run
 
 if TYPE_CHECKING:
     from stts_lightning.classifier import VideoClassifier
@@ -169,10 +170,14 @@ def main(cfg: DictConfig) -> float:
     """Print costs; returns the GFLOPs of the configuration, or of the dearest one, for sweepers."""
     check_installation()
     from stts_lightning import console, run_config
+    from stts_lightning.backbones.checkpoints import read_checkpoint
     from stts_lightning.training.summary import show
 
     with console.one_line_errors():
         console.quiet_libraries()
+        if cfg.run or cfg.checkpoint:
+            cfg, checkpoint = run_config.trained_config(cfg, list(HydraConfig.get().overrides.task), "flops")
+            cfg.num_classes = read_checkpoint(checkpoint, cfg.trust).num_classes or cfg.num_classes
         run_config.check_numbers(cfg)
         if cfg.budget is not None:
             rows = affordable(cfg)
@@ -191,6 +196,6 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = for_hydra(sys.argv[1:])
+    sys.argv[1:] = for_run(sys.argv[1:])
     misspelt.check("flops", sys.argv[1:])
     main()

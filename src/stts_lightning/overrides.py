@@ -85,17 +85,19 @@ def in_run_folder(arguments: list[str]) -> list[str]:
     return _with(arguments, f"hydra.run.dir={_in_quotes(run)}", "hydra.output_subdir=null")
 
 
-def for_run(arguments: list[str], subfolder: str) -> list[str]:
+def for_run(arguments: list[str], subfolder: str | None = None) -> list[str]:
     """Arguments of a command that uses a run or a checkpoint.
 
     A value of the model or its data may belong to an option that only the run or the file knows of: it is added by force
-    and judged when that is read. The output goes to a folder in the run that `run=` names.
+    and judged when that is read. The output goes to a folder in the run that `run=` names, if the command has one.
     """
     arguments = for_hydra(arguments)
     run = _value(arguments, "run")
+    if not run and not _value(arguments, "checkpoint") and subfolder is None:
+        return arguments
     known_later = ("backbone.", "selection.", "dataset.")
     arguments = [f"++{a}" if a.startswith(known_later) else a for a in arguments]
-    if not run or not Path(run).is_dir() or _has_folder(arguments):
+    if subfolder is None or not run or not Path(run).is_dir() or _has_folder(arguments):
         return arguments
     return _with(arguments, f"hydra.run.dir={_in_quotes(f'{run}/{subfolder}')}")
 

@@ -41,7 +41,7 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
         assembly.check_truth(model, known=False)
         rule = assembly.build_windows(cfg, model.backbone.clip_size)
         trainer = assembly.build_trainer(cfg)
-        classes = run_config.class_names(cfg.classes, checkpoint, model.num_classes)
+        classes = run_config.class_names(cfg.classes, checkpoint, model.classes)
         if cfg.overlay and model.slots.empty:
             raise run_config.ConfigError("overlay=true: this model has no selectors, it keeps all of every clip")
         module = assembly.build_module(cfg, model)

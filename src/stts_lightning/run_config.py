@@ -161,7 +161,8 @@ def _stored(file: Path, trust: bool, typed: DictConfig) -> DictConfig | None:
     if not trust:
         check_stored(recipe, f"checkpoint {file}", _whole(typed))
     selection = recipe.pop("selection")
-    recipe.pop("num_classes")
+    for key in ("num_classes", "classes"):
+        recipe.pop(key, None)
     return OmegaConf.create({"backbone": {"name": recipe.pop("backbone"), **recipe}, "selection": selection})
 
 
@@ -257,8 +258,8 @@ def _lines(file: Path) -> list[str]:
     return file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
 
 
-def class_names(file: str | None, checkpoint: Path, count: int) -> tuple[str, ...]:
-    """Names of a model's classes: of a file, a line each, or else of the checkpoint's run folder, or else their numbers.
+def class_names(file: str | None, checkpoint: Path, known: Sequence[str]) -> tuple[str, ...]:
+    """Names of a model's classes: of a file, a line each, or else of the checkpoint's run folder, or else what the model knows.
 
     Raises:
         ConfigError: if the file is missing or has another number of lines.
@@ -266,10 +267,10 @@ def class_names(file: str | None, checkpoint: Path, count: int) -> tuple[str, ..
     sibling = checkpoint.parent.parent / CLASSES
     path = Path(file) if file else sibling if checkpoint.parent.name == "checkpoints" and sibling.is_file() else None
     if path is None:
-        return tuple(map(str, range(count)))
+        return tuple(known)
     if not path.is_file():
         raise ConfigError(f"classes={path}: no such file; give a file with the name of a class on each line")
     names = tuple(_lines(path))
-    if len(names) != count:
-        raise ConfigError(f"classes={path}: {len(names)} lines, but the model has {count} classes")
+    if len(names) != len(known):
+        raise ConfigError(f"classes={path}: {len(names)} lines, but the model has {len(known)} classes")
     return names

@@ -64,6 +64,7 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
         run_config.save_classes(cfg, data.classes)
         data.write_split(Path(cfg.run_dir) / SPLIT)
         assembly.fit_head(model, len(data.classes))
+        model.classes = data.classes
         module = assembly.build_module(cfg, model, data.splits["train"].labels)
         if module.augment:
             module.augment.check_batch(cfg.loader.batch_size // trainer.world_size)

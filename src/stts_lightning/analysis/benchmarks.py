@@ -28,7 +28,7 @@ from stts_lightning.analysis.speed import (
     matmul,
     peak_memory,
 )
-from stts_lightning.classifier import VideoClassifier, create_model
+from stts_lightning.classifier import VideoClassifier, create_model, load_model
 from stts_lightning.errors import UserError
 from stts_lightning.kernels import in_use, prepacked_weights
 from stts_lightning.selection.noise import Noise
@@ -104,7 +104,8 @@ def entrant(text: str, device: torch.device, compare: bool = True) -> Entrant:
 
     Args:
         text: `backbone`, `backbone:selection`, and `:key=value` for each argument of the backbone; after `plain:`, without
-            kernels. Or `torchvision:name`, of which no part may be chosen.
+            kernels. Or `torchvision:name`, of which no part may be chosen. Or `run:FOLDER`, the model of a run,
+            and `unpruned:FOLDER`, the same without selection.
         device: where it is put.
         compare: run a peer and its counterpart once, for `Entrant.difference`.
 
@@ -119,6 +120,13 @@ def entrant(text: str, device: torch.device, compare: bool = True) -> Entrant:
         theirs, gflops = theirs.to(device), count_gflops(ours)
         difference = peers.difference(theirs, ours.to(device), torch.randn(1, 3, *size).to(device)) if compare else None
         return Entrant(text, theirs, size, gflops, text, True, difference)
+    kind, _, folder = text.partition(":")
+    if kind in ("run", "unpruned"):
+        trained = load_model(folder)
+        if kind == "unpruned":
+            trained = create_model(**{**trained.recipe, "selection": None})
+        gflops = count_gflops(trained.eval())
+        return Entrant(text, trained.to(device), trained.backbone.clip_size, gflops, folder, trained.slots.empty)
     kernels = "none" if text.startswith("plain:") else "auto"
     backbone, *parts = text.removeprefix("plain:").split(":")
     arguments = {key: _value(value) for key, _, value in (part.partition("=") for part in parts if "=" in part)}

@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -84,6 +85,9 @@ class Backbone(nn.Module, ABC):
             The weight inflated or interpolated; or as it is, where that is not possible.
         """
         return weight
+
+    reading: Mapping[str, Any] = MappingProxyType({})
+    """How its published weights are tested, where that differs from `ClipRule`: the class's own, for 224 pixels."""
 
     @abstractmethod
     def forward(self, clip: Tensor, kept: list[Record] | None = None) -> Tensor:

@@ -7,6 +7,7 @@ Letters: B clips, T frames, H W grid, C channels, D heads. A grid is `(B, T, H, 
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -256,6 +257,7 @@ class VideoSwin(Backbone):
         selection: slots and operator.
     """
 
+    reading = MappingProxyType({"views": 4, "crops": 3, "stride": 2, "sampling": "parts", "short_side": "crop"})
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
     patch = (2, 4, 4)

@@ -6,6 +6,7 @@ selectors see the grid, `(B, T, H, W, C)`; reducers leave none. There is no clas
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -130,6 +131,7 @@ class ViT(Backbone):
         selection: slots and operator.
     """
 
+    reading = MappingProxyType({"views": 5, "crops": 3, "sampling": "videomae", "short_side": "crop"})
     made_for: GridSize = (8, 14, 14)
     """Grid whose numbers the fixed positions count (VideoMAE's 16 frames of 224 px); those of other grids are resampled."""
 

@@ -1,7 +1,9 @@
 """Clips of one video, for use from Python."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,23 @@ from torch import Tensor
 from stts_lightning.data.decode import open_video
 from stts_lightning.data.sampling import SAMPLINGS
 from stts_lightning.data.transforms import EvalTransform
+
+
+@dataclass(frozen=True)
+class ClipRule:
+    """Which clips of a video a model is tested on: arguments of `read_clips`."""
+
+    views: int = 5
+    crops: int = 1
+    stride: int = 4
+    sampling: str = "slowfast"
+    short_side: int | str | None = None
+
+    @classmethod
+    def of(cls, clip: Mapping[str, Any]) -> "ClipRule":
+        """Of the section `clip` of a run's configuration."""
+        short = clip["test_short_side"] if clip.get("test_short_side") is not None else clip.get("short_side")
+        return cls(clip["test_views"], clip["test_crops"], clip["stride"], clip["sampling"], short)
 
 
 def read_clips(

@@ -22,6 +22,13 @@ def whole_number(label: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() else None
 
 
+def kinetics_names() -> tuple[str, ...]:
+    """Names of the 400 classes of Kinetics-400, as published files number them (from torchvision)."""
+    from torchvision.models.video import MViT_V1_B_Weights
+
+    return tuple(MViT_V1_B_Weights.KINETICS400_V1.meta["categories"])
+
+
 def read_class_names(file: Path) -> tuple[str, ...]:
     """Names of the classes by label: a name a line, or JSON that maps names to labels (Something-Something's labels.json).
 

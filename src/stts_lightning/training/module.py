@@ -323,4 +323,4 @@ class ClassificationModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how to rebuild the model, as plain values; weights that are no numbers are not written."""
         self._check_weights()
-        checkpoint["model"] = dict(self.model.recipe)
+        checkpoint["model"] = {**self.model.recipe, "classes": list(self.model.classes)}
