@@ -93,7 +93,11 @@ def main(cfg: DictConfig) -> None:
     with console.one_line_errors():
         records = predict(cfg, list(HydraConfig.get().overrides.task))
     show(records)
-    log.info("%d videos, %d not decoded; %s", len(records), sum("error" in video for video in records), cfg.run_dir)
+    undecoded = sum("error" in video for video in records)
+    if not any("top" in video for video in records):
+        print(f"error: none of {len(records)} videos could be decoded; nothing was written", file=sys.stderr)
+        raise SystemExit(1)
+    log.info("%d videos, %d not decoded; %s", len(records), undecoded, Path(cfg.run_dir) / "predictions.json")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
     lines = {
         **rows(info),
         "rates": f"{peak_rates(model, module.optim)}; {cfg.trainer.max_epochs} epochs",
-        "sigma": sigma if info["slots"] else "-",
+        "sigma": sigma if info["sigma"] is not None else "-",
         "run folder": cfg.run_dir,
     }
     log_config(trainer, run_config.to_container(cfg))
@@ -96,7 +96,7 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
         **cost_as_tested(model, data.test_views),
         **(clips_per_second(model, trainer.strategy.root_device) if trainer.is_global_zero else {}),
         "experiment": cfg.get("experiment_name"),  # A run of an earlier version has none.
-        "sigma_last": float(model.slots.sigma),
+        "sigma_last": float(model.slots.sigma) if info["sigma"] is not None else None,
         "steps": trainer.global_step,
         "stopped_early": next((c.reason for c in trainer.callbacks if isinstance(c, EarlyStop)), ""),  # type: ignore[attr-defined]
         "undecodable_files": failures,

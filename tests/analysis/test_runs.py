@@ -46,6 +46,9 @@ def folder(tmp_path: Path) -> Path:
     del broken["top1"]
     (tmp_path / "untested" / "result.json").write_text(json.dumps(broken))
     (tmp_path / "a0" / "panels").mkdir()
+    (tmp_path / "a0" / "metrics.csv").write_text(
+        "epoch,step,sigma,train/loss,val/loss,val/top1,selection/t0/entropy\n0,1,0.1,2.1,,,\n0,2,0.05,1.9,2.0,0.3,0.9\n"
+    )
     Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(tmp_path / "a0" / "panels" / "epoch_001.png")
     return tmp_path
 
@@ -106,6 +109,31 @@ def test_runs_with_other_pretraining_or_lists_are_separate_points(tmp_path: Path
     assert find_runs([tmp_path, tmp_path / "a"]) == find_runs([tmp_path])
 
 
+def test_data_sets_of_one_name_and_other_tests_are_kept_apart(tmp_path: Path) -> None:
+    write(tmp_path / "a", dataset={"name": "folder", "val_hash": "aaaaaaaaaa"})
+    write(tmp_path / "b", dataset={"name": "folder", "val_hash": "bbbbbbbbbb"})
+    write(tmp_path / "c", dataset={"name": "folder", "val_hash": "aaaaaaaaaa", "test_hash": "cccccccccc", "tested": "test"})
+    write(tmp_path / "d", dataset={"name": "other", "val_hash": "aaaaaaaaaa"})
+    names = [point.dataset for point in points(find_runs([tmp_path]))]
+    assert names == ["folder (test list aaaaaaaa)", "folder (test list bbbbbbbb)", "folder (test list cccccccc)", "other"]
+
+
+def test_names_do_not_cover_points_or_each_other(tmp_path: Path) -> None:
+    for number in range(6):
+        write(tmp_path / f"r{number}", f"a: {number}", selection=f"t0_0.{number + 2}", gflops_per_view=1 + 0.02 * number,
+              top1=0.5 + 0.01 * number)  # fmt: skip
+    group = points(find_runs([tmp_path]))
+    names = named(group)
+    figure = charts.accuracy_against(group, "gflops", names, names, "a title")
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    spots = [axes.transData.transform((point.gflops, 100 * point.top1)) for point in group]
+    assert len(boxes) == 6
+    assert not any(box.contains(*spot) for box in boxes for spot in spots)
+    assert not any(one.overlaps(other) for n, one in enumerate(boxes) for other in boxes[:n])
+
+
 def test_tables_in_markdown_and_latex(folder: Path) -> None:
     page = write_report(find_runs([folder]), folder, ["job_7: error: out of memory"])
     with (folder / "report" / "demo.csv").open(newline="") as file:
@@ -134,6 +162,7 @@ def test_latex_escapes() -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_page_in_a_browser(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (folder / "plain" / "config.yaml").write_text("key: another\n")
     page = write_report(find_runs([folder]), folder)
     own = tmp_path_factory.mktemp("browser")
     # After the page's own script: sort by top-1 twice (falling), and follow a point of the figure.
@@ -143,11 +172,22 @@ def test_the_page_in_a_browser(folder: Path, tmp_path_factory: pytest.TempPathFa
       accuracy.click(); accuracy.click();
       const links = [...document.querySelectorAll("svg a")].map(a => a.getAttribute("xlink:href") || a.getAttribute("href"));
       location.hash = links[0].slice(1);
+      const filter = document.querySelector(".tools input"), seen = () =>
+        [...document.querySelector("tbody").rows].filter(row => !row.hidden).map(row => row.cells[0].textContent.trim());
+      filter.value = "sigma t0_0.5"; filter.dispatchEvent(new Event("input"));
+      const filtered = seen();
+      filter.value = ""; filter.dispatchEvent(new Event("input"));
+      const compare = document.querySelector(".compare"), before = compare.disabled;
+      const boxes = [...document.querySelectorAll("tbody input")];
+      boxes[0].click(); boxes[2].click(); compare.click();
+      const beside = [...document.querySelectorAll(".beside article h4")].map(head => head.textContent);
       setTimeout(() => {
         document.title = JSON.stringify({
-          order: [...document.querySelector("tbody").rows].map(row => row.cells[0].textContent),
+          order: [...document.querySelector("tbody").rows].map(row => row.cells[0].textContent.trim()),
           links: links.map(link => !!document.getElementById(link.slice(1))),
           open: [...document.querySelectorAll("details[open]")].map(card => "#" + card.id), first: links[0],
+          filtered, all: seen().length, before, beside, marks: document.querySelectorAll(".beside mark").length,
+          curves: document.querySelectorAll("details .history svg").length,
           wide: document.documentElement.scrollWidth, window: innerWidth,
           images: [...document.images].map(image => image.naturalWidth),
         });
@@ -164,3 +204,6 @@ def test_the_page_in_a_browser(folder: Path, tmp_path_factory: pytest.TempPathFa
     assert seen["links"] and all(seen["links"]) and seen["open"] == [seen["first"]]
     assert seen["wide"] <= seen["window"] + 1, "the page is no wider than a phone; tables scroll by themselves"
     assert all(seen["images"])
+    assert seen["filtered"] == ["t0_0.5 sigma 0.1", "t0_0.5 sigma 0.2"] and seen["all"] == 5
+    assert seen["before"] and seen["beside"] == ["plain", "t0_0.5 sigma 0.1"] and seen["marks"] == 2
+    assert seen["curves"] == 1

@@ -132,6 +132,22 @@ def test_an_even_start_prefers_nothing_and_learns(make: Any, scorer: str, grid: 
 
 
 @pytest.mark.parametrize("scorer", ["paper", "context", "official"])
+@pytest.mark.parametrize("make", [spatial, temporal])
+def test_a_small_start_prefers_little_and_all_layers_learn_at_once(make: Any, scorer: str, grid: Tensor) -> None:
+    torch.manual_seed(5)
+    stretched = make(scorer=scorer, normalize="windows")
+    small = make(start="small", scorer=scorer, normalize="windows", estimator="exact").train()
+    small.load_state_dict(stretched.state_dict())
+    scores = [selector.eval()(grid, SIGMA, Noise.of(range(2)))[1].scores for selector in (stretched, small)]
+    assert torch.equal(scores[0].argsort(-1), scores[1].argsort(-1)), "the order is the same"
+    ranges = [float((one.amax(-1) - one.amin(-1)).detach().max()) for one in scores]
+    assert ranges[0] > 0.99 and 0 < ranges[1] < 0.5
+    small.train()(grid, SIGMA, Noise.of(range(2)))[0].square().sum().backward()
+    *layers, bias = (parameter.grad for parameter in small.parameters())
+    assert all(float(gradient.abs().max()) > 0 for gradient in layers), "an even start holds back all layers but the last"
+
+
+@pytest.mark.parametrize("scorer", ["paper", "context", "official"])
 @pytest.mark.parametrize("backbone", ["mvit_tiny", "video_swin_tiny"])
 def test_an_even_start_outlasts_the_backbones_own_initialisation(backbone: str, scorer: str, tmp_path: Path) -> None:
     asked = {"slots": {"t0": 0.5, "s1": 0.5}, "scorer": scorer, "start": "even"}

@@ -71,33 +71,68 @@ def accuracy_against(points: Sequence[Point], cost: str, names: Sequence[str], a
         mark.set_urls([f"#{anchors[number]}"])
         if not point.method:
             axes.axhline(y, color=colour, lw=0.8, ls=":", zorder=1)
-    for kind, colour in colours.items():
+    for kind_number, (kind, colour) in enumerate(colours.items()):
         backbone, method, views = kind
         line = sorted((x, 100 * points[number].top1) for number, x in place.items() if kinds[number] == kind)
         name = ", ".join([backbone, method or "unpruned", *([f"{views} view" + "s" * (views > 1)] if views else [])])
         shape = "o" if method else "D"
         if line:
-            axes.plot(*zip(*line, strict=True), color=colour, lw=1.6, marker=shape, ms=4, label=_plain(name))
+            axes.plot(*zip(*line, strict=True), color=colour, marker=shape, ms=4, label=_plain(name), **_look(kind_number))
     for views in dict.fromkeys(points[number].views for number in front):
         line = sorted((place[number], 100 * points[number].top1) for number in front if points[number].views == views)
         axes.plot(*zip(*line, strict=True), color="#868e96", lw=1, ls="--", zorder=1)
     axes.plot([], [], color="#868e96", lw=1, ls="--", label="Pareto front")
-    written: list[tuple[float, float]] = []
-    width = (max(place.values()) - min(place.values())) or 1.0
-    lowest, highest = axes.get_ylim()
-    behind = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
-    for number in sorted(front, key=lambda n: -points[n].top1):
-        x, y = place[number], 100 * points[number].top1
-        # Beside a label that is already there, below.
-        crowded = sum(abs(x - a) < 0.22 * width and abs(y - b) < 0.05 * (highest - lowest) for a, b in written)
-        written.append((x, y))
-        axes.annotate(
-            _plain(names[number]), (x, y), (7, 5 - 12 * crowded), textcoords="offset points", fontsize=8, bbox=behind, zorder=4
-        )
     axes.legend(fontsize=8, frameon=False, loc="best")
     axes.margins(x=0.18, y=0.12)
     axes.set_ylim(max(axes.get_ylim()[0], 0), min(axes.get_ylim()[1], 104))
+    spots = {number: (x, 100 * points[number].top1) for number, x in place.items()}
+    _label(axes, {number: _plain(names[number]) for number in sorted(front, key=lambda n: -points[n].top1)}, spots)
     return figure
+
+
+def _look(number: int) -> dict[str, Any]:
+    """How the lines of a figure differ beside their colour: where two lie on each other, both are seen."""
+    return {"ls": ("-", (0, (5, 2)), (0, (2, 1.5)), "-.")[number % 4], "lw": max(3.2 - 0.7 * number, 1.2)}
+
+
+LONGEST = 36
+"""Letters of a name in a figure; the table has all."""
+
+
+def _label(axes: Axes, texts: Mapping[int, str], spots: Mapping[int, tuple[float, float]]) -> None:
+    """Write names beside points, each where it covers the fewest points; a name that would cover another is left to the table.
+
+    Args:
+        axes: with their limits.
+        texts: names, by number of the point.
+        spots: all points, by number.
+    """
+    height, width, away = 11.0, 4.9, 7.0  # Of a letter of 8 points, and from the point, in points.
+    scale = 72 / axes.figure.dpi
+    places = {number: axes.transData.transform(spot) * scale for number, spot in spots.items()}
+    left, bottom, right, top = (value * scale for value in axes.bbox.extents)
+    taken: list[tuple[float, float, float, float]] = []
+    for number, whole in texts.items():
+        text = whole if len(whole) <= LONGEST else f"{whole[: LONGEST - 1]}…"
+        x, y = places[number]
+        long = width * len(text)
+        boxes = [
+            (x + dx if dx > 0 else x + dx - long, y + dy, x + dx + long if dx > 0 else x + dx, y + dy + height)
+            for dx, dy in ((away, 2), (away, -13), (-away, 2), (-away, -13), (away, 14), (away, -25), (-away, 14), (-away, -25))
+        ]
+
+        def covered(box: tuple[float, float, float, float], own: int = number) -> tuple[bool, bool, int]:
+            points = sum(box[0] - 5 < a < box[2] + 5 and box[1] - 5 < b < box[3] + 5 for n, (a, b) in places.items() if n != own)
+            names = any(box[0] < c and a < box[2] and box[1] < d and b < box[3] for a, b, c, d in taken)
+            outside = box[0] < left or box[2] > right or box[1] < bottom or box[3] > top
+            return names, outside, points
+
+        best = min(boxes, key=covered)
+        if covered(best)[0]:
+            continue
+        taken.append(best)
+        offset = best[0] - x, best[1] - y + 2
+        axes.annotate(text, spots[number], offset, textcoords="offset points", fontsize=8, zorder=4).set_in_layout(False)
 
 
 def method_curves(lines: Mapping[str, Sequence[tuple[float, float]]], title: str) -> Figure:
@@ -128,9 +163,58 @@ def curves(lines: Mapping[str, Curve], x: str, title: str) -> Figure:
         tops = [100 * point.top1 for point in points]
         spreads = [100 * (point.spread() or 0) for point in points]
         axes.errorbar(
-            places, tops, spreads, color=COLOURS[number % len(COLOURS)], marker="o", capsize=3, lw=1.6, label=_plain(name)
+            places,
+            tops,
+            spreads,
+            color=COLOURS[number % len(COLOURS)],
+            marker="o",
+            capsize=3,
+            label=_plain(name),
+            **_look(number),
         )
     axes.legend(fontsize=8, frameon=False, loc="best")
+    return figure
+
+
+HISTORY = (
+    ("loss", ("train/loss", "val/loss")),
+    ("accuracy", ("train/top1", "val/top1")),
+    ("sigma", ("sigma",)),
+    ("selectors", ()),
+)
+"""Panels of a run's history: what each shows. That of the selectors shows what they tell of themselves."""
+
+
+def history(metrics: Mapping[str, Mapping[int, float]]) -> Figure | None:
+    """How a training went: loss, accuracy, sigma and the selectors' figures over its steps; None where nothing was logged.
+
+    Args:
+        metrics: by name, values by step.
+    """
+    own = tuple(name for name in metrics if name.startswith("selection/") and name.count("/") == 2)
+    # Of all that selectors log: how sure they are, how often they change their mind, and what they find where that is known.
+    own = tuple(name for name in own if name.rpartition("/")[2] in ("entropy", "changed", "found"))
+    panels = [(title, [name for name in names or own if metrics.get(name)]) for title, names in HISTORY]
+    panels = [(title, names) for title, names in panels if names]
+    if not panels:
+        return None
+    lines, columns = -(-len(panels) // 2), min(len(panels), 2)
+    figure = Figure((3.6 * columns, 2.3 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    places = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, names) in zip(places, panels, strict=False):
+        for number, name in enumerate(names):
+            steps, values = zip(*sorted(metrics[name].items()), strict=True)
+            mark = "o" if len(steps) < 15 else ""
+            text = name.removeprefix("selection/")
+            axes.plot(steps, values, color=COLOURS[number % len(COLOURS)], lw=1.4, marker=mark, ms=3, label=text)
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7, frameon=False)
     return figure
 
 

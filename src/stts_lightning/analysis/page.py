@@ -14,7 +14,7 @@ from PIL import Image
 
 from stts_lightning.analysis import charts
 from stts_lightning.analysis.points import Point, differences, notes, pareto, points, ratio_curves, sigma_curves
-from stts_lightning.analysis.results import printable
+from stts_lightning.analysis.results import printable, read_history
 from stts_lightning.analysis.runs import Run
 
 PICTURES = 80
@@ -59,7 +59,7 @@ def _traits(point: Point, settings: dict[str, str]) -> dict[str, str]:
         "how": how[1] if how else "",
         **operator,
         "sigma": f"sigma {point.sigma:g}",
-        "views": f"{point.views} views",
+        "views": f"{point.views} view" + "s" * (point.views != 1),
         "steps": f"{point.runs[0].result.get('steps')} steps",
         **{f"setting {key}": f"{key}={value}" if value else "" for key, value in settings.items()},
     }
@@ -194,9 +194,19 @@ def _data_uri(file: Path) -> str:
 
 
 def _pictures(run: Run) -> list[Path]:
-    """The last selection panel and a few overlays of a run."""
+    """The last selection panel, the confusion of the test and a few overlays of a run."""
     panels = sorted((run.folder / "panels").glob("epoch_*.png"))
-    return [*panels[-1:], *sorted(run.folder.glob("predictions/overlays/*.png"))[:3]]
+    confusions = [file for file in (run.folder / "test" / "confusion.png", run.folder / "confusion.png") if file.is_file()]
+    return [*panels[-1:], *confusions[:1], *sorted(run.folder.glob("predictions/overlays/*.png"))[:3]]
+
+
+def _history(run: Run) -> str:
+    """Curves of a run's training as SVG; empty where it logged none."""
+    try:
+        figure = charts.history(read_history(run.folder))
+    except (OSError, ValueError):  # Written by another program, or cut off.
+        return ""
+    return "" if figure is None else charts.svg(figure)
 
 
 def _section(dataset: str, group: Sequence[Point], base: str, left: int) -> tuple[dict[str, Any], dict[str, Figure]]:
@@ -238,6 +248,7 @@ def _section(dataset: str, group: Sequence[Point], base: str, left: int) -> tupl
                 ],
                 "commit": point.runs[0].result.get("commit"),
                 "weights": printable(str(point.runs[0].result.get("weights") or "")),
+                "history": _history(point.runs[0]),
                 "config": config.read_text(encoding="utf-8", errors="replace") if config else "",
                 "pictures": pictures,
             }

@@ -3,7 +3,7 @@
 import json
 import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,13 +84,29 @@ class Point:
 def points(runs: Sequence[Run]) -> list[Point]:
     """Runs of one configuration together, by data set and falling cost."""
     groups: dict[Point, list[Run]] = defaultdict(list)
+    names = _data_sets(runs)
     for run in runs:
-        groups[_point(run)].append(run)
+        groups[_point(run, names)].append(run)
     merged = [replace(point, runs=_distinct(group)) for point, group in groups.items()]
     return sorted(merged, key=lambda p: (p.dataset, -p.gflops, p.selection, p.sigma))
 
 
-def _point(run: Run) -> Point:
+def _tested(run: Run) -> tuple[str, str]:
+    """Name of a run's data set, and what tells its test videos from others."""
+    data = run.result["dataset"]
+    return printable(str(data["name"])), str(data.get(f"{data.get('tested', 'val')}_hash", ""))
+
+
+def _data_sets(runs: Sequence[Run]) -> dict[tuple[str, str], str]:
+    """What each data set is called: by its name, and by its test videos as well where others have that name."""
+    found = list(dict.fromkeys(map(_tested, runs)))
+    alike = Counter(name for name, _ in found)
+    return {
+        (name, videos): name if alike[name] == 1 else f"{name} (test list {videos[:8] or 'unknown'})" for name, videos in found
+    }
+
+
+def _point(run: Run, names: Mapping[tuple[str, str], str]) -> Point:
     """What a run has in common with its other seeds."""
     r = run.result
     choices = "".join(f" {name}={value}" for name, value in (r.get("backbone_choices") or {}).items())
@@ -98,7 +114,7 @@ def _point(run: Run) -> Point:
     # Runs of earlier versions knew the paper's way alone.
     operator = ", ".join(filter(None, (r["scorer"], r["estimator"], r.get("ways_to_learn", "")))) if r["slots"] else ""
     sigma = float(r["sigma"]) if r["slots"] and r["scorer"] else 0.0
-    name, gflops, views = printable(str(r["dataset"]["name"])), r["gflops_per_view"], r["views"]
+    name, gflops, views = names[_tested(run)], r["gflops_per_view"], r["views"]
     return Point(name, r["backbone"] + choices, r["selection"], keeps, operator, sigma, gflops, views, run.settings, ())
 
 

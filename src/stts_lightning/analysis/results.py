@@ -107,17 +107,22 @@ def read_configuration(run: str | Path) -> dict[str, str] | None:
     return {**{key: value for key, value in _defaults().items() if key not in groups}, **pairs}
 
 
-def read_metrics(run: str | Path, name: str) -> dict[int, float]:
-    """What a run logged under a name, by step, from all pieces of one that broke off and went on: the latest counts.
-
-    Args:
-        run: its folder.
-        name: as in "train/loss".
-    """
+def read_history(run: str | Path) -> dict[str, dict[int, float]]:
+    """All that a run logged, by name and step, from all pieces of one that broke off and went on: the latest counts."""
     pieces = sorted(Path(run).glob("metrics_*.csv"), key=lambda file: int(file.stem.rpartition("_")[2]))
-    values: dict[int, float] = {}
+    history: dict[str, dict[int, float]] = {}
     for file in [*pieces, Path(run) / "metrics.csv"]:
-        if file.is_file():
-            with file.open(newline="", encoding="utf-8") as lines:
-                values |= {int(row["step"]): float(row[name]) for row in csv.DictReader(lines) if row.get(name) and row["step"]}
-    return values
+        if not file.is_file():
+            continue
+        with file.open(newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                step = row.pop("step", None)
+                for name, value in row.items():
+                    if step and value and name != "epoch":
+                        history.setdefault(name, {})[int(step)] = float(value)
+    return history
+
+
+def read_metrics(run: str | Path, name: str) -> dict[int, float]:
+    """What a run logged under a name as in "train/loss", by step."""
+    return read_history(run).get(name, {})

@@ -14,8 +14,11 @@ from stts_lightning.data.annotations import VIDEO_SUFFIXES, AnnotationError, is_
 from stts_lightning.data.dataset import ClipSpec, Transform
 from stts_lightning.data.decode import DecodeError, Frames
 from stts_lightning.data.isolation import can_isolate, open_isolated
+from stts_lightning.data.list_formats import PATH_COLUMNS, read_rows, text_lines
 from stts_lightning.data.readers import is_frame_folder
 from stts_lightning.data.sampling import SAMPLINGS
+
+LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".json")
 
 
 class Window(NamedTuple):
@@ -52,17 +55,21 @@ class WindowBatch(NamedTuple):
 
 
 def find_videos(asked: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Files behind names: of videos (any suffix), of folders (all videos in them, at any depth), or patterns as `a/*.mp4`.
+    """Files behind names: of videos, of folders (all videos in them, at any depth), of lists, or patterns as `a/*.mp4`.
+
+    A list is any that a data set takes, or a path on each line; its paths start from its own folder, and labels are left aside.
 
     Raises:
-        AnnotationError: for a name behind which there is no video.
+        AnnotationError: for a name behind which there is no video, or a list that names one that is not there.
     """
     files: list[Path] = []
     if not asked:
         raise AnnotationError("videos=[]: give at least one file, folder or pattern")
     for name in [asked] if isinstance(asked, str | Path) else asked:
         path = Path(name)
-        if path.is_file() or is_frame_folder(path):
+        if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
+            here = _listed(path)
+        elif path.is_file() or is_frame_folder(path):
             here = [path]
         elif path.is_dir():
             here = list(_videos_below(path))
@@ -75,6 +82,21 @@ def find_videos(asked: str | Path | Sequence[str | Path]) -> list[Path]:
             )
         files += here
     return list(dict.fromkeys(files))
+
+
+def _listed(file: Path) -> list[Path]:
+    """Videos of a list, with labels or without."""
+    names: list[str] = []
+    if file.suffix.lower() != ".json":
+        lines = [line.strip() for _, line in text_lines(file)]
+        names = lines[1:] if lines and lines[0].lower() in PATH_COLUMNS else lines
+    if not names or any(Path(name).suffix.lower() not in VIDEO_SUFFIXES for name in names):
+        names = [row.path for row in read_rows(file)]
+    found = [file.parent / name for name in names]
+    missing = [path for path in found if not (path.is_file() or is_frame_folder(path))]
+    if missing:
+        raise AnnotationError(f"videos={file}: {len(missing)} of {len(found)} listed videos do not exist, first {missing[0]}")
+    return found
 
 
 def _videos_below(folder: Path) -> Iterator[Path]:

@@ -36,16 +36,23 @@ class Scorer(nn.Module, ABC):
     def forward(self, candidates: Tensor) -> Tensor:
         """Candidates `(B, N, E)` -> raw scores `(B, N)`."""
 
-    def start_even(self) -> None:
-        """Begin without a preference, and let it grow as it is learned.
+    def start(self, how: str) -> None:
+        """Begin with little or no preference, and let it grow as it is learned.
 
-        The last layer is 0: all scores are equal. Ranges below 1 are not stretched to 1: otherwise the first step, however
-        small, would decide all, and its gradient would be 1e5 times too large, which float16 cannot hold.
+        Ranges below 1 are not stretched to 1: otherwise random weights would decide as firmly as learned ones, and from equal
+        scores the first step, however small, would decide all, with a gradient 1e5 times too large, which float16 cannot hold.
+
+        Args:
+            how: "random" changes nothing; with "small" and "even" small ranges stay small; with "even" all scores are equal
+                (the last layer is 0), so that the layers before it learn nothing at first.
         """
-        *_, last = (module for module in self.modules() if isinstance(module, nn.Linear))
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        if how == "random":
+            return
         self.least_range = 1.0
+        if how == "even":
+            *_, last = (module for module in self.modules() if isinstance(module, nn.Linear))
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
 
 class PaperScorer(Scorer):

@@ -123,8 +123,7 @@ def build_scorer(selection: SelectionSpec, dim: int, axis: str) -> Scorer:
     """
     kind = _named(SCORERS, "scorer", selection.scorer)
     scorer = kind(kind.frame_width * dim if axis == "t" else dim)
-    if selection.start == "even":
-        scorer.start_even()
+    scorer.start(selection.start)
     return scorer
 
 

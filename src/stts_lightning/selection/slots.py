@@ -108,8 +108,8 @@ class SlotBank(nn.Module):
     def start_scorers(self) -> None:
         """Let new scorers start as the selection says, once more: a backbone that initialises all its layers has reset them."""
         for module in self.modules():
-            if isinstance(module, Scorer) and self.selection.start == "even":
-                module.start_even()
+            if isinstance(module, Scorer):
+                module.start(self.selection.start)
 
     def seed_noise(self, seeds: Sequence[int] | None) -> None:
         """Draw the next forward passes' noise from these seeds, one for each clip; None is torch's default generator."""

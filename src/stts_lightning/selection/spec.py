@@ -31,7 +31,7 @@ CHOICES = {
     "windows": ("frame", "clip", "smooth"),
     "forward": ("soft", "hard"),
     "sigma_of": ("scores", "spread"),
-    "start": ("random", "even"),
+    "start": ("random", "small", "even"),
 }
 """Ways to learn a selection, each apart from the others. The first of each is the paper's, or torch's where it says nothing."""
 
@@ -185,7 +185,8 @@ class SelectionSpec:
         proportional_attention: reducers that merge: a token that stands for n others receives as much attention as n would.
         proportional_pooling: reducers that merge: in the mean of all tokens it counts n times.
         start: new scorers begin with `random` weights, as any layer, whose scores are stretched to [0, 1] and may avoid the
-            action; or `even`: all scores are equal (the last layer is 0), and ranges below 1 are not stretched.
+            action; `small`: with random weights, but ranges below 1 are not stretched; or `even`: the same, and all scores are
+            equal (the last layer is 0).
         sigma_of: sigma is given on `scores` in [0, 1], or as a multiple of their `spread`, the standard deviation of a row.
     """
 
@@ -257,8 +258,13 @@ class SelectionSpec:
         return ", ".join(f"{key}={value}" for key, values in CHOICES.items() if (value := getattr(self, key)) != values[0])
 
     def __str__(self) -> str:
-        given = (slot.given.replace("threshold=", "=over").partition("=")[2] for slot in self.slots)
-        return "_".join(f"{slot.name}_{amount}" for slot, amount in zip(self.slots, given, strict=True)) or "none"
+        # A number of frames or tokens is no ratio: t0=5, s0=45x45.
+        forms = {"keep": "={0}", "side": "={0}x{0}", "threshold": "_over{0}"}
+        parts: list[str] = []
+        for slot in self.slots:
+            key, _, amount = slot.given.partition("=")
+            parts.append(slot.name + forms.get(key, "_{0}").format(amount))
+        return "_".join(parts) or "none"
 
 
 def _slot(name: str, values: Mapping[str, Any] | float | int) -> SlotSpec:

@@ -203,9 +203,8 @@ class SelectionPanels(pl.Callback):
         sheets = []
         for row, item in enumerate(items):
             guess = int(chances[row].argmax())
-            title = (
-                f"video {int(item.video)}: {classes[int(item.label)]}   taken for {classes[guess]} ({chances[row, guess]:.0%})"
-            )
+            verdict = "right" if guess == int(item.label) else f"wrong: {classes[guess]}"
+            title = f"video {int(item.video)}: {classes[int(item.label)]}   {verdict} ({chances[row, guess]:.0%})"
             traced = trace(kept, sizes, row)
             truth = None if item.truth is None else shown_boxes(item.truth[0], traced.frames)
             sheets.append(contact_sheet(pictures[row], traced, title, truth=truth))

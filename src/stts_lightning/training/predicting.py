@@ -201,7 +201,7 @@ class Predictor(pl.Callback):
 def run_predict(
     trainer: pl.Trainer, module: ClassificationModule, data: WindowData, predictor: Predictor, asked: str = ""
 ) -> list[dict[str, Any]] | None:
-    """Predict all videos; `predictions.json` in the predictor's folder holds what is returned.
+    """Predict all videos; `predictions.json` in the predictor's folder holds what is returned, unless no video decoded.
 
     A prediction that was ended goes on with the videos that are left.
 
@@ -234,6 +234,7 @@ def run_predict(
         return None
     records = read_records(partial)
     everything = [records[str(number)] for number in range(len(predictor.videos))]
-    write_json(predictor.folder / "predictions.json", everything)
+    if any("top" in record for record in everything):  # Else an earlier prediction is worth more.
+        write_json(predictor.folder / "predictions.json", everything)
     partial.clear()
     return everything

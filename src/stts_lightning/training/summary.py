@@ -34,7 +34,7 @@ def facts(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModu
         "scorer": spec.scorer if model.slots.learns else None,
         "estimator": f"{spec.estimator}, {spec.samples} samples" if model.slots.learns else None,
         "ways_to_learn": spec.ways() if model.slots.learns else "",
-        "sigma": spec.sigma,
+        "sigma": spec.sigma if model.slots.learns else None,
         "parameters": sum(p.numel() for p in model.parameters()),
         "gflops_per_view": round(gflops, 4),
         "gflops": round(gflops * data.test_views, 4),
