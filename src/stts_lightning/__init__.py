@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from stts_lightning.selection.slots import SlotBank
     from stts_lightning.selection.spec import SelectionSpec
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Selection", "SelectionSpec", "Selector", "SlotBank", "VideoClassifier", "create_model", "list_models", "load_model",
     "read_clips",

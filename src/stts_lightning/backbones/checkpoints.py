@@ -1,5 +1,8 @@
 """Published weights: read a file, recognise its layout by its keys, and load it so that nothing is left unsaid."""
 
+# torch's own types have gaps.
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import json
 import logging
 import re

@@ -1,5 +1,8 @@
 """How each family of published files names the same weights: tables of rules, nothing else."""
 
+# torch's own types have gaps.
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

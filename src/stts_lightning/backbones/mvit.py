@@ -5,6 +5,9 @@ token before those of the grid; selectors see the grid alone, `(B, T, H, W, C)`.
 sizes at its end.
 """
 
+# torch's own types have gaps.
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -296,11 +299,11 @@ class MViT(Backbone):
 @register_backbone
 def mvit_b16(**kwargs: Any) -> MViT:
     """MViT-B, 16x4: 16x224x224, 36.6 M parameters, 70.8 GFLOPs a view without selection."""
-    return MViT(**{"frames": 16, "size": 224, "dim": 96, "heads": 1, "depth": 16, "stages": (1, 3, 14), **kwargs})
+    return MViT(**(dict[str, Any](frames=16, size=224, dim=96, heads=1, depth=16, stages=(1, 3, 14)) | kwargs))
 
 
 @register_backbone
 def mvit_tiny(**kwargs: Any) -> MViT:
     """A small MViT for quick work: 16x64x64, 6 blocks, 0.8 M parameters. Other clips of 8-16 frames at 64-112 px fit."""
-    sizes = {"frames": 16, "size": 64, "dim": 32, "heads": 1, "depth": 6, "stages": (1, 3), "kv_stride": 4}
-    return MViT(**{**sizes, "init_gain": 0.7, **kwargs})
+    sizes = dict[str, Any](frames=16, size=64, dim=32, heads=1, depth=6, stages=(1, 3), kv_stride=4)
+    return MViT(**(sizes | dict[str, Any](init_gain=0.7) | kwargs))

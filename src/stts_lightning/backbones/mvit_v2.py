@@ -8,6 +8,9 @@ displacement between the tokens that are left. So every block knows the numbers 
 the grid that the unpruned model would have there.
 """
 
+# torch's own types have gaps.
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -345,13 +348,13 @@ class MViTv2(Backbone):
 @register_backbone
 def mvit_v2_s(**kwargs: Any) -> MViTv2:
     """MViTv2-S, 16x4: 16x224x224, 34.5 M parameters, 64.5 GFLOPs a view without selection."""
-    return MViTv2(**{"depth": 16, "stages": (1, 3, 14), **kwargs})
+    return MViTv2(**(dict[str, Any](depth=16, stages=(1, 3, 14)) | kwargs))
 
 
 @register_backbone
 def mvit_v2_b(**kwargs: Any) -> MViTv2:
     """MViTv2-B, 32x3: 32x224x224, 51.2 M parameters, 225.2 GFLOPs a view without selection."""
-    model = MViTv2(**{"frames": 32, "depth": 24, "stages": (2, 5, 21), **kwargs})
+    model = MViTv2(**(dict[str, Any](frames=32, depth=24, stages=(2, 5, 21)) | kwargs))
     model.reading = MappingProxyType({"stride": 3})
     return model
 
@@ -359,5 +362,5 @@ def mvit_v2_b(**kwargs: Any) -> MViTv2:
 @register_backbone
 def mvit_v2_tiny(**kwargs: Any) -> MViTv2:
     """A small MViTv2 for quick work: 16x64x64, 6 blocks, 0.8 M parameters."""
-    sizes = {"frames": 16, "size": 64, "dim": 32, "heads": 1, "depth": 6, "stages": (1, 3), "kv_stride": 4}
-    return MViTv2(**{**sizes, "init_gain": 0.7, **kwargs})
+    sizes = dict[str, Any](frames=16, size=64, dim=32, heads=1, depth=6, stages=(1, 3), kv_stride=4)
+    return MViTv2(**(sizes | dict[str, Any](init_gain=0.7) | kwargs))

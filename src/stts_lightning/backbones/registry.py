@@ -1,5 +1,8 @@
 """What a backbone is, and backbones by name: one decorated factory each."""
 
+# torch's own types have gaps.
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -101,7 +104,7 @@ def start_linear(module: nn.Module, gain: float | None) -> None:
     """
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=gain / math.sqrt(module.in_features) if gain else 0.02)
-        if module.bias is not None:
+        if module.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
             nn.init.zeros_(module.bias)
 
 

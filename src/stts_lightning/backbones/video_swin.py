@@ -4,6 +4,9 @@ Letters: B clips, T frames, H W grid, C channels, D heads. A grid is `(B, T, H, 
 `(B * W, N, C)`. The file reads from the windows and the stem to the named sizes at its end.
 """
 
+# torch's own types have gaps.
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -373,23 +376,23 @@ class VideoSwin(Backbone):
 @register_backbone
 def video_swin_b(**kwargs: Any) -> VideoSwin:
     """VideoSwin-B: 32x224x224, 88.0 M parameters, 282 GFLOPs a view without selection."""
-    return VideoSwin(**{"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32), **kwargs})
+    return VideoSwin(**(dict[str, Any](dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32)) | kwargs))
 
 
 @register_backbone
 def video_swin_s(**kwargs: Any) -> VideoSwin:
     """VideoSwin-S: 32x224x224, 49.8 M parameters."""
-    return VideoSwin(**{"dim": 96, "depths": (2, 2, 18, 2), "heads": (3, 6, 12, 24), **kwargs})
+    return VideoSwin(**(dict[str, Any](dim=96, depths=(2, 2, 18, 2), heads=(3, 6, 12, 24)) | kwargs))
 
 
 @register_backbone
 def video_swin_t(**kwargs: Any) -> VideoSwin:
     """VideoSwin-T: 32x224x224, 28.2 M parameters."""
-    return VideoSwin(**{"dim": 96, "depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24), **kwargs})
+    return VideoSwin(**(dict[str, Any](dim=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24)) | kwargs))
 
 
 @register_backbone
 def video_swin_tiny(**kwargs: Any) -> VideoSwin:
     """A small VideoSwin for quick work: 16x64x64, 6 blocks."""
-    sizes = {"frames": 16, "size": 64, "dim": 32, "depths": (2, 2, 2), "heads": (1, 2, 4), "window": (4, 4, 4)}
-    return VideoSwin(**{**sizes, "init_gain": 1.0, **kwargs})
+    sizes = dict[str, Any](frames=16, size=64, dim=32, depths=(2, 2, 2), heads=(1, 2, 4), window=(4, 4, 4))
+    return VideoSwin(**(sizes | dict[str, Any](init_gain=1.0) | kwargs))

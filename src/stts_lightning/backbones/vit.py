@@ -4,6 +4,9 @@ Letters: B clips, T frames, H W grid, C channels, D heads, N = T * H * W tokens 
 selectors see the grid, `(B, T, H, W, C)`; reducers leave none. There is no class token: the features are the mean of all tokens.
 """
 
+# torch's own types have gaps.
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import math
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
@@ -250,22 +253,22 @@ class ViT(Backbone):
 @register_backbone
 def vit_s(**kwargs: Any) -> ViT:
     """ViT-S of VideoMAE: 16x224x224, 22.0 M parameters, 57.0 GFLOPs a view without selection."""
-    return ViT(**{"dim": 384, "depth": 12, "heads": 6, **kwargs})
+    return ViT(**(dict[str, Any](dim=384, depth=12, heads=6) | kwargs))
 
 
 @register_backbone
 def vit_b(**kwargs: Any) -> ViT:
     """ViT-B of VideoMAE: 16x224x224, 86.5 M parameters, 180.5 GFLOPs a view without selection."""
-    return ViT(**{"dim": 768, "depth": 12, "heads": 12, **kwargs})
+    return ViT(**(dict[str, Any](dim=768, depth=12, heads=12) | kwargs))
 
 
 @register_backbone
 def vit_l(**kwargs: Any) -> ViT:
     """ViT-L of VideoMAE: 16x224x224, 304.3 M parameters, 597.2 GFLOPs a view without selection."""
-    return ViT(**{"dim": 1024, "depth": 24, "heads": 16, **kwargs})
+    return ViT(**(dict[str, Any](dim=1024, depth=24, heads=16) | kwargs))
 
 
 @register_backbone
 def vit_tiny(**kwargs: Any) -> ViT:
     """A small ViT for quick work: 16x64x64, tokens of 8x8 pixels, 6 blocks, 0.5 M parameters."""
-    return ViT(**{"frames": 16, "size": 64, "patch": 8, "dim": 96, "depth": 6, "heads": 3, "init_gain": 0.7, **kwargs})
+    return ViT(**(dict[str, Any](frames=16, size=64, patch=8, dim=96, depth=6, heads=3, init_gain=0.7) | kwargs))
