@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install train test test-avx2 test-slow test-all lint clean
+.PHONY: help install docs train test test-avx2 test-slow test-all lint clean
 help: ## show this
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -31,6 +31,9 @@ test-slow: .venv/.ready ## the heavy ones alone: kills, damaged files, clusters,
 
 test-all: .venv/.ready ## all tests
 	$(BIN)/python -m pytest
+
+docs: .venv/.ready ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: .venv/.ready ## ruff and pyright
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -242,8 +242,8 @@ def page() -> str:
     parts = [
         "# Every key of the configuration",
         "",
-        "Written by `scripts/configuration_page.py` from `conf/` and the docstrings of what it builds. Set any key with `key=value`,",
-        "choose an option of a group with `group=option`, sweep either with `-m key=a,b`. `--cfg job` prints what a command composes.",
+        "Written by `scripts/configuration_page.py` from `conf/` and docstrings. Set any key with `key=value`, choose an",
+        "option with `group=option`, sweep either with `-m key=a,b`. `--cfg job` prints what a command composes.",
     ]
     for title, text, rows in sections():
         parts += ["", f"## {title}", *(["", text] if text else []), "", table(rows)]
