@@ -88,6 +88,7 @@ METHODS = (
     Method("STTS as in the paper, sigma 0.1", PAPER, main=True),
     Method("STTS as in the paper, sigma 0.5", WIDE, main=True),
     Method("STTS as released", ("selection.scorer=official", "selection.estimator=official", *PAPER)),
+    Method("the recipe with a higher rate", ("optim.parts.selectors.lr_scale=3.0",), recipe="learn_selection"),
     Method("the recipe with an even start", EVEN, recipe="learn_selection"),
     Method("the recipe with an even start, paper scorer", (*EVEN, "selection.scorer=paper"), recipe="learn_selection"),
     Method("recipe=learn_selection", recipe="learn_selection", main=True),

@@ -56,7 +56,7 @@ def what_is_wrong(error: Exception) -> str:
     A worker's error comes with the worker's stack trace, whose last line it is; others begin with it.
     """
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    if any(line.startswith("Traceback (most recent call last)") for line in lines):
+    if any("Traceback (most recent call last)" in line for line in lines):
         return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
     return "; ".join(line for line in lines[:LINES] if line)
 
