@@ -26,5 +26,5 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_post_page(output: str, **_: Any) -> str:
-    """Nothing is fetched from elsewhere. Without this script the search of pages opened from a disk is missing in some browsers."""
+    """Nothing is fetched from elsewhere. Without this script some browsers do not search pages that lie on a disk."""
     return re.sub(r'<script src="https://unpkg\.com/[^"]*"></script>', "", output)

@@ -173,7 +173,13 @@ def test_an_error_of_many_lines_is_told_whole() -> None:
         "1 validation error for Settings\nrun_tags.1\n  Input should be a valid string\n    For further information"
     )
     assert what_is_wrong(error) == "1 validation error for Settings; run_tags.1; Input should be a valid string"
-    traceback = "Caught X in worker 0.\nOriginal Traceback (most recent call last):\n  File\nstts_lightning.errors.UserError: it is rotten"
+    lines = [
+        "Caught X in worker 0.",
+        "Original Traceback (most recent call last):",
+        "  File",
+        "stts_lightning.errors.UserError: it is rotten",
+    ]
+    traceback = "\n".join(lines)
     assert what_is_wrong(UserError(traceback)) == "it is rotten"
 
 
