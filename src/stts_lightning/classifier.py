@@ -279,8 +279,16 @@ def load_model(path: str | Path, which: str = "last", **changes: Any) -> VideoCl
     if not trust:
         check_stored(recipe, f"checkpoint {path}", changes)
     model = create_model(**{**recipe, "pretrained": path, **changes})
-    run = path.parent.parent
-    if path.parent.name == "checkpoints" and (config := run / "config.yaml").is_file():
-        clip = yaml.safe_load(config.read_text(encoding="utf-8"))["clip"]
-        model.clips = ClipRule.of(clip)
+    if path.parent.name == "checkpoints":
+        _know_run(model, path.parent.parent)
     return model
+
+
+def _know_run(model: VideoClassifier, run: Path) -> None:
+    """Tell a model the clips of its run's test, and the names of its classes where its checkpoint does not say them."""
+    if (file := run / "config.yaml").is_file():
+        model.clips = ClipRule.of(yaml.safe_load(file.read_text(encoding="utf-8"))["clip"])
+    if model.classes == tuple(map(str, range(model.num_classes))) and (file := run / "classes.txt").is_file():
+        names = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        if len(names) == model.num_classes:
+            model.classes = names

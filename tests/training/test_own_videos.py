@@ -131,6 +131,11 @@ def test_a_run_that_gets_no_better_ends_and_says_why(place: Path) -> None:
     assert result["steps"] == 3 * 2 and "top1" in result, "one epoch sets the mark, two do not pass it; then it is tested"
     assert result["stopped_early"].startswith("val/loss has not been better than ")
     assert "stops after epoch 3 of 9: val/loss has not been better" in done.stdout
+    # Broken off in its test, it goes on with the test, not with the training.
+    (place / "runs/stopped/result.json").unlink()
+    done = command(place, "resume=runs/stopped", base=[])
+    again = json.loads((place / "runs/stopped/result.json").read_text())
+    assert (again["steps"], again["stopped_early"]) == (result["steps"], result["stopped_early"])
 
 
 @pytest.mark.parametrize("key", ["best", "early_stopping"])

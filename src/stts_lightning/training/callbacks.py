@@ -81,15 +81,24 @@ class EarlyStop(EarlyStopping):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Nothing to check before there is a validation."""
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run that was ended, broke off in its test and goes on is not trained any further."""
+        if self.active and self.stopped_epoch:
+            self._end(trainer)
+            trainer.should_stop = True
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look, after a validation of a training."""
         if not self.active:
             return
         super().on_validation_end(trainer, pl_module)
         if trainer.should_stop and self.stopped_epoch:
-            self.reason = f"{self.monitor} has not been better than {float(self.best_score):.4g} for {self.patience} validations"
-            if trainer.is_global_zero:
-                log.info("stops after epoch %d of %s: %s", trainer.current_epoch + 1, trainer.max_epochs, self.reason)
+            self._end(trainer)
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        self.reason = f"{self.monitor} has not been better than {float(self.best_score):.4g} for {self.patience} validations"
+        if trainer.is_global_zero:
+            log.info("stops after epoch %d of %s: %s", self.stopped_epoch + 1, trainer.max_epochs, self.reason)
 
 
 def check_monitors(trainer: pl.Trainer, measured: Sequence[str]) -> None:
