@@ -97,6 +97,7 @@ METHODS = (
 
 OPTIONS = (
     Method("start=even", (*WIDE, "selection.start=even")),
+    Method("start=small", (*WIDE, "selection.start=small")),
     Method("backbone frozen at first", (*WIDE, *FROZEN)),
     Method("normalize=windows", (*WIDE, "selection.normalize=windows")),
     Method("scope=clip", (*WIDE, "selection.scope=clip")),

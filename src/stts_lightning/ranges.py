@@ -103,6 +103,7 @@ RANGES: dict[str, Range] = {
     "dataset.val": Range(1, whole=True, words=True),
     "dataset.val_fraction": Range(0, 1, above=True, below=True),
     "distill.temperature": POSITIVE,
+    "distill.tokens": NOT_NEGATIVE,
     "distill.weight": NOT_NEGATIVE,
     "embed.copies": COUNT,
     "embed.larger": Range(1),

@@ -25,6 +25,7 @@ from stts_lightning.data.dataset import Batch, Failure, collate
 from stts_lightning.data.resumable_sampler import EpochOrder, Pick, TrainLoader
 from stts_lightning.errors import UserError
 from stts_lightning.run_folders import EXIT_REQUEUE
+from stts_lightning.selection.reducer import Tokens
 from stts_lightning.training import callbacks
 from stts_lightning.training import module as training_module
 from stts_lightning.training.callbacks import FailureLog, SigmaAnnealing
@@ -415,6 +416,35 @@ def test_one_class_is_refused_and_two_are_enough(tmp_path: Path) -> None:
     assert predictions is not None
     found = score(predictions)
     assert "top5" not in found and 0 <= found["top1"] <= 1 and 0 <= found["calibration_error"] <= 1
+
+
+def test_dynamic_vits_loss_on_tokens_is_that_of_the_tokens_that_are_kept() -> None:
+    torch.manual_seed(0)
+    teaching = create_model("vit_tiny", None, 4)
+    learning = create_model("vit_tiny", {"slots": {"r2": 0.5}, "reducer": "dynamic_vit"}, 4)
+    teacher, clip = Teacher(teaching, weight=0.0, tokens=0.5), torch.randn(2, 3, 16, 64, 64)
+    teacher.teach(learning)
+    learning.train().slots.seed_noise([1, 2])
+    logits = learning(clip)
+    final = learning.slots.take_final()
+    learning.slots.leave_final(final)
+    loss = teacher.loss(clip, logits, learning)
+    with torch.no_grad():
+        x = teaching.backbone.patch_embed(clip).flatten(2).transpose(1, 2) + teaching.backbone.pos_embed
+        for block in teaching.backbone.blocks:
+            x = block(x, Tokens(x), None, None, False)[0].x
+        theirs = teaching.backbone.norm(x)
+    kept = [(row, column) for row, column in (final.sizes > 0.5).nonzero().tolist()]
+    assert 0 < len(kept) < 2 * 512, "some are dropped"
+    expected = sum(float((final.x[place].detach() - theirs[place]).square().mean()) for place in kept) / len(kept)
+    assert float(loss.detach()) == pytest.approx(0.5 * expected, rel=1e-4)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in teaching.parameters())
+    assert float(learning.backbone.blocks[0].mlp.fc1.weight.grad.abs().max()) > 0
+    with pytest.raises(
+        UserError, match=r"distill.tokens=0.5: compares final tokens one by one; it needs the reducer dynamic_vit"
+    ):
+        teacher.teach(create_model("vit_tiny", {"slots": {"r2": 0.5}, "reducer": "topk"}, 4))
 
 
 def test_a_teacher_adds_the_divergence_from_its_predictions_and_is_no_part_of_the_model(tmp_path: Path) -> None:

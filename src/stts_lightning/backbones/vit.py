@@ -247,6 +247,8 @@ class ViT(Backbone):
             if kept is not None and reducing is not None:
                 kept.append(Reduction(reducing.reducer.name, where))
             attention = None if weights is None or self.slots.reducers else weights.unflatten(1, size)
+        if self.slots.keeps_final:
+            self.slots.leave_final(tokens._replace(x=self.norm(tokens.x)))
         return self.norm(tokens.mean(selection.proportional_pooling))
 
 

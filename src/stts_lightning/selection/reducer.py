@@ -129,11 +129,13 @@ class Reducer(nn.Module, ABC):
         places: where it can act, its usual place first: "inside" a block, between attention and MLP, or "before" it.
         needs: names of `Given` that it reads.
         alone: whether other kinds of reducers cannot stand beside it: how many tokens come out is not always the same.
+        masks: whether in training it drops tokens by their size alone, and removes none.
     """
 
     places: ClassVar[tuple[str, ...]] = ("inside",)
     needs: ClassVar[frozenset[str]] = frozenset()
     alone: bool = False
+    masks: ClassVar[bool] = False
 
     def __init__(self, context: ReducerContext) -> None:
         super().__init__()

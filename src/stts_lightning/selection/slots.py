@@ -42,6 +42,9 @@ class SlotBank(nn.Module):
         self.register_buffer("sigma", torch.tensor(float(selection.sigma)), persistent=False)
         self._seeds: Tensor | None = None
         self._truth: Tensor | None = None
+        self.keeps_final = False
+        """Whether a backbone leaves its final tokens here in each pass, for a loss on them."""
+        self._final: Tokens | None = None
         self._boxes: Tensor | None = None
         """The truth of the grid as the slots of this pass have left it."""
 
@@ -191,6 +194,21 @@ class SlotBank(nn.Module):
         """What reducers add to the loss of a training step, after its forward pass, 0-d; None for nothing."""
         losses = [loss for _, reducer in self._reducers() if (loss := reducer.loss()) is not None]
         return torch.stack(losses).sum() if losses else None
+
+    @property
+    def masks(self) -> bool:
+        """Whether tokens are dropped by masks in training: all of them reach the end."""
+        return any(reducer.masks for _, reducer in self._reducers())
+
+    def leave_final(self, tokens: Tokens) -> None:
+        """Take in the tokens of a pass after the last norm."""
+        self._final = tokens
+
+    def take_final(self) -> Tokens:
+        """Hand out the final tokens of the last pass, once."""
+        tokens, self._final = self._final, None
+        assert tokens is not None
+        return tokens
 
     @property
     def learns(self) -> bool:

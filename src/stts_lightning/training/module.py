@@ -102,6 +102,8 @@ class ClassificationModule(pl.LightningModule):
         freeze(model, optim)
         self.label_smoothing = label_smoothing
         self.teacher = teacher
+        if teacher is not None:
+            teacher.teach(model)
         weights = None if class_weights is None else _checked_weights(class_weights, num_classes)
         self.register_buffer("class_weights", weights, persistent=False)  # No part of a checkpoint: the configuration has them.
         accuracy: dict[str, Metric | MetricCollection] = {f"top{k}": Accuracy(k) for k in (1, 5) if k <= num_classes}
@@ -139,7 +141,7 @@ class ClassificationModule(pl.LightningModule):
         logits = self.run(clip)
         loss = self._loss(logits, target)
         if self.teacher is not None:
-            loss = loss + self.teacher.loss(clip, logits)
+            loss = loss + self.teacher.loss(clip, logits, self.model)
         if (of_reducers := self.model.slots.loss()) is not None:
             loss = loss + of_reducers
         self._batches.append((loss.detach(), batch.video))

@@ -20,12 +20,13 @@ class DynamicViT(Reducer):
     a dropped token receives no attention and has no part in the mean. A loss holds the mean share of what is kept to the ratio:
     `ratio_weight` times the squared difference, averaged over the stages. In evaluation the best tokens are kept.
 
-    Differs from the published code: a stage counts kept tokens from those that reach it, rounded, and not from all; the loss on
-    final tokens is left out. Its loss on the logits of a teacher is `distill.teacher`.
+    Differs from the published code: a stage counts kept tokens from those that reach it, rounded, and not from all. Its
+    losses on the logits and on the final tokens of a teacher are `distill.teacher` and `distill.tokens`.
     """
 
     places = ("before",)
     alone = True
+    masks = True
     ratio_weight = 2.0
 
     def __init__(self, context: ReducerContext) -> None:
