@@ -226,6 +226,8 @@ def create_model(
         CheckpointError: a file that cannot be read or does not fit.
         BackboneError: an unknown backbone or argument.
     """
+    if head not in ("keep", "reset"):
+        raise CheckpointError(f"head={head}: allowed are keep, reset")
     spec = SelectionSpec.of(selection)
     backbone_kwargs = {key: value for key, value in backbone_kwargs.items() if value is not None}
     find_backbone(backbone)  # Its file may register a layout of checkpoints.

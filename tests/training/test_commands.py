@@ -336,6 +336,7 @@ def test_undecodable_training_file_is_counted(place: Path, finished: Path) -> No
         (["dataset=folder", "dataset.root=/no/such/folder"], "data folder /no/such/folder/train: does not exist"),
         (["dataset=folder"], "dataset.root: must be given, as in dataset.root=..."),
         (["pretrained=/no/such.pt"], "checkpoint /no/such.pt: no such file"),
+        (["head=rest"], "head=rest: allowed are keep, reset"),
         (["resume=/no/such/run"], "resume=/no/such/run: there is no"),
         (["loader.batch_size=0"], "loader.batch_size=0: must be 1 or more"),
         (["backbone.size=50"], "backbone: frames=16 must be a multiple of 2, size=50 of 4"),
