@@ -327,9 +327,9 @@ def test_undecodable_training_file_is_counted(place: Path, finished: Path) -> No
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["selction.sigma=0.1"], "Key 'selction' is not in struct"),
-        (["selection.sigm=0.1"], "Key 'sigm' is not in struct"),
-        (["backbone=mvit_b61"], "Could not find 'backbone/mvit_b61'"),
+        (["selction.sigma=0.1"], "error: selction.sigma: no such key; did you mean selection.sigma?"),
+        (["selection.sigm=0.1"], "error: selection.sigm: no such key; did you mean selection.sigma?"),
+        (["backbone=mvit_b61"], "error: backbone=mvit_b61: no such option (did you mean mvit_b16?); allowed are mvit_b16, "),
         (["selection.slots.t0.ratio=0"], "selection.slots.t0.ratio=0: must lie in (0, 1]"),
         (["selection.slots.t0.ratio=1.2"], "selection.slots.t0.ratio=1.2: must lie in (0, 1]"),
         (["+selection.slots.t99.ratio=0.5"], "selection.slots.t99: no block 99; this backbone has 0 to 5"),
