@@ -12,6 +12,10 @@ from stts_lightning.overrides import for_hydra
     ("arguments", "said"),
     [
         (["trainer.max_epoch=3"], "trainer.max_epoch: no such key; did you mean trainer.max_epochs?"),
+        (["epochs=3"], "epochs: no such key; did you mean trainer.max_epochs?"),
+        (["lr=3"], "lr: no such key; did you mean optim.lr?"),
+        (["test=flase"], "test=flase: allowed are true, false"),
+        (["callbacks.sigma.decay=flase"], "callbacks.sigma.decay=flase: allowed are true, false"),
         (["max_epochs=3"], "max_epochs: no such key; did you mean trainer.max_epochs?"),
         (["selction=t0_0.5"], "selction: no such key; did you mean selection?"),
         (["dataset=list", "dataset.trian=x"], "dataset.trian: no such key; did you mean dataset.train?"),
@@ -37,6 +41,7 @@ def test_what_is_misspelt_is_named_with_the_nearest(arguments: list[str], said: 
     [
         ("train", ["optim.parts.backbone.frozen=true", "selection.slots.t3.ratio=0.5", "+trainer.detect_anomaly=true"]),
         ("train", ["-m", "selection=t0_0.5,none", "selection.sigma=interval(0.1,0.5)", "hparams_search=ratios"]),
+        ("train", ["compile=default", "clip.decoder=pyav", "test=false", "loader.num_workers=auto"]),
         ("train", ["hydra.run.dir=runs/x", "~logger", "optim.betas=[0.9,0.98]"]),
         ("train", ["--help", "no.such.key=1"]),
         ("evaluate", ["run=runs/x", "++backbone.drop_path=0.1", "which=best"]),

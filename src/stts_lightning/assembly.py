@@ -166,6 +166,8 @@ def _part(name: str, values: dict[str, Any]) -> PartSpec:
     for key in values:
         if key not in known:
             raise ConfigError(f"optim.parts.{name}.{key}: no such key; allowed are {', '.join(known)}")
+        if isinstance(getattr(PartSpec(), key), bool) and not isinstance(values[key], bool):
+            raise ConfigError(f"optim.parts.{name}.{key}={values[key]}: allowed are true, false")
     return PartSpec(**values)
 
 

@@ -3,6 +3,7 @@
 Hydra would hint to add an unknown key with `+`, which only fails later, and answer an unknown option with a page.
 """
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -14,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stts_lightning.configuration import GROUP, conf_dir
@@ -22,6 +23,13 @@ from stts_lightning.containers import leaves
 
 ANOTHER_CONFIGURATION = ("-h", "--help", "--hydra-help", "--version", "--info", "-i", "-cd", "-cn", "-cp", "--config-")
 """Flags under which a command composes nothing, or another configuration than its own."""
+USUAL = {
+    "epochs": "trainer.max_epochs", "lr": "optim.lr", "learning_rate": "optim.lr", "run": "resume", "gpus": "trainer.devices",
+    "devices": "trainer.devices", "workers": "loader.num_workers", "weights": "pretrained", "checkpoint": "pretrained",
+}  # fmt: skip
+"""What other programs call keys that are called otherwise here."""
+WORDS_TOO = ("compile",)
+"""Keys that are true, false, or a word."""
 VALUES = 50
 """How many values of a sweep are tried."""
 
@@ -42,7 +50,9 @@ def check(command: str, arguments: Sequence[str]) -> None:
     with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
         for overrides in _jobs(given):
             try:
-                compose(command, overrides)
+                if found := _no_boolean(command, overrides, compose(command, overrides)):
+                    print(f"error: {found}", file=sys.stderr)
+                    raise SystemExit(2)
             except (HydraException, OmegaConfBaseException) as error:
                 if found := _said(command, overrides, error):
                     print(f"error: {found}", file=sys.stderr)
@@ -74,6 +84,19 @@ def _values(override: Override) -> Iterator[str]:
     with suppress(Exception):  # An interval of a search has no list of values.
         for value in override.sweep_string_iterator():
             yield f"{override.get_key_element()}={value}"
+
+
+def _no_boolean(command: str, overrides: Sequence[str], cfg: DictConfig) -> str:
+    """What is wrong with a word where true or false is wanted: Python would take any word for true. Empty for nothing."""
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if not re.fullmatch("[A-Za-z_]+", value) or not isinstance(OmegaConf.select(cfg, key), str) or key in WORDS_TOO:
+            continue
+        others = [other for other in overrides if other != override]
+        with suppress(HydraException, OmegaConfBaseException):
+            if isinstance(OmegaConf.select(compose(command, others), key), bool):
+                return f"{key}={value}: allowed are true, false"
+    return ""
 
 
 def _said(command: str, overrides: Sequence[str], error: Exception) -> str:
@@ -110,6 +133,8 @@ def _unknown_key(command: str, overrides: Sequence[str], key: str) -> str:
     *place, last = key.split(".")
     # The name alone may be right, or nearly so, at another place.
     same_name = {full.rpartition(".")[2]: full for full in sorted(known, reverse=True)}
+    if (usual := USUAL.get(key)) in known:
+        return f"{key}: no such key; did you mean {usual}? (`stts {command} --help` lists all)"
     as_deep = [full for full in known if full.count(".") == len(place)]
     if beside := get_close_matches(key, as_deep, n=1, cutoff=0.75):
         hint = f"; did you mean {beside[0]}?"

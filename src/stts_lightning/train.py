@@ -59,7 +59,9 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
             run_config.check_classes(Path(cfg.run_dir), data.classes)
             data.check_lists(WholeCheckpointIO().load_checkpoint(resume, "cpu", True).get(type(data).__qualname__, {}))
             run_config.begin_resumed(Path(cfg.run_dir), changes)
-        # Only now is it known to be a run: what was refused leaves an earlier configuration as it is.
+        # Only now is it known to be a run: what was refused leaves an earlier one as it is.
+        if not resume:
+            claim(Path(cfg.run_dir), list(HydraConfig.get().overrides.task))
         run_config.save_config(cfg)
         run_config.save_classes(cfg, data.classes)
         data.write_split(Path(cfg.run_dir) / SPLIT)
@@ -79,8 +81,8 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
         "run folder": cfg.run_dir,
     }
     log_config(trainer, run_config.to_container(cfg))
-    new_head = bool(cfg.pretrained and cfg.head == "reset")
-    trainer.callbacks.append(StartTable(lines, new_head))  # type: ignore[attr-defined]
+    new = "backbone" if not cfg.pretrained else "head" if cfg.head == "reset" else ""
+    trainer.callbacks.append(StartTable(lines, new))  # type: ignore[attr-defined]
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     kept = next((c.metrics for c in trainer.callbacks if isinstance(c, LastCheckpoint)), {})  # type: ignore[attr-defined]
     last_metrics = {f"last/{name}": value for name, value in kept.items()}
@@ -126,15 +128,16 @@ def main(cfg: DictConfig) -> Any:
     with console.one_line_errors():
         overrides, folder = list(HydraConfig.get().overrides.task), Path(cfg.run_dir)
         if cfg.resume:
-            lock(Path(cfg.resume))
-            cfg, checkpoint = run_config.resumed_config(cfg.resume, overrides, cfg)
+            place = Path(cfg.resume)
+            cfg, checkpoint = run_config.resumed_config(place, overrides, cfg)
+            lock(place)
             changes = overrides
         elif can_resume(folder, overrides):
             lock(folder)
             log.info("%s holds this run, unfinished: it resumes", folder)
             cfg, checkpoint = run_config.resumed_config(folder, [], cfg)
         else:
-            claim(folder, overrides)
+            lock(folder)
         return run(cfg, checkpoint, changes)
 
 

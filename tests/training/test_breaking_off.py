@@ -21,7 +21,7 @@ from stts_lightning.training.step_figures import Known
 
 RUN = [
     "experiment=demo", "pretrained=null", "dataset.train=4", "dataset.val=2", "loader.batch_size=8", "loader.num_workers=1",
-    "callbacks.progress=null", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.max_epochs=3",
+    "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.max_epochs=3",
     "selection=t0_0.6_s4_0.9", "augment.mixup=0.8", "callbacks.last.every_n_steps=1",
     "backbone.drop_path=0.1", "backbone.dropout=0.1",
 ]  # fmt: skip

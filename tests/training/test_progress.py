@@ -110,3 +110,13 @@ def test_counting_in_a_log_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     with progress.counting("files", 10, quiet=True, every_minutes=1) as one_more:
         one_more()
     assert not capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_within_an_epoch_has_its_lines() -> None:
+    """Lightning calls no start of an epoch there."""
+    lines = ProgressLines()
+    lines.on_train_start(SimpleNamespace(global_step=4), SimpleNamespace())  # type: ignore[arg-type]
+    batch = SimpleNamespace(clip=torch.zeros(2, 1))
+    trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1, num_training_batches=9)
+    lines.on_train_batch_end(trainer, None, {"loss": torch.tensor(1.0)}, batch, 4)  # type: ignore[arg-type]
+    assert lines.steps == 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+import stts_lightning
 from stts_lightning.configuration import conf_dir
 from stts_lightning.containers import leaves
 from stts_lightning.files import write_json
@@ -22,8 +23,9 @@ PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "decord", "av", "
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and what it stands on."""
-    installed = {"python": platform.python_version()}
-    for name in ("stts-lightning", *PACKAGES):
+    # The metadata of an editable installation are those of the day it was made.
+    installed = {"python": platform.python_version(), "stts-lightning": stts_lightning.__version__}
+    for name in PACKAGES:
         try:
             installed[name] = version(name)
         except PackageNotFoundError:

@@ -144,11 +144,12 @@ def _run(file: Path, result: dict[str, Any]) -> Run:
         trained = trained if _problem(trained) in ("", UNTESTED) else {}
     except (OSError, ValueError):
         trained = {}
-    lists = {key: value for key, value in trained.get("dataset", {}).items() if key == "train_hash"}
+    # A test knows the list of its own videos alone.
+    lists = {key: value for key, value in trained.get("dataset", {}).items() if key.endswith("_hash")}
     known = {key: trained[key] for key in ("steps", "weights", "precision", "batch_size") if key in trained}
     # What a test says of these is of itself: its weights are those that the run made.
     facts = {key: value for key, value in result.items() if key not in ("weights", "precision", "batch_size")}
-    whole = {**facts, **known, "dataset": {**result["dataset"], **lists}}
+    whole = {**facts, **known, "dataset": {**lists, **result["dataset"]}}
     extra = _question(folder) if home != folder else {}
     if (which := Path(result.get("checkpoint", "last.ckpt")).stem) != "last":
         extra["evaluate.checkpoint"] = printable(which)

@@ -142,7 +142,8 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {path}: no such file")
+        hint = ": a folder; give a file, as in its checkpoints/last.ckpt" if Path(path).is_dir() else ": no such file"
+        raise CheckpointError(f"checkpoint {path}{hint}")
     return recognised(path, *_content(path, trust))
 
 

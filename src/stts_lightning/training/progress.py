@@ -66,8 +66,9 @@ class ProgressLines(ProgressBar):
         self.shown = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count from here."""
+        """Count from here. A run that goes on within an epoch begins none."""
         self.begun, self.first_step = time.monotonic(), trainer.global_step
+        self.batch_end = self.begun
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Time until the first batch is there counts as training."""

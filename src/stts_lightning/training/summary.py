@@ -13,9 +13,12 @@ from stts_lightning.classifier import HEAD_SPREAD
 from stts_lightning.data.datamodule import VideoDataModule
 from stts_lightning.kernels import in_use
 from stts_lightning.training.module import ClassificationModule
-from stts_lightning.training.optim import reach
+from stts_lightning.training.optim import OptimSpec, reach
 
 log = logging.getLogger(__name__)
+
+SLOW = 1e-5
+"""Below this a rate is one for weights that are learned already."""
 
 
 def facts(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModule) -> dict[str, Any]:
@@ -91,11 +94,11 @@ class StartTable(pl.Callback):
 
     Args:
         rows: name and value of each line.
-        new_head: whether the head is new while the rest has learned weights.
+        new: the part with random weights: "backbone" (and with it the head), "head" alone, or empty for none.
     """
 
-    def __init__(self, rows: Mapping[str, object], new_head: bool = False) -> None:
-        self.rows, self.new_head = dict(rows), new_head
+    def __init__(self, rows: Mapping[str, object], new: str = "") -> None:
+        self.rows, self.new = dict(rows), new
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print on one process."""
@@ -104,10 +107,19 @@ class StartTable(pl.Callback):
             steps = int(trainer.estimated_stepping_batches)
             show({**self.rows, "steps": f"{steps}{done}"})
             assert isinstance(pl_module, ClassificationModule)
-            way = reach(pl_module.optim, "head", steps)
-            if self.new_head and steps and way < HEAD_SPREAD / 10:
-                log.warning(
-                    "head=reset: the new head hardly learns: its weights are drawn with a deviation of %g, and can move by %.2g "
-                    "in %d steps of this recipe; recipe=own_videos is made for it, or set optim.parts.head.lr_scale",
-                    HEAD_SPREAD, way, steps,
-                )  # fmt: skip
+            self._warn_of_slow(pl_module.optim, steps)
+
+    def _warn_of_slow(self, optim: OptimSpec, steps: int) -> None:
+        """Say so where random weights have the rates of learned ones."""
+        way = reach(optim, self.new, steps) if self.new else 0.0
+        slow = optim.lr * optim.part(self.new).lr_scale < SLOW
+        if not self.new or not steps or not slow or way >= HEAD_SPREAD / 10:
+            return
+        if self.new == "head":
+            what, advice = "head=reset: the new head", "recipe=own_videos is made for it, or set optim.parts.head.lr_scale"
+        else:
+            what, advice = "weights: random; the model", "give learned ones with pretrained=FILE, or take recipe=scratch"
+        log.warning(
+            "%s hardly learns: weights are drawn with a deviation of about %g, and can move by %.2g in %d steps of this recipe; %s",
+            what, HEAD_SPREAD, way, steps, advice,
+        )  # fmt: skip
