@@ -120,6 +120,6 @@ class StartTable(pl.Callback):
         else:
             what, advice = "weights: random; the model", "give learned ones with pretrained=FILE, or take recipe=scratch"
         log.warning(
-            "%s hardly learns: weights are drawn with a deviation of about %g, and can move by %.2g in %d steps of this recipe; %s",
+            "%s hardly learns: weights are drawn with a deviation of %g, and can move by %.2g in %d steps of this recipe; %s",
             what, HEAD_SPREAD, way, steps, advice,
         )  # fmt: skip
