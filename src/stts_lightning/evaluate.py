@@ -61,10 +61,10 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 def warn_of_another_list(run: Path, name: str, tested: str) -> None:
     """Say so where a run was tested on a list of the same name and other videos or labels."""
-    from stts_lightning.analysis.results import read_result
+    from stts_lightning.analysis.results import read_result, tested_hash
 
     before = read_result(run).get("dataset", {}) if (run / RESULT).is_file() else {}
-    was = before.get(f"{before.get('tested', 'val')}_hash")
+    was = tested_hash(before)
     if before.get("name") == name and was != tested:
         log.warning("the test list of %s is not the one that the run was tested on (hash %s, was %s)", name, tested, was)
 

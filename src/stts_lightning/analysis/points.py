@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from stts_lightning.analysis.results import printable
+from stts_lightning.analysis.results import printable, tested_hash
 from stts_lightning.analysis.runs import Run
 from stts_lightning.run_folders import CONFIG
 
@@ -94,7 +94,7 @@ def points(runs: Sequence[Run]) -> list[Point]:
 def _tested(run: Run) -> tuple[str, str]:
     """Name of a run's data set, and what tells its test videos from others."""
     data = run.result["dataset"]
-    return printable(str(data["name"])), str(data.get(f"{data.get('tested', 'val')}_hash", ""))
+    return printable(str(data["name"])), tested_hash(data) or ""
 
 
 def _data_sets(runs: Sequence[Run]) -> dict[tuple[str, str], str]:

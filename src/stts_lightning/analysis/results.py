@@ -4,7 +4,7 @@ import csv
 import json
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +31,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return installed
+
+
+def tested_hash(data: Mapping[str, Any]) -> str | None:
+    """What tells the list that was tested from others, of a result's `dataset`; None where an earlier version did not say."""
+    return data.get(f"{data.get('tested', 'val')}_hash")
 
 
 def commit() -> str | None:

@@ -9,6 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
 
+from stts_lightning.analysis.results import tested_hash
+
 
 def wandb_logger(run_dir: str, project: str, tags: Sequence[str | None] = (), **kwargs: Any) -> WandbLogger:
     """A W&B logger that never waits for a login: online with a key, offline into the run folder without.
@@ -49,8 +51,7 @@ def log_summary(trainer: pl.Trainer, result: Mapping[str, Any]) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             values = {name: result[name] for name in SUMMARY if name in result}
-            data = result["dataset"]
-            logger.experiment.summary.update({**values, "val_hash": data.get(f"{data.get('tested', 'val')}_hash")})
+            logger.experiment.summary.update({**values, "val_hash": tested_hash(result["dataset"])})
 
 
 def _has_key() -> bool:
