@@ -8,7 +8,8 @@
 
 Each seed trains one unpruned model a data set; every method starts from it and is tuned for the same number of steps. A run is a
 `stts_lightning.train` in a process and a folder of its own; what is finished is not run again, what fails is named and the rest
-goes on. At the end the tables in docs/study.md are written anew, with what there is.
+goes on. At the end docs/study_runs.jsonl has a line for each run (what it cost, and which test videos it has right), and the
+tables in docs/study.md are written anew from these lines. Lines of a seed that was run elsewhere stay until it is run here.
 """
 
 import argparse
@@ -19,9 +20,8 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from stts_lightning.data.annotations import read_list
 from stts_lightning.data.truth import truth_file
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "study.md"
+RUNS = PAGE.with_name("study_runs.jsonl")
 MARKS = ("<!-- tables: written by scripts/study.py -->", "<!-- end of tables -->")
 RESAMPLES = 10_000
 
@@ -331,19 +332,76 @@ def percent(low: float, high: float, sign: bool = False) -> str:
     return f"{100 * low:+.1f} to {100 * high:+.1f}" if sign else f"{100 * low:.1f} to {100 * high:.1f}"
 
 
-class Outcome:
-    """What the runs of a row with all finished seeds say."""
+@dataclass(frozen=True)
+class Run:
+    """What is known of a finished run, a line of docs/study_runs.jsonl.
 
-    def __init__(self, root: Path, row: Row, seeds: range, plain: bool = False, tested: Path | None = None) -> None:
-        folders = [plain_folder(root, row.data, seed) if plain else row.folder(root, seed) for seed in seeds]
-        self.seeds = [seed for seed, folder in zip(seeds, folders, strict=True) if (folder / "result.json").is_file()]
-        done = [folders[seed] for seed in self.seeds]
-        self.right = {seed: right(folder, tested) for seed, folder in zip(self.seeds, done, strict=True)}
-        self.results: list[dict[str, Any]] = [read_result(folder) for folder in done]
+    Attributes:
+        data: name of the data set.
+        kept: budget, "none" for all tokens.
+        method: label of the row.
+        seed: of the run and of the unpruned model that it starts from.
+        gflops: of a view.
+        top1: 0 to 1.
+        found: share of the action that each slot kept.
+        right: share of the copies of each test video that it has right; 0 or 1 where each is its own.
+    """
+
+    data: str
+    kept: str
+    method: str
+    seed: int
+    gflops: float
+    top1: float
+    found: dict[str, float]
+    right: list[float]
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What tells runs apart."""
+        return self.data, self.kept, self.method, self.seed
+
+
+PLAIN = "the unpruned model, before tuning"
+"""Row of the models that the methods start from."""
+
+
+def read_run(folder: Path, row: Row, seed: int, tested: Path | None) -> Run | None:
+    """What the folder of a run says; None if the run is not finished."""
+    if not (folder / "result.json").is_file():
+        return None
+    result = read_result(folder)
+    keys = {slot: f"last/selection/{slot}/found" for slot in result["slots"] or {}}
+    found = {slot: round(float(result[key]), 4) for slot, key in keys.items() if key in result}
+    share = [round(value, 4) for value in right(folder, tested).tolist()]
+    cost, top1 = round(float(result["gflops_per_view"]), 4), round(float(result["top1"]), 6)
+    return Run(row.data, row.kept, row.method.label, seed, cost, top1, found, share)
+
+
+def collect(root: Path, found: dict[str, DataSet], seeds: range) -> list[Run]:
+    """Finished runs of a folder, and the stored ones of seeds that the folder has nothing of."""
+    runs: list[Run] = []
+    for name, data in found.items():
+        for seed in seeds:
+            runs += filter(None, [read_run(plain_folder(root, name, seed), Row(name, "none", Method(PLAIN)), seed, data.tested)])
+            every = {row.folder(root, seed): row for row in rows(name, data, small=False)}
+            runs += filter(None, [read_run(folder, row, seed, data.tested) for folder, row in every.items()])
+    stored = [Run(**json.loads(line)) for line in RUNS.read_text().splitlines()] if RUNS.is_file() else []
+    here = {(run.data, run.seed) for run in runs}
+    runs += [run for run in stored if (run.data, run.seed) not in here]
+    return sorted(runs, key=lambda run: run.key)
+
+
+class Outcome:
+    """What the runs of a row say, over the seeds that are finished."""
+
+    def __init__(self, runs: Sequence[Run], data: str, kept: str, label: str) -> None:
+        self.runs = {run.seed: run for run in runs if run.key[:3] == (data, kept, label)}
+        self.right = {seed: torch.tensor(run.right, dtype=torch.float64) for seed, run in self.runs.items()}
 
     def minus(self, other: "Outcome") -> str:
         """Interval of the difference to another row, over the videos, paired, as a mean over the seeds that both have."""
-        both = [seed for seed in self.seeds if seed in other.seeds]
+        both = [seed for seed in self.runs if seed in other.runs]
         if not both:
             return ""
         pairs = [self.right[seed] - other.right[seed] for seed in both]
@@ -351,54 +409,47 @@ class Outcome:
 
     def found(self) -> str:
         """How much of the action was kept, of each slot, in percent."""
-        slots = self.results[0]["slots"] or {}
-        keys = [f"last/selection/{slot}/found" for slot in slots]
-        means = [np.mean([result[key] for result in self.results]) for key in keys if key in self.results[0]]
-        return ", ".join(f"{100 * mean:.0f}" for mean in means)
+        shares = [run.found for run in self.runs.values()]
+        return ", ".join(f"{100 * np.mean([share[slot] for share in shares]):.0f}" for slot in shares[0])
 
     def cells(self, against: Sequence["Outcome | None"]) -> list[str]:
         """Cost, accuracy with its interval, each seed, what was found, and differences."""
-        top1 = [100 * float(result["top1"]) for result in self.results]
-        low, high = interval(torch.stack([self.right[seed] for seed in self.seeds]).mean(0))
+        top1 = [100 * run.top1 for run in self.runs.values()]
+        low, high = interval(torch.stack(list(self.right.values())).mean(0))
         each = ", ".join(f"{value:.1f}" for value in top1)
         differences = [self.minus(other) if other else "" for other in against]
-        cost = f"{float(self.results[0]['gflops_per_view']):.3f}"
+        cost = f"{next(iter(self.runs.values())).gflops:.3f}"
         return [cost, f"{np.mean(top1):.1f} ({percent(low, high)})", each, self.found(), *differences]
 
 
-def table(root: Path, found: Sequence[Row], seeds: range, tested: Path | None, plain: Row | None = None) -> list[str]:
-    """A table in Markdown; differences are to the random and the fixed choice of the same budget."""
+def table(runs: Sequence[Run], data: str, kept: str, labels: Sequence[str]) -> list[str]:
+    """A table in Markdown; differences are to the random and the fixed choice of the same budget. Empty if no row has a run."""
     head = ["chosen by", "GFLOPs a view", "top-1 (95 % interval)", "each seed", "action found, %", "minus random", "minus fixed"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    outcomes = {row.method.label: Outcome(root, row, seeds, tested=tested) for row in found}
+    outcomes = {label: Outcome(runs, data, kept, label) for label in labels}
+    outcomes = {label: outcome for label, outcome in outcomes.items() if outcome.runs}
     random, fixed = outcomes.get(RANDOM), outcomes.get(FIXED_CHOICE)
-    if plain is not None:
-        outcomes = {"the unpruned model, before tuning": Outcome(root, plain, seeds, plain=True, tested=tested), **outcomes}
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] if outcomes else []
     for label, outcome in outcomes.items():
-        if not outcome.seeds:
-            continue
         against = {RANDOM: [None, None], FIXED_CHOICE: [random, None]}.get(label, [random, fixed])
         lines.append("| " + " | ".join([label, *outcome.cells(against)]) + " |")
     return lines
 
 
-def tables(root: Path, found: dict[str, DataSet], seeds: range) -> str:
-    """All tables in Markdown, of the runs that have a result."""
+def tables(runs: Sequence[Run]) -> str:
+    """All tables in Markdown."""
     lines: list[str] = []
-    for name, data in found.items():
-        if not any((plain_folder(root, name, seed) / "result.json").is_file() for seed in seeds):
+    own = sorted({run.data for run in runs if not run.data.startswith("demo_")})
+    for name, data in data_sets([f"{name}=." for name in own]).items():
+        if all(run.data != name for run in runs):
             continue
-        everything = list(rows(name, data, small=False))
-        lines += ["", f"### {name}", "", *table(root, everything[:1], seeds, data.tested, everything[0])]
-        for kept in (*data.budgets, data.attended):
-            main = [row for row in everything if row.kept == kept and row.method in (*METHODS, ATTENTION)]
-            if any(Outcome(root, row, seeds).seeds for row in main):
-                lines += ["", f"**{kept}**", "", *table(root, main, seeds, data.tested)]
-        if data.options:
-            base = [row for row in everything if row.kept == data.options and row.method.label in BASES]
-            alone = [row for row in everything if row.method in OPTIONS]
-            if any(Outcome(root, row, seeds).seeds for row in alone):
-                lines += ["", f"**{data.options}, each option alone**", "", *table(root, [*base, *alone], seeds, data.tested)]
+        main, alone = [method.label for method in (*METHODS, ATTENTION)], [method.label for method in OPTIONS]
+        lines += ["", f"### {name}", "", *table(runs, name, "none", [PLAIN, ALL.label])]
+        for kept in filter(None, (*data.budgets, data.attended)):
+            written = table(runs, name, kept, main)
+            lines += ["", f"**{kept}**", "", *written] if written else []
+        if any(run.data == name and run.method in alone for run in runs):
+            base = [method.label for method in METHODS if method.label in BASES]
+            lines += ["", f"**{data.options}, each option alone**", "", *table(runs, name, data.options, [*base, *alone])]
     return "\n".join(lines).strip()
 
 
@@ -410,13 +461,15 @@ def main() -> None:
     parser.add_argument("--start", type=Path, metavar="FILE", help="checkpoint that unpruned models of --data begin with")
     parser.add_argument("--only", nargs="*", help="these data sets alone")
     parser.add_argument("--small", action="store_true", help="two seeds, the smallest budgets and the methods that matter")
-    parser.add_argument("--seeds", type=int, help="5, or 2 with --small")
+    parser.add_argument("--seeds", type=int, help="how many; 5, or 2 with --small")
+    parser.add_argument("--first-seed", type=int, default=0, help="where they begin")
     parser.add_argument("--parallel", type=int, default=max((os.cpu_count() or 2) // 2, 1), help="runs at a time")
     parser.add_argument("--threads", type=int, default=2, help="threads a run")
     parser.add_argument("--tables", action="store_true", help="only write the tables of what is there")
     options = parser.parse_args()
     PROCESSES.set_forkserver_preload(["stts_lightning.train", "stts_lightning.assembly"])
-    root, seeds = options.root.resolve(), range(options.seeds or (2 if options.small else 5))
+    root, first = options.root.resolve(), options.first_seed
+    seeds = range(first, first + (options.seeds or (2 if options.small else 5)))
     found = data_sets(options.data, options.start)
     if not options.tables:
         picked = {name: data for name, data in found.items() if not options.only or name in options.only}
@@ -430,10 +483,12 @@ def main() -> None:
             for together in jobs:  # Methods start from the unpruned models.
                 for _ in pool.map(lambda one: one.run(options.threads), together):
                     progress.advance(task)
+    runs = collect(root, found, seeds)
+    RUNS.write_text("".join(json.dumps(asdict(run), separators=(",", ":")) + "\n" for run in runs))
     page = PAGE.read_text()
     head, _, rest = page.partition(MARKS[0])
     tail = rest.partition(MARKS[1])[2]
-    PAGE.write_text(f"{head}{MARKS[0]}\n\n{tables(root, found, seeds)}\n\n{MARKS[1]}{tail}")
+    PAGE.write_text(f"{head}{MARKS[0]}\n\n{tables(runs)}\n\n{MARKS[1]}{tail}")
 
 
 if __name__ == "__main__":

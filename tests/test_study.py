@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,45 @@ def test_copies_of_one_source_count_as_one_video(tmp_path: Path) -> None:
     found.save(tmp_path / "test" / "predictions.npz")
     assert study.right(tmp_path).tolist() == [1, 1, 0, 1, 1, 1]
     assert study.right(tmp_path, tmp_path / "val.csv").tolist() == pytest.approx([1, 2 / 3])
+
+
+def made(seed: int, method: str, right: list[float], **changed: object) -> "study.Run":
+    """A finished run of demo_both."""
+    return study.Run(**{"data": "demo_both", "kept": "t0_0.5_s0_0.25", "method": method, "seed": seed, "gflops": 0.06,
+                        "top1": float(np.mean(right)), "found": {"t0": 0.5, "s0": 0.25}, "right": right} | changed)  # fmt: skip
+
+
+def test_tables_are_of_runs_that_are_paired_by_seed() -> None:
+    runs = [made(0, "random", [0, 0, 1, 0] * 25), made(0, "oracle", [1, 1, 1, 1] * 25), made(1, "oracle", [1, 0, 0, 1] * 25)]
+    lines = study.tables(runs).splitlines()
+    oracle = next(line for line in lines if line.startswith("| oracle |")).split(" | ")
+    # Both seeds count for the accuracy, the one that random has as well for the difference.
+    assert oracle[2].startswith("75.0 (") and oracle[3] == "100.0, 50.0" and oracle[4] == "50, 25"
+    low, high = map(float, oracle[5].replace("+", "").split(" to "))
+    assert 60 < low < 75 < high < 90
+    assert "demo_when" not in "".join(lines) and study.tables([]) == ""
+
+
+def test_a_seed_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was stored stays until the seed is run here: runs of two places do not start from the same model."""
+    stored = [made(0, "random", [1.0]), made(1, "random", [1.0]), made(0, "random", [1.0], data="other")]
+    monkeypatch.setattr(study, "RUNS", tmp_path / "runs.jsonl")
+    study.RUNS.write_text("".join(json.dumps(asdict(run)) + "\n" for run in stored))
+    sets = {"demo_both": study.data_sets(())["demo_both"]}
+    assert study.collect(tmp_path, sets, range(2)) == sorted(stored, key=lambda run: run.key)
+
+    row = study.Row("demo_both", "t0_0.5_s0_0.25", study.METHODS[0])
+    folder = row.folder(tmp_path, 1)
+    (folder / "test").mkdir(parents=True)
+    logits = np.eye(2, dtype=np.float32)[[0, 1]][:, None]
+    Predictions(logits, np.array([0, 0]), np.array([0, 1]), np.ones(2, bool)).save(folder / "test" / "predictions.npz")
+    result = {"top1": 0.5, "gflops_per_view": 0.06, "slots": {"t0": {}}, "last/selection/t0/found": 0.25}
+    monkeypatch.setattr(study, "read_result", lambda _: result)
+    assert not any(run.method == "oracle" for run in study.collect(tmp_path, sets, range(2)))  # Not finished.
+    (folder / "result.json").touch()
+    found = study.collect(tmp_path, sets, range(2))
+    assert [run.key for run in found] == sorted([stored[0].key, stored[2].key, ("demo_both", row.kept, "oracle", 1)])
+    assert next(run for run in found if run.method == "oracle").right == [1, 0]
 
 
 def test_a_probe_sees_what_the_description_of_a_frame_holds() -> None:
