@@ -29,13 +29,13 @@ ALLOWED: dict[str, set[str]] = {
     "training": {
         "errors", "files", "run_folders", "classifier", "kernels", "backbones", "selection", "data", "analysis", "progress",
     },
-    "overrides": set(),
+    "overrides": {"run_folders"},
     "configuration": {"selection"},
     "doctor": set(),
     "run_config": {"containers", "errors", "files", "ranges", "run_folders", "trusted", "backbones"},
-    "misspelt": {"configuration", "containers"},
+    "misspelt": {"configuration", "containers", "ranges"},
     "console": {"errors", "run_config", "run_folders"},
-    "sweeps": {"errors", "analysis", "run_folders"},
+    "sweeps": {"errors", "analysis", "overrides", "run_folders"},
     "__main__": set(),
     "assembly": {"run_config", "classifier", "backbones", "selection", "data", "training", "analysis"},
 }  # fmt: skip

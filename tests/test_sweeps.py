@@ -49,6 +49,10 @@ def test_the_folder_follows_from_the_command() -> None:
 def test_overrides_of_a_run_are_rewritten(tmp_path: Path) -> None:
     run = str(tmp_path)
     assert in_run_folder([f"resume={run}", "--config-dir", "d"])[-2:] == ["--config-dir", "d"]
+    # Another question has a folder of its own; another device, or other views of the same logits, asks the same.
+    asked = for_run([f"run={run}", "which=best", "++clip.test_views=2", "views=[0]", "trainer.devices=2"], "x", by_question=True)
+    assert asked[0] == f"hydra.run.dir='{run}/x_clip.test_views=2,which=best'"
+    assert for_run([f"run={run}", "views=[0]", "trainer=ddp"], "x", by_question=True)[0] == f"hydra.run.dir='{run}/x'"
     assert for_run([f"run={run}", "selection.sigma=1"], "x") == [f"hydra.run.dir='{run}/x'", f"run={run}", "++selection.sigma=1"]
 
 
@@ -59,14 +63,14 @@ def test_job_folders_are_named_after_what_is_swept() -> None:
 
 
 def test_a_failing_job_is_named_the_rest_goes_on_and_nothing_is_repeated(tmp_path: Path) -> None:
-    command = ["-m", *FAST, "debug=fast", "selection.slots.t0.ratio=0.5,1.5,0.4"]
+    command = ["-m", *FAST, "debug=fast", "selection=t0_0.5,t9_0.5,t0_0.4"]
     done = sweep(tmp_path, *command)
     assert done.returncode == 1, done.stdout + done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     results = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/result.json")}
     assert sorted(r["slots"]["t0"] for r in results.values()) == ["3 of 8 frames", "4 of 8 frames"]
     failed = [line for line in done.stdout.splitlines() if "failed: " in line]
-    assert any("ratio-1.5" in line and "selection.slots.t0.ratio=1.5" in line for line in failed), done.stdout
+    assert any("selection-t9_0.5" in line and "selection.slots.t9: no block 9" in line for line in failed), done.stdout
     assert "report.html" in done.stdout and "1 did not end well" in (folder / "report.html").read_text()
     before = {file: file.stat().st_mtime_ns for file in folder.glob("*/result.json")}
     again = sweep(tmp_path, *command)

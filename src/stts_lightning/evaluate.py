@@ -90,7 +90,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> float:
     low, high = result["top1_interval"]
     accuracies = [f"{name} {result[name]:.2%}" for name in ("top1", "top5", "mean_class_accuracy") if name in result]
     log.info("%s (top1 between %.2f%% and %.2f%% with 95 %% confidence)", ", ".join(accuracies), 100 * low, 100 * high)
-    log.info("%d videos, %d missing, %d views; %s", result["videos"], result["missing"], result["views"], folder)
+    log.info("videos: %d, missing: %d, views: %d; %s", result["videos"], result["missing"], result["views"], folder)
     return result["top1"]
 
 
@@ -106,6 +106,6 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = for_run(sys.argv[1:], "evaluation")
+    sys.argv[1:] = for_run(sys.argv[1:], "evaluation", by_question=True)
     misspelt.check("evaluate", sys.argv[1:])
     main()

@@ -14,6 +14,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from stts_lightning.run_folders import folder_name
+
 
 def _value(arguments: Sequence[str], key: str) -> str:
     """What a command line gives for a key, as Hydra reads it; empty if nothing, or if Hydra cannot read it."""
@@ -85,11 +87,19 @@ def in_run_folder(arguments: list[str]) -> list[str]:
     return _with(arguments, f"hydra.run.dir={_in_quotes(run)}", "hydra.output_subdir=null")
 
 
-def for_run(arguments: list[str], subfolder: str | None = None) -> list[str]:
+_SAME_ANSWER = (
+    "run=", "checkpoint=", "predictions=", "views=", "missing=", "trust=", "loader.", "callbacks.", "logger", "trainer", "paths.",
+    "hydra", "-",
+)  # fmt: skip
+"""Overrides of a test that say where it runs, or ask something else of the same logits."""
+
+
+def for_run(arguments: list[str], subfolder: str | None = None, by_question: bool = False) -> list[str]:
     """Arguments of a command that uses a run or a checkpoint.
 
     A value of the model or its data may belong to an option that only the run or the file knows of: it is added by force
-    and judged when that is read. The output goes to a folder in the run that `run=` names, if the command has one.
+    and judged when that is read. The output goes to a folder in the run that `run=` names, if the command has one; with
+    `by_question`, another question than the run's own test has a folder of its own, called after it.
     """
     arguments = for_hydra(arguments)
     run = _value(arguments, "run")
@@ -99,7 +109,9 @@ def for_run(arguments: list[str], subfolder: str | None = None) -> list[str]:
     arguments = [f"++{a}" if a.startswith(known_later) else a for a in arguments]
     if subfolder is None or not run or not Path(run).is_dir() or _has_folder(arguments):
         return arguments
-    return _with(arguments, f"hydra.run.dir={_in_quotes(f'{run}/{subfolder}')}")
+    asked = sorted(a.lstrip("+") for a in arguments if "=" in a and not a.lstrip("+").startswith(_SAME_ANSWER))
+    name = f"{subfolder}_{folder_name(','.join(asked))}" if by_question and asked else subfolder
+    return _with(arguments, f"hydra.run.dir={_in_quotes(f'{run}/{name}')}")
 
 
 def for_sweep(arguments: list[str]) -> list[str]:

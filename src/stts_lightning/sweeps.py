@@ -28,6 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from stts_lightning.errors import UserError
+from stts_lightning.overrides import for_hydra
 from stts_lightning.run_folders import CONSOLE, EXIT_INTERRUPTED, EXIT_REQUEUE, JOB, LAST, RESULT, lock, note_owner, overrides_of
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def run_job(objectives: list[str] | None) -> Any:
     """
     hc = HydraConfig.get()
     folder = Path(hc.runtime.output_dir)
-    overrides = list(hc.overrides.task)
+    overrides = for_hydra(list(hc.overrides.task))  # As the job's own command line will have them: a sweeper's lack the marks.
     name = f"job {hc.job.num} ({folder.name})"
     _claim(folder, overrides)
     if not (folder / RESULT).is_file():
