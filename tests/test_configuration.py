@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -156,6 +157,16 @@ def test_all_pairs_of_options() -> None:
         tried += 1
         left -= {(i, chosen[i], j, chosen[j]) for i, j in itertools.combinations(range(len(GROUPS)), 2)}
     print(f"{tried} combinations, {len(refused)} kinds of refusal: {sorted(refused)}")
+
+
+@pytest.mark.parametrize("command", ["benchmark", "evaluate", "export", "flops", "predict", "prepare_data", "report"])
+def test_help_names_the_groups_that_a_command_has(command: str) -> None:
+    defaults = yaml.safe_load((CONF / f"{command}.yaml").read_text())["defaults"]
+    keys = [key for entry in defaults if isinstance(entry, dict) for key in entry]
+    groups = sorted(key for key in keys if not key.startswith(("override ", "optional ")) and key != "paths")
+    footer = yaml.safe_load((CONF / "hydra" / "help" / f"{command}.yaml").read_text())["footer"]
+    said = re.findall(r"Groups: (.*); ", footer)
+    assert said == ([", ".join(groups)] if groups else [])
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict"])

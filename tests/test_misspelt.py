@@ -26,6 +26,20 @@ from stts_lightning.overrides import for_hydra
         (["selection=t0_05"], "selection.slots.t0.ratio=5.0: must lie in (0, 1]; did you mean 0.5, as in t0_0.5?"),
         (["-m", "selection.sigma=0.1,0.2", "optim.lrr=1,2"], "optim.lrr: no such key; did you mean optim.lr?"),
         (["-m", "selection=t0_0.5,t0_x"], "selection=t0_x: no such option"),
+        (["-m", "selection.sigma=0.1,-1"], "selection.sigma=-1: must be 0 or more"),
+        (["-m", "loader.batch_size=1,2,0"], "loader.batch_size=0: must be 1 or more"),
+        (["clip.train_transform.scale=[0.9,0.1]"], "clip.train_transform.scale=[0.9,0.1]: the first must not be above"),
+        (["max_epochs", "dataset=demo"], "max_epochs: options are written key=value; did you mean trainer.max_epochs=...?"),
+        (["--hlp"], "--hlp: options are written key=value; did you mean --help?"),
+        (["--batch-size", "4"], "--batch-size: options are written key=value; did you mean loader.batch_size=...?"),
+        (
+            ["--trainer.max_epochs=4"],
+            "--trainer.max_epochs=4: options are written key=value; did you mean trainer.max_epochs=...?",
+        ),
+        (
+            ["selection.sigma=0.1,0.2"],
+            "selection.sigma=0.1,0.2: several values; selection.sigma=[0.1,0.2] is a list, and with -m",
+        ),
     ],
 )
 def test_what_is_misspelt_is_named_with_the_nearest(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,6 +58,7 @@ def test_what_is_misspelt_is_named_with_the_nearest(arguments: list[str], said: 
         ("train", ["compile=default", "clip.decoder=pyav", "test=false", "loader.num_workers=auto"]),
         ("train", ["hydra.run.dir=runs/x", "~logger", "optim.betas=[0.9,0.98]"]),
         ("train", ["--help", "no.such.key=1"]),
+        ("train", ["--cfg", "job", "dataset=demo"]),
         ("evaluate", ["run=runs/x", "++backbone.drop_path=0.1", "which=best"]),
         ("report", ["-m", "paper_table=range(1,9)"]),
     ],

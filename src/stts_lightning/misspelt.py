@@ -1,6 +1,7 @@
-"""Keys and options that no command has, answered in one line that names the nearest. Light: nothing here imports torch.
+"""What is wrong with a command line, answered in one line before anything is loaded. Light: nothing here imports torch.
 
-Hydra would hint to add an unknown key with `+`, which only fails later, and answer an unknown option with a page.
+Hydra would hint to add an unknown key with `+`, which only fails later, answer an unknown option or flag with a page, and
+meet a wrong value of a sweep when the jobs before it have run.
 """
 
 import re
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stts_lightning.configuration import GROUP, conf_dir
 from stts_lightning.containers import leaves
+from stts_lightning.ranges import RangeError, check_ranges
 
 ANOTHER_CONFIGURATION = ("-h", "--help", "--hydra-help", "--version", "--info", "-i", "-cd", "-cn", "-cp", "--config-")
 """Flags under which a command composes nothing, or another configuration than its own."""
@@ -28,6 +30,15 @@ USUAL = {
     "devices": "trainer.devices", "workers": "loader.num_workers", "weights": "pretrained", "checkpoint": "pretrained",
 }  # fmt: skip
 """What other programs call keys that are called otherwise here."""
+FLAGS = (
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--shell-completion",
+    "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info",
+)  # fmt: skip
+"""Hydra's."""
+WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--experimental-rerun")
+"""Flags that a word follows."""
+OPEN = ("trainer", "callbacks", "logger", "backbone")
+"""Sections that take keys which the configuration does not name."""
 WORDS_TOO = ("compile",)
 """Keys that are true, false, or a word."""
 VALUES = 50
@@ -35,7 +46,7 @@ VALUES = 50
 
 
 def check(command: str, arguments: Sequence[str]) -> None:
-    """Refuse a key or an option that a command's configuration does not have.
+    """Refuse what a command cannot use: a flag, key or option that it does not have, a word or number out of what is allowed.
 
     Args:
         command: name of its file in `conf/`.
@@ -48,9 +59,13 @@ def check(command: str, arguments: Sequence[str]) -> None:
         return
     given = [argument for argument in arguments if argument.startswith("~") or ("=" in argument and argument[0] != "-")]
     with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+        if found := _no_option(command, arguments) or _several(arguments):
+            print(f"error: {found}", file=sys.stderr)
+            raise SystemExit(2)
         for overrides in _jobs(given):
             try:
-                if found := _no_boolean(command, overrides, compose(command, overrides)):
+                cfg = compose(command, overrides)
+                if found := _no_boolean(command, overrides, cfg) or _no_number(overrides, cfg):
                     print(f"error: {found}", file=sys.stderr)
                     raise SystemExit(2)
             except (HydraException, OmegaConfBaseException) as error:
@@ -84,6 +99,51 @@ def _values(override: Override) -> Iterator[str]:
     with suppress(Exception):  # An interval of a search has no list of values.
         for value in override.sweep_string_iterator():
             yield f"{override.get_key_element()}={value}"
+
+
+def _no_option(command: str, arguments: Sequence[str]) -> str:
+    """What is wrong with a word that is no `key=value`, and no flag of Hydra's. Empty for nothing."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name = argument.partition("=")[0]
+        flag = argument.startswith("--") and not any(known.startswith(name) for known in FLAGS)
+        bare = "=" not in argument and argument[0] not in "-~" and before not in WITH_VALUE
+        if not flag and not bare:
+            continue
+        key = name.lstrip("-").replace("-", "_")
+        known = _keys(OmegaConf.to_container(compose(command)))
+        nearest = get_close_matches(name, FLAGS, n=1, cutoff=0.75) if flag else []
+        nearest = nearest or ([f"{key}=..."] if key in known else [f"{found}=..." for found in _alike(key, known)])
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        return f"{argument}: options are written key=value{hint} (`stts {command} --help` lists all)"
+    return ""
+
+
+def _several(arguments: Sequence[str]) -> str:
+    """What is wrong with an option of several values that no sweep was asked for. Empty for nothing."""
+    if any(argument in ("-m", "--multirun") or argument.startswith("hydra.mode=") for argument in arguments):
+        return ""
+    parser = OverridesParser.create()
+    for argument in arguments:
+        with suppress(HydraException):
+            if parser.parse_override(argument).is_sweep_override():
+                key, _, value = argument.partition("=")
+                return f"{argument}: several values; {key}=[{value}] is a list, and with -m each is a run of its own"
+    return ""
+
+
+def _no_number(overrides: Sequence[str], cfg: DictConfig) -> str:
+    """What is wrong with a number among the overrides. Empty for nothing."""
+    keys = [override.lstrip("+").partition("=")[0] for override in overrides]
+    values: dict[str, Any] = {}
+    for key in keys:
+        with suppress(OmegaConfBaseException):  # What it refers to is known later.
+            value = OmegaConf.select(cfg, key)
+            values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    try:
+        check_ranges(values)
+    except RangeError as error:
+        return str(error)
+    return ""
 
 
 def _no_boolean(command: str, overrides: Sequence[str], cfg: DictConfig) -> str:
@@ -130,20 +190,25 @@ def _unknown_key(command: str, overrides: Sequence[str], key: str) -> str:
     except (HydraException, OmegaConfBaseException):
         content = OmegaConf.to_container(compose(command))
     known = _keys(content)
-    *place, last = key.split(".")
-    # The name alone may be right, or nearly so, at another place.
-    same_name = {full.rpartition(".")[2]: full for full in sorted(known, reverse=True)}
-    if (usual := USUAL.get(key)) in known:
-        return f"{key}: no such key; did you mean {usual}? (`stts {command} --help` lists all)"
-    as_deep = [full for full in known if full.count(".") == len(place)]
-    if beside := get_close_matches(key, as_deep, n=1, cutoff=0.75):
-        hint = f"; did you mean {beside[0]}?"
-    elif found := get_close_matches(last, list(same_name), n=1, cutoff=0.75):
-        hint = f"; did you mean {same_name[found[0]]}?"
+    place = key.split(".")[:-1]
+    if found := _alike(key, known):
+        hint = f"; did you mean {found[0]}?"
     else:
         inside = [full for full in known if full.startswith(".".join(place) + ".")] if place else []
         hint = f"; {'.'.join(place)} has {', '.join(one.rpartition('.')[2] for one in inside)}" if inside else ""
-    return f"{key}: no such key{hint} (`stts {command} --help` lists all; +{key}=... adds one)"
+    adds = f"; +{key}=... adds one" if place and place[0] in OPEN and not found else ""
+    return f"{key}: no such key{hint} (`stts {command} --help` lists all{adds})"
+
+
+def _alike(key: str, known: Sequence[str]) -> list[str]:
+    """The key that was meant: what other programs call so, one that is spelt nearly so, or of nearly that name elsewhere."""
+    if (usual := USUAL.get(key)) in known:
+        return [usual]
+    as_deep = [full for full in known if full.count(".") == key.count(".")]
+    if beside := get_close_matches(key, as_deep, n=1, cutoff=0.75):
+        return beside
+    same_name = {full.rpartition(".")[2]: full for full in sorted(known, reverse=True)}
+    return [same_name[found] for found in get_close_matches(key.rpartition(".")[2], list(same_name), n=1, cutoff=0.75)]
 
 
 def _keys(content: dict[str, Any]) -> list[str]:
