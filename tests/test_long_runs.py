@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stts_lightning.data.datamodule import DemoSource, LoaderOptions, VideoDataModule
+from stts_lightning.data.datamodule import VideoDataModule
+from stts_lightning.data.sources import DemoSource
+from stts_lightning.data.workers import LoaderOptions
 
 pytestmark = pytest.mark.slow
 

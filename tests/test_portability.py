@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from stts_lightning.data import isolation
-from stts_lightning.data.datamodule import ListSource, LoaderOptions, VideoDataModule
+from stts_lightning.data.datamodule import VideoDataModule
 from stts_lightning.data.decode import write_mp4
+from stts_lightning.data.sources import ListSource
+from stts_lightning.data.workers import LoaderOptions
 
 # As on Windows: what is missing there is taken away before anything is imported.
 WITHOUT = """
@@ -42,7 +44,7 @@ from lightning.pytorch.trainer.connectors import signal_connector
 from stts_lightning import assembly, run_folders
 from stts_lightning.configuration import conf_dir
 from stts_lightning.data import isolation
-from stts_lightning.data.datamodule import begin_worker
+from stts_lightning.data.workers import begin_worker
 isolation.HAS_ISOLATION = False
 begin_worker(0, niceness=10)
 with initialize_config_dir(conf_dir(), version_base="1.3"):

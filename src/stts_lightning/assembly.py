@@ -17,10 +17,11 @@ from omegaconf import DictConfig
 from stts_lightning.analysis.flops import count_gflops
 from stts_lightning.backbones.checkpoints import CheckpointError
 from stts_lightning.classifier import COMPILE, VideoClassifier, create_model, load_model
-from stts_lightning.data.datamodule import LoaderOptions, VideoDataModule
+from stts_lightning.data.datamodule import VideoDataModule
 from stts_lightning.data.dataset import ClipSpec
 from stts_lightning.data.transforms import EvalTransform
 from stts_lightning.data.windows import WindowRule
+from stts_lightning.data.workers import LoaderOptions
 from stts_lightning.run_config import ConfigError, to_container
 from stts_lightning.training.augment import BatchAugment
 from stts_lightning.training.distillation import Teacher

@@ -164,8 +164,9 @@ def main(cfg: DictConfig) -> None:
         values: dict[str, Any] = run_config.to_container(cfg)
         if values["task"] not in TASKS:
             raise run_config.ConfigError(f"task={values['task']}: allowed are {', '.join(TASKS)}")
-        if not isinstance(values["splits"], list) or not values["splits"]:
-            raise run_config.ConfigError(f"splits={values['splits']}: must be a list, as [train,val] or [val]")
+        splits = values["splits"]
+        if splits is not None and (not isinstance(splits, list) or not splits):
+            raise run_config.ConfigError(f"splits={splits}: must be a list, as [train,val] or [val]; null is all there are")
         asked = values["embed"]
         scene, copies = asked.pop("scene"), asked.pop("copies")
         if scene not in SCENES:
@@ -176,7 +177,7 @@ def main(cfg: DictConfig) -> None:
         source.check, source.manifest = False, None  # What is missing is what is to be found out.
         source.prepare()
         lists: dict[str, VideoList] = {}
-        for split in values["splits"]:
+        for split in splits or source.splits():
             try:
                 lists[split] = source.videos(split)
             except AnnotationError as error:

@@ -11,11 +11,10 @@ _CALLBACKS = (
     "DeviceStatsMonitor", "EarlyStopping", "GradientAccumulationScheduler", "LearningRateMonitor", "ModelCheckpoint",
     "ModelSummary", "RichProgressBar", "StochasticWeightAveraging", "Timer", "TQDMProgressBar",
 )  # fmt: skip
+_SOURCES = ("DemoSource", "FolderSource", "ListSource")
 ALLOWED = frozenset(
     {
-        f"{_OURS}.data.datamodule.DemoSource",
-        f"{_OURS}.data.datamodule.FolderSource",
-        f"{_OURS}.data.datamodule.ListSource",
+        *(f"{_OURS}.data.{module}.{name}" for name in _SOURCES for module in ("sources", "datamodule")),  # Now, and before 0.2.
         f"{_OURS}.sweeps.SweepEnd",
         f"{_OURS}.training.callbacks.EarlyStop",
         f"{_OURS}.training.callbacks.FailureLog",

@@ -165,7 +165,7 @@ def test_gaps_between_labels_are_said(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_videos_a_class_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     read_list(write(tmp_path / "list.txt", "a.mp4 0\nb.mp4 1\nc.mp4 1\n"))
-    assert "3 videos, 2 classes, 1 to 2 videos a class" in caplog.text
+    assert "videos: 3, classes: 2, videos a class: 1 to 2" in caplog.text
 
 
 def test_class_names_of_a_file(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ import torch
 from stts_lightning.data import checking
 from stts_lightning.data.annotations import AnnotationError
 from stts_lightning.data.checking import Task, work
-from stts_lightning.data.datamodule import FolderSource, LoaderOptions, VideoDataModule
+from stts_lightning.data.datamodule import VideoDataModule
 from stts_lightning.data.decode import examine, open_video
 from stts_lightning.data.encode import Encoding, write_mp4
 from stts_lightning.data.manifest import Entry, manifest_hash, read_manifest, write_manifest
+from stts_lightning.data.sources import FolderSource
+from stts_lightning.data.workers import LoaderOptions
 
 
 def moving(path: Path, frames: int, width: int = 96, height: int = 64) -> Path:

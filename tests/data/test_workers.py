@@ -10,9 +10,10 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from stts_lightning.data import datamodule
-from stts_lightning.data.datamodule import LoaderError, LoaderOptions, cpu_quota
+from stts_lightning.data import workers
 from stts_lightning.data.dataset import Batch, Failure
+from stts_lightning.data.resumable_sampler import LoaderError
+from stts_lightning.data.workers import LoaderOptions, cpu_quota
 
 
 def trainer(device: str = "cuda", processes: int = 1, environment: Any = None) -> Any:
@@ -24,7 +25,7 @@ def trainer(device: str = "cuda", processes: int = 1, environment: Any = None) -
 @pytest.fixture(autouse=True)
 def cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)), raising=False)
-    monkeypatch.setattr(datamodule, "cpu_quota", lambda: 1000)
+    monkeypatch.setattr(workers, "cpu_quota", lambda: 1000)
     monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
 
 
@@ -50,7 +51,7 @@ def test_a_container_may_have_fewer_cores_than_its_affinity_says(tmp_path: Path,
         assert cpu_quota(tmp_path / "cpu.max") == quota
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert cpu_quota(tmp_path / "cpu.max") > 1000 and cpu_quota(tmp_path / "none") > 1000
-    monkeypatch.setattr(datamodule, "cpu_quota", lambda: 4)
+    monkeypatch.setattr(workers, "cpu_quota", lambda: 4)
     assert LoaderOptions(8).workers(trainer()) == 3
 
 

@@ -15,8 +15,8 @@ from training.test_commands import command, door
 from stts_lightning import create_model
 from stts_lightning.backbones.checkpoints import save_weights
 from stts_lightning.data.annotations import AnnotationError, Video, VideoList, held_out
-from stts_lightning.data.datamodule import FolderSource, ListSource
 from stts_lightning.data.demo import DemoSpec, make_demo
+from stts_lightning.data.sources import FolderSource, ListSource
 from stts_lightning.errors import UserError
 from stts_lightning.run_config import ConfigError
 from stts_lightning.training.callbacks import EarlyStop, check_monitors
@@ -61,12 +61,31 @@ def test_a_source_says_what_is_missing_and_what_there_is_twice(place: Path, tmp_
         AnnotationError, match=r"own/val: does not exist; dataset.val_fraction=0.2 holds out a fifth of .*own/train"
     ):
         FolderSource(str(place / "own")).videos("val")
+    assert FolderSource(str(place / "own")).splits() == ["train"]
+    assert FolderSource(str(place / "own"), val_fraction=0.2).splits() == ["train", "val"]
+    assert ListSource(None, "val.csv", test="test.csv").splits() == ["val", "test"]
+    with pytest.raises(
+        AnnotationError, match=r"demo/train: does not exist; videos are .* in .*demo/train/<class>/; dataset.val_f"
+    ):
+        FolderSource(str(place / "demo")).videos("train")
     (tmp_path / "val").mkdir()
     with pytest.raises(AnnotationError, match=r"dataset.val_fraction=0.2: there is a folder .*val; give one of them"):
         FolderSource(str(tmp_path), val_fraction=0.2)
     for given in ({"val": None}, {"val": "val.csv", "val_fraction": 0.2}):
         with pytest.raises(AnnotationError, match="dataset.val: give a list; or null, and dataset.val_fraction=0.2"):
             ListSource("train.csv", **given)
+
+
+def test_class_folders_may_lie_in_the_root_itself(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = FolderSource(str(place / "own" / "train"), val_fraction=0.2)
+    assert (len(source.videos("train")), len(source.videos("val"))) == (32, 8)
+    caplog.clear()
+    for name in ("nothing", "more nothing"):
+        (place / "own" / "train" / name).mkdir()
+    FolderSource(str(place / "own" / "train"), val_fraction=0.2).videos("train")
+    assert f"data folder {place}/own/train: no videos in these folders: 'more nothing', 'nothing'" in caplog.messages
+    for name in ("nothing", "more nothing"):
+        (place / "own" / "train" / name).rmdir()
 
 
 def test_a_folder_without_val_trains_and_writes_its_split_down(place: Path) -> None:

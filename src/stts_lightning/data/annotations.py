@@ -119,6 +119,9 @@ def read_folder(folder: str | Path, classes: Sequence[str] | None = None) -> Vid
     names = tuple(classes or with_videos)
     if extra := sorted(set(with_videos) - set(names)):
         raise AnnotationError(f"data folder {folder}: class folder {extra[0]!r} is not among the {len(names)} known classes")
+    if empty := [name for name in found if not found[name]]:
+        shown = ", ".join(map(repr, empty[:5])) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+        log.warning("data folder %s: no videos in %s: %s", folder, "these folders" if len(empty) > 1 else "this folder", shown)
     if left_out:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common(8))
         log.warning("data folder %s: left out what is no video by its suffix: %s", folder, kinds)

@@ -1,7 +1,7 @@
 """Clips of one video, for use from Python."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,34 @@ from stts_lightning.data.transforms import EvalTransform
 
 @dataclass(frozen=True)
 class ClipRule:
-    """Which clips of a video a model is tested on: arguments of `read_clips`."""
+    """Which clips of a video a model is tested on: arguments of `read_clips`.
+
+    Raises:
+        ValueError: names an argument, what was found and what is allowed.
+    """
 
     views: int = 5
     crops: int = 1
     stride: int = 4
     sampling: str = "slowfast"
     short_side: int | str | None = None
+
+    def __post_init__(self) -> None:
+        for name, found, right, allowed in (
+            ("views", self.views, self.views >= 1, "1 or more"),
+            ("crops", self.crops, self.crops in (1, 3), "1, 3"),
+            ("stride", self.stride, self.stride >= 1, "1 or more"),
+            ("sampling", self.sampling, self.sampling in SAMPLINGS, ", ".join(SAMPLINGS)),
+        ):
+            if not right:
+                raise ValueError(f"{name}={found}: allowed are {allowed}")
+
+    def changed(self, **changes: Any) -> "ClipRule":
+        """Another rule that differs in some arguments. Raises ValueError for one that there is not."""
+        known = [field.name for field in fields(self)]
+        if unknown := next((name for name in changes if name not in known), None):
+            raise ValueError(f"{unknown}: no such argument; there are {', '.join(known)}")
+        return replace(self, **changes)
 
     @classmethod
     def of(cls, clip: Mapping[str, Any]) -> "ClipRule":
@@ -55,7 +76,9 @@ def read_clips(
 
     Raises:
         DecodeError: if the video does not decode: names it.
+        ValueError: see `ClipRule`.
     """
+    ClipRule(views, crops, stride, sampling, short_side)
     frames, *size = clip_size
     with open_video(path) as video:
         indices = SAMPLINGS[sampling](frames, stride).views(len(video), views, video.rate)

@@ -3,298 +3,31 @@
 import csv
 import hashlib
 import io
-import multiprocessing
 import os
-import signal
-import sys
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
-from stts_lightning.data.annotations import AnnotationError, VideoList, check_files, held_out, read_folder, read_list
+from stts_lightning.data.annotations import VideoList
 from stts_lightning.data.dataset import Batch, ClipDataset, ClipSpec, Reading, collate, list_hash
-from stts_lightning.data.demo import DemoSpec, make_demo
-from stts_lightning.data.isolation import ASKING, can_isolate
-from stts_lightning.data.labels import read_class_names
+from stts_lightning.data.isolation import can_isolate
 from stts_lightning.data.manifest import manifest_hash, read_manifest, with_manifest
 from stts_lightning.data.resumable_sampler import EpochOrder, LoaderError, TrainLoader
+
+# Runs of earlier versions stored the sources under this module's name.
+from stts_lightning.data.sources import DemoSource as DemoSource
+from stts_lightning.data.sources import FolderSource as FolderSource
+from stts_lightning.data.sources import ListSource as ListSource
+from stts_lightning.data.sources import Source, SplitSource
 from stts_lightning.data.transforms import EvalTransform, TrainTransform
+from stts_lightning.data.workers import LoaderOptions, UnpaddedDistributedSampler, begin_worker, end_workers
 from stts_lightning.files import fingerprint, write_text
-
-
-class Source(ABC):
-    """Where videos come from. A new kind of data set is a subclass, named by `_target_` in a dataset option."""
-
-    name: str
-    manifest: str | None = None
-    """What `prepare_data` found out about the files: those that do not decode are left out, and counted."""
-    truth = False
-    """Whether a file beside each video says where the action is; see `truth`."""
-    has_test = False
-    """Whether there are videos of "test": they are tested instead of those of "val", by which the best weights are chosen."""
-
-    def prepare(self) -> None:  # noqa: B027 (most sources have nothing to prepare)
-        """Make or fetch what is needed, once a machine, before `videos` is called."""
-
-    @abstractmethod
-    def videos(self, split: str) -> VideoList:
-        """Videos of "train", "val" or, where there are some, "test"."""
-
-
-class SplitSource(Source):
-    """A source that may hold out a share of its training videos, where it has none for validation.
-
-    Args:
-        val_fraction: the share, of each class; None where there are validation videos.
-        split_seed: which videos.
-    """
-
-    def __init__(self, val_fraction: float | None, split_seed: int) -> None:
-        self.val_fraction, self.split_seed = val_fraction, split_seed
-
-    @abstractmethod
-    def listed(self, split: str) -> VideoList:
-        """Videos of a split that there is."""
-
-    def videos(self, split: str) -> VideoList:
-        """See `Source.videos`."""
-        if self.val_fraction is None or split == "test":
-            return self.listed(split)
-        train, val = held_out(self.listed("train"), self.val_fraction, self.split_seed, f"data set {self.name}")
-        return train if split == "train" else val
-
-
-class FolderSource(SplitSource):
-    """Class folders: `root/train/<class>/*.mp4`, `root/val/<class>/*.mp4` and, if it is there, `root/test/<class>/*.mp4`.
-
-    Raises:
-        AnnotationError: if there is a folder `val`, and a share of `train` is to be held out.
-    """
-
-    def __init__(
-        self,
-        root: str,
-        name: str = "folder",
-        manifest: str | None = None,
-        truth: bool = False,
-        val_fraction: float | None = None,
-        split_seed: int = 0,
-    ) -> None:
-        super().__init__(val_fraction, split_seed)
-        self.root, self.name, self.manifest, self.truth = Path(root), name, manifest, truth
-        self.has_test = (self.root / "test").is_dir()
-        if val_fraction is not None and (self.root / "val").is_dir():
-            raise AnnotationError(f"dataset.val_fraction={val_fraction}: there is a folder {self.root / 'val'}; give one of them")
-
-    def listed(self, split: str) -> VideoList:
-        """Videos of `root/<split>`; classes are train's."""
-        train = read_folder(self.root / "train")
-        if split == "train":
-            return train
-        if split == "val" and not (self.root / "val").is_dir():
-            hint = f"dataset.val_fraction=0.2 holds out a fifth of {self.root / 'train'}"
-            raise AnnotationError(f"data folder {self.root / 'val'}: does not exist; {hint}")
-        return read_folder(self.root / split, train.classes)
-
-
-class ListSource(SplitSource):
-    """List files: `path label` text, csv, Kinetics or Something-Something JSON.
-
-    Args:
-        train: list of the training videos; None where there is only a test.
-        val: list of the validation videos; None with `val_fraction`.
-        root: folder that paths in the lists start from; None is each list's own folder.
-        classes: file with a class name a line, or JSON; None: see `read_list`.
-        name: how results call the data set.
-        check: look for every listed file at start-up; a manifest has done that.
-        manifest, truth: see `Source`.
-        val_fraction, split_seed: see `SplitSource`.
-        test: list of videos that are tested instead of those of `val`.
-
-    Raises:
-        AnnotationError: unless one of `val` and `val_fraction` is given.
-    """
-
-    def __init__(
-        self,
-        train: str | None,
-        val: str | None,
-        root: str | None = None,
-        classes: str | None = None,
-        name: str = "list",
-        check: bool = True,
-        manifest: str | None = None,
-        truth: bool = False,
-        val_fraction: float | None = None,
-        split_seed: int = 0,
-        test: str | None = None,
-    ) -> None:
-        super().__init__(val_fraction, split_seed)
-        if (val is None) == (val_fraction is None):
-            raise AnnotationError(
-                "dataset.val: give a list; or null, and dataset.val_fraction=0.2 to hold out a fifth of dataset.train"
-            )
-        self.files, self.truth, self.has_test = {"train": train, "val": val, "test": test}, truth, test is not None
-        self.root, self.classes, self.name, self.check = root, classes, name, check and not manifest
-        self.manifest = manifest
-
-    def listed(self, split: str) -> VideoList:
-        """Videos of the split's list."""
-        file = self.files[split]
-        if file is None:
-            raise AnnotationError(f"dataset.{split}: must be given, as in dataset.{split}=FILE")
-        names = read_class_names(Path(self.classes)) if self.classes else None
-        if names is None and split != "train" and self.files["train"] is not None:
-            names = self.listed("train").classes
-        videos = read_list(file, self.root, names)
-        if self.check:
-            check_files(videos, f"list file {file}")
-        return videos
-
-
-class DemoSource(Source):
-    """Videos generated from a seed; see `demo`."""
-
-    truth = True
-
-    def __init__(self, root: str, **spec: Any) -> None:
-        self.root, self.spec = Path(root), DemoSpec(**spec)
-        self.name = f"demo_{self.spec.setting}"
-
-    def prepare(self) -> None:
-        """Generate the files unless they are there."""
-        make_demo(self.root, self.spec)
-
-    def videos(self, split: str) -> VideoList:
-        """Videos of the split."""
-        return read_list(self.root / f"{split}.csv")
-
-
-@dataclass(frozen=True)
-class LoaderOptions:
-    """Batches and workers.
-
-    Attributes:
-        batch_size: videos a step over all devices together; each gives one clip, or `copies` of one.
-        num_workers: decoding processes a device, or "auto"; see `workers`.
-        eval_batch_size: videos a step in evaluation over all devices; None is `batch_size`.
-        timeout: seconds after which a worker that delivers nothing is an error (0: never).
-        balanced: training draws all classes equally often; see `EpochOrder`.
-        prefetch_factor: batches that each worker makes ahead.
-    """
-
-    batch_size: int
-    num_workers: int | str = "auto"
-    eval_batch_size: int | None = None
-    timeout: float = 300.0
-    balanced: bool = False
-    prefetch_factor: int = 2
-
-    def __post_init__(self) -> None:
-        if isinstance(self.num_workers, str) and self.num_workers != "auto":
-            raise LoaderError(f"loader.num_workers={self.num_workers}: must be a number, or auto")
-        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0), ("prefetch_factor", 1)):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < least:
-                raise LoaderError(f"loader.{name}={value}: must be {least} or more")
-
-    def workers(self, trainer: pl.Trainer | None) -> int:
-        """Decoding processes of this process: as many as asked for, or what its cores are good for.
-
-        "auto" is, beside a GPU, a worker for each core of this process but the one that drives the GPU, up to `MOST_WORKERS`.
-        Where the model runs on the same cores, more than `WORKERS_BESIDE_A_CPU` only slow it down.
-        """
-        if isinstance(self.num_workers, int):
-            return self.num_workers
-        if trainer is None or trainer.strategy.root_device.type == "cpu":
-            return WORKERS_BESIDE_A_CPU
-        return min(max(own_cores(trainer) - 1, 1), MOST_WORKERS)
-
-
-MOST_WORKERS = 16
-"""Each holds batches in shared memory: 16 x 2 batches of 32 clips of 16 frames at 224 pixels are 2.5 GB."""
-WORKERS_BESIDE_A_CPU = 2
-
-
-def own_cores(trainer: pl.Trainer) -> int:
-    """Cores that a process of a training may use: those of its affinity or container, shared with the others of its machine.
-
-    A task of Slurm that is bound to cores of its own shares them with nobody.
-    """
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", bound))
-    if isinstance(environment, SLURMEnvironment) and bound < on_node:
-        return bound
-    return max(min(bound, cpu_quota()) // max(trainer.num_devices, 1), 1)
-
-
-def cpu_quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores that a container may keep busy, which its affinity does not tell."""
-    with suppress(OSError, ValueError):
-        quota, period = file.read_text().split()
-        if quota != "max":
-            return max(int(quota) // int(period), 1)
-    return sys.maxsize
-
-
-def begin_worker(worker: int, niceness: int = 0) -> None:
-    """What a decoding process does first.
-
-    It lives on when a scheduler asks its whole group to end: the trainer wants its step's batch first. And it gives way to a
-    model that runs on the same cores: a thread that a worker holds up holds up all threads of a product.
-    """
-    for number in ASKING:
-        signal.signal(number, signal.SIG_IGN)
-    if niceness and hasattr(os, "nice"):
-        os.nice(niceness)
-
-
-def _end_workers() -> None:
-    """Before multiprocessing asks those that are left at the end to go, and waits: they do not listen."""
-    if hasattr(signal, "SIGCHLD"):  # Not on Windows.
-        with suppress(ValueError):  # torch's handler would take their end for a failure.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-class UnpaddedDistributedSampler(DistributedSampler[int]):
-    """Every item exactly once over all processes; nothing is repeated.
-
-    Args:
-        dataset: of the items.
-        without: numbers of items that are left out.
-    """
-
-    def __init__(self, dataset: ClipDataset, without: Collection[int] = ()) -> None:
-        self.items = [item for item in range(len(dataset)) if item not in without]
-        together = dist.is_available() and dist.is_initialized()
-        super().__init__(
-            dataset,
-            num_replicas=dist.get_world_size() if together else 1,
-            rank=dist.get_rank() if together else 0,
-            shuffle=False,
-        )
-
-    def __iter__(self) -> Iterator[int]:
-        """Numbers of this process's items."""
-        return iter(self.items[self.rank :: self.num_replicas])
-
-    def __len__(self) -> int:
-        """How many those are."""
-        return len(self.items[self.rank :: self.num_replicas])
 
 
 class VideoDataModule(pl.LightningDataModule):
@@ -413,7 +146,7 @@ class VideoDataModule(pl.LightningDataModule):
         workers = self.loader.workers(self.trainer)
         device = None if self.trainer is None else self.trainer.strategy.root_device.type
         on_cpu = device == "cpu"
-        Finalize(None, _end_workers, exitpriority=100)
+        Finalize(None, end_workers, exitpriority=100)
         return {
             "num_workers": workers,
             "prefetch_factor": self.loader.prefetch_factor if workers > 0 else None,

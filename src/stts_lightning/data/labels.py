@@ -129,7 +129,7 @@ def report_classes(source: str, labels: NDArray[np.int64], classes: Sequence[str
     counts = np.bincount(labels, minlength=len(classes))
     empty = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
     log.info(
-        "%s: %d videos, %d classes, %d to %d videos a class",
+        "%s: videos: %d, classes: %d, videos a class: %d to %d",
         source, len(labels), len(classes), counts[counts > 0].min(), counts.max(),
     )  # fmt: skip
     if not empty or not complete:

@@ -69,6 +69,8 @@ def _text_rows(file: Path) -> Iterable[Row]:
     if "youtube_id" in header:
         return _kinetics_rows(file, header, delimiter, lines)
     labels, paths = ([name for name in names if name in header] for names in (LABEL_COLUMNS, PATH_COLUMNS))
+    if not labels and paths == header:
+        raise AnnotationError(f"list file {file}: has no column for the label; name it one of {', '.join(LABEL_COLUMNS)}")
     if not labels or any(Path(cell).suffix in VIDEO_SUFFIXES for cell in header):
         return (_bare_row(file, number, line) for number, line in chain([first], lines))
     if not paths:

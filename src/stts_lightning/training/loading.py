@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from stts_lightning.data.datamodule import own_cores
 from stts_lightning.data.dataset import Batch
+from stts_lightning.data.workers import own_cores
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from stts_lightning.analysis.kept import Kept, trace
 from stts_lightning.analysis.overlay import contact_sheet, film
 from stts_lightning.analysis.results import printable
-from stts_lightning.data.datamodule import LoaderOptions, begin_worker
 from stts_lightning.data.encode import write_mp4
 from stts_lightning.data.windows import Window, WindowBatch, WindowDataset, WindowRule, collate_windows
+from stts_lightning.data.workers import LoaderOptions, begin_worker
 from stts_lightning.files import write_json
 from stts_lightning.kernels import prepacked_weights
 from stts_lightning.progress import counting
@@ -68,21 +68,21 @@ def ranked(chances: torch.Tensor, classes: Sequence[str], count: int) -> list[di
 
 
 def overlay_names(videos: Sequence[Path]) -> list[str]:
-    """A name for the overlay of each video: its stem, with a number where others have that, so that no two are alike.
+    """A name for the overlay of each video, no two alike: its stem; its folder too where others have that; then a number too.
 
     Case does not count: some file systems take `A.mp4` and `a.mp4` for one file.
     """
     stems = Counter(video.stem.casefold() for video in videos)
-    taken = {stem for stem, count in stems.items() if count == 1}
-    names: list[str] = []
-    for number, video in enumerate(videos):
-        name = video.stem
-        if stems[name.casefold()] > 1:
+    names = [video.stem if stems[video.stem.casefold()] == 1 else f"{video.parent.name}_{video.stem}" for video in videos]
+    counts = Counter(name.casefold() for name in names)
+    taken = {name for name, count in counts.items() if count == 1}
+    for number, name in enumerate(names):
+        if counts[name.casefold()] > 1:
             name = f"{name}_{number}"
             while name.casefold() in taken:
                 name += "_"
             taken.add(name.casefold())
-        names.append(name)
+            names[number] = name
     return names
 
 
