@@ -11,7 +11,7 @@ from training.test_commands import command, door
 
 import stts_lightning
 from stts_lightning import create_model, list_models, load_model
-from stts_lightning.backbones.checkpoints import save_weights
+from stts_lightning.backbones.checkpoints import CheckpointError, save_weights
 from stts_lightning.configuration import conf_dir
 from stts_lightning.data.clips import ClipRule
 from stts_lightning.data.demo import DemoSpec, make_demo
@@ -95,6 +95,40 @@ def test_costs_and_speed_of_a_run(place: Path) -> None:
 
 def test_list_models_names_what_create_model_takes() -> None:
     assert {"mvit_b16", "video_swin_b", "vit_b", "mvit_v2_s"} <= set(list_models())
+
+
+def test_what_a_model_cannot_do_is_said(place: Path, tmp_path: Path) -> None:
+    model, video = create_model("mvit_tiny"), next((place / "data" / "demo_when" / "val").glob("*/*.mp4"))
+    for given, said in (
+        ({"views": 0}, "views=0: allowed are 1 or more"),
+        ({"crops": 2}, "crops=2: allowed are 1, 3"),
+        ({"sampling": "dense"}, "sampling=dense: allowed are .*segments"),
+        ({"view": 3}, "view: no such argument; there are views, crops, stride"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.predict(video, **given)
+    with pytest.raises(ValueError, match="has no head"):
+        create_model("mvit_tiny", num_classes=0).predict(video)
+    with pytest.raises(CheckpointError, match=r"last.ckpt: no such file; .*runs in it: .*runs/run"):
+        load_model(place / "runs")
+    with pytest.raises(CheckpointError, match=r"bets.ckpt: no such file; .*which= may be best, last"):
+        load_model(place / "runs" / "run", "bets")
+    with pytest.raises(CheckpointError, match="it is no run"):
+        load_model(tmp_path)
+
+
+def test_a_slot_that_keeps_everything_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    create_model("mvit_tiny", "t0_0.5_s4_0.9")
+    assert caplog.messages == ["selection s4 (4x4 of 4x4, 1 anchors) keeps everything: its grid is too small for this ratio"]
+    caplog.clear()
+    create_model("mvit_tiny", "t0_0.5_s4_1.0")
+    assert not caplog.messages
+
+
+def test_selectors_that_nobody_asked_for_are_named(tmp_path: Path) -> None:
+    torch.save(create_model("mvit_tiny", "t0_0.5_s0_0.5").state_dict(), tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"it has selectors of s0, t0: give their ratios too, as in selection=s0_0.6"):
+        create_model("mvit_tiny", pretrained=tmp_path / "file.pth")
 
 
 def test_a_video_that_does_not_decode_is_named(tmp_path: Path) -> None:

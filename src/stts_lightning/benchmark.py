@@ -340,7 +340,11 @@ def main(cfg: DictConfig) -> None:
     with console.one_line_errors():
         console.quiet_libraries()
         if cfg.run:
-            cfg.models = [f"unpruned:{cfg.run}", f"run:{cfg.run}"]
+            from stts_lightning.classifier import load_model
+
+            with console.as_user_errors():
+                unpruned = load_model(cfg.run).slots.empty
+            cfg.models = [f"run:{cfg.run}"] if unpruned else [f"unpruned:{cfg.run}", f"run:{cfg.run}"]
         check(cfg)
         run_config.check_numbers(cfg)
         with console.as_user_errors():

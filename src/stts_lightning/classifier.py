@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
@@ -172,8 +172,11 @@ class VideoClassifier(nn.Module):
 
         Raises:
             DecodeError: if the video does not decode: names it.
+            ValueError: for a number of views or the like that there is not, or a model without a head.
         """
-        rule = replace(self.clips, **clips)
+        rule = self.clips.changed(**clips)
+        if not self.num_classes:
+            raise ValueError("this model has no head (num_classes=0): it gives features, no classes")
         pixels = read_clips(path, self.backbone.clip_size, **asdict(rule)).to(self.scale.device)
         training = self.training
         self.eval()
@@ -238,6 +241,8 @@ def create_model(
     if num_classes is None:
         num_classes = (checkpoint.num_classes if checkpoint else None) or DEFAULT_CLASSES
     model = VideoClassifier(create_backbone(backbone, selection=spec, **backbone_kwargs), num_classes, dropout, kernels)
+    for slot in model.slots.without_effect():
+        log.warning("selection %s keeps everything: its grid is too small for this ratio", slot)
     # What was decided, not what was asked: a file may have settled the scorer or an epsilon.
     settled = {"selection": spec.to_dict(), "num_classes": num_classes, "dropout": dropout}
     model.recipe = {"backbone": backbone, **settled, **backbone_kwargs}
@@ -273,7 +278,7 @@ def load_model(path: str | Path, which: str = "last", **changes: Any) -> VideoCl
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "checkpoints" / f"{which}.ckpt"
+        path = _of_run(path, which)
     trust = bool(changes.get("trust"))
     recipe = read_checkpoint(path, trust).model
     if not recipe:
@@ -284,6 +289,17 @@ def load_model(path: str | Path, which: str = "last", **changes: Any) -> VideoCl
     if path.parent.name == "checkpoints":
         _know_run(model, path.parent.parent)
     return model
+
+
+def _of_run(folder: Path, which: str) -> Path:
+    """A checkpoint of a run. Raises CheckpointError if it is not there: says what is."""
+    file = folder / "checkpoints" / f"{which}.ckpt"
+    if not file.is_file():
+        there = sorted(one.stem for one in file.parent.glob("*.ckpt"))
+        runs = sorted(str(one.parent.parent) for one in folder.glob("*/checkpoints/last.ckpt"))
+        hint = f"which= may be {', '.join(there)}" if there else f"runs in it: {', '.join(runs[:3])}" if runs else "it is no run"
+        raise CheckpointError(f"{file}: no such file; give the folder of a run, or a file ({hint})")
+    return file
 
 
 def _know_run(model: VideoClassifier, run: Path) -> None:

@@ -97,7 +97,7 @@ def main(cfg: DictConfig) -> None:
     if not any("top" in video for video in records):
         print(f"error: none of {len(records)} videos could be decoded; nothing was written", file=sys.stderr)
         raise SystemExit(1)
-    log.info("%d videos, %d not decoded; %s", len(records), undecoded, Path(cfg.run_dir) / "predictions.json")
+    log.info("videos: %d, not decoded: %d; %s", len(records), undecoded, Path(cfg.run_dir) / "predictions.json")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,8 @@ def trained_config(cfg: DictConfig, overrides: list[str], door: str) -> tuple[Di
     if bool(cfg.run) == bool(cfg.checkpoint):
         raise ConfigError("give a model: run=FOLDER, or checkpoint=FILE (with backbone= and selection=, if it is not ours)")
     file = Path(cfg.run) / "checkpoints" / f"{cfg.which}.ckpt" if cfg.run else Path(cfg.checkpoint)
+    if cfg.run and Path(cfg.run).is_file():
+        raise ConfigError(f"run={cfg.run}: is a file; give the folder of a run, or checkpoint={cfg.run}")
     if cfg.run and not file.is_file() and (there := sorted(one.stem for one in file.parent.glob("*.ckpt"))):
         raise ConfigError(f"which={cfg.which}: the run has no such checkpoint; there is {' and '.join(there)}")
     if cfg.run and not file.is_file():

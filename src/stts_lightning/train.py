@@ -76,7 +76,7 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
     sigma = f"{info['sigma']}{' -> 0, linear over the steps' if decays else ', constant'}"
     lines = {
         **rows(info),
-        "rates": f"{peak_rates(model, module.optim)}; {cfg.trainer.max_epochs} epochs",
+        "rates": f"{peak_rates(model, module.optim)}; epochs: {cfg.trainer.max_epochs}",
         "sigma": sigma if info["sigma"] is not None else "-",
         "run folder": cfg.run_dir,
     }

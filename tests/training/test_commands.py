@@ -170,7 +170,7 @@ def test_predict_labels_any_videos_and_shows_what_was_kept(place: Path, finished
         (folder / f"{number}.mp4").write_bytes(source.read_bytes())
     (folder / "2.mp4").write_text("no video")
     done = door("predict", place, "run=runs/full", "videos=unknown", "overlay=true", "trainer.accelerator=cpu", "every=0.5")
-    assert "3 videos, 1 not decoded; " in done.stdout
+    assert "videos: 3, not decoded: 1; " in done.stdout
     found = json.loads((finished / "predictions" / "predictions.json").read_text())
     assert [Path(video["video"]).name for video in found] == ["0.mp4", "1.mp4", "2.mp4"]
     classes = (place / "data/demo_when/classes.txt").read_text().split()

@@ -258,6 +258,8 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, selection: Selecti
     ]
     if missing or unexpected or mismatched:
         hint = f"; it was made as {made_for['backbone']}" if made_for.get("backbone") else ""
+        if others := sorted(slots - {slot.name for slot in selection.slots}):
+            hint += f"; it has selectors of {', '.join(others)}: give their ratios too, as in selection={others[0]}_0.6"
         if any(text.startswith("head.weight") for text in [*mismatched, *missing]):
             hint += "; the class count differs: head=reset leaves the new head as initialised"
         raise CheckpointError(

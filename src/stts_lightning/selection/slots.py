@@ -243,6 +243,12 @@ class SlotBank(nn.Module):
         share = math.prod(math.prod(selector.out_size) / math.prod(selector.in_size) for selector in selectors)
         return share * math.prod(reducer.out_tokens / reducer.in_tokens for _, reducer in self._reducers())
 
+    def without_effect(self) -> list[str]:
+        """Slots that keep everything although less was asked for: their grid is too small for the ratio."""
+        names = [slot.name for slot in self.selection.slots if slot.axis != "r" and slot.ratio is not None and slot.ratio < 1]
+        found = [(name, self._selector(name)) for name in names]
+        return [f"{name} ({one.extra_repr()})" for name, one in found if one.in_size == one.out_size]
+
     def forget_seen(self) -> None:
         """Begin anew to count what thresholds keep."""
         for _, reducer in self._reducers():
