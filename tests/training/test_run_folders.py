@@ -17,7 +17,7 @@ from filelock import FileLock
 from warm import python_m
 
 from stts_lightning import create_model, load_model
-from stts_lightning.run_folders import EXIT_REQUEUE, LOCK, run_stamp
+from stts_lightning.run_folders import LOCK, exit_status, run_stamp
 from stts_lightning.trusted import ALLOWED, TrustError, check_stored, named_classes
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -273,7 +273,7 @@ def ended(name: str, place: Path, arguments: list[str], piece: Path, number: int
         time.sleep(0.01)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == EXIT_REQUEUE, output
+    assert process.returncode == exit_status(number), output
     return output
 
 
@@ -294,7 +294,7 @@ sys.argv[0] = "x"
 def test_a_test_that_is_ended_goes_on_and_gives_the_same(place: Path, copy: Path) -> None:
     test = [f"run={copy}", "trainer.accelerator=cpu", "loader.batch_size=1", "loader.num_workers=0", "callbacks.progress=null"]
     folder = copy / "evaluation"
-    output = ended("evaluate", place, test, folder / "partial", signal.SIGTERM)
+    output = ended("evaluate", place, test, folder / "partial", signal.SIGINT)
     assert f"the same command with hydra.run.dir={folder} goes on" in output and not (folder / "evaluation.json").exists()
     done = door("evaluate", place, *test)
     assert "of 16 videos were tested before; the test goes on" in done.stdout
@@ -323,7 +323,7 @@ def test_a_prediction_that_is_ended_goes_on_and_gives_the_same(place: Path, copy
 
 def test_pieces_of_another_question_are_left_aside(place: Path, copy: Path) -> None:
     predict = [f"run={copy}", *PREDICTED]
-    ended("predict", place, predict, copy / "predictions/partial", signal.SIGTERM)
+    ended("predict", place, predict, copy / "predictions/partial", signal.SIGINT)
     done = door("predict", place, *predict, "top=3")
     assert "predicted before" not in done.stdout
     assert len(json.loads((copy / "predictions/predictions.json").read_text())[0]["top"]) == 3
