@@ -106,15 +106,16 @@ def _no_option(command: str, arguments: Sequence[str]) -> str:
     for before, argument in zip(["", *arguments], arguments, strict=False):
         name = argument.partition("=")[0]
         flag = argument.startswith("--") and not any(known.startswith(name) for known in FLAGS)
-        bare = "=" not in argument and argument[0] not in "-~" and before not in WITH_VALUE
+        bare = "=" not in argument and not argument.startswith(("-", "~")) and before not in WITH_VALUE
         if not flag and not bare:
             continue
         key = name.lstrip("-").replace("-", "_")
-        known = _keys(OmegaConf.to_container(compose(command)))
+        content: Any = OmegaConf.to_container(compose(command))
+        known = _keys(content)
         nearest = get_close_matches(name, FLAGS, n=1, cutoff=0.75) if flag else []
         nearest = nearest or ([f"{key}=..."] if key in known else [f"{found}=..." for found in _alike(key, known)])
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        return f"{argument}: options are written key=value{hint} (`stts {command} --help` lists all)"
+        return f"{argument or repr(argument)}: options are written key=value{hint} (`stts {command} --help` lists all)"
     return ""
 
 
@@ -202,7 +203,8 @@ def _unknown_key(command: str, overrides: Sequence[str], key: str) -> str:
 
 def _alike(key: str, known: Sequence[str]) -> list[str]:
     """The key that was meant: what other programs call so, one that is spelt nearly so, or of nearly that name elsewhere."""
-    if (usual := USUAL.get(key)) in known:
+    usual = USUAL.get(key)
+    if usual is not None and usual in known:
         return [usual]
     as_deep = [full for full in known if full.count(".") == key.count(".")]
     if beside := get_close_matches(key, as_deep, n=1, cutoff=0.75):
