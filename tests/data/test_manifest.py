@@ -1,10 +1,13 @@
 """What prepare_data finds out, and what the loader makes of it: on real files, in real processes."""
 
 import csv
+import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,10 +57,14 @@ _real = checking._findings
 
 
 def replaced(monkeypatch: pytest.MonkeyPatch, findings: Any) -> None:
-    import multiprocessing
+    fork, one_at_a_time = multiprocessing.get_context("fork"), threading.Lock()
 
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(checking, "PROCESSES", fork)
+    class Process(fork.Process):  # type: ignore[name-defined]
+        def start(self) -> None:
+            with one_at_a_time:  # A guard of filelock refuses forks of two threads at a time.
+                super().start()
+
+    monkeypatch.setattr(checking, "PROCESSES", SimpleNamespace(Pipe=fork.Pipe, Process=Process))
     monkeypatch.setattr(checking, "_findings", findings)
 
 
