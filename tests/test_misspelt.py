@@ -30,6 +30,12 @@ from stts_lightning.overrides import for_hydra
         (["-m", "loader.batch_size=1,2,0"], "loader.batch_size=0: must be 1 or more"),
         (["clip.train_transform.scale=[0.9,0.1]"], "clip.train_transform.scale=[0.9,0.1]: the first must not be above"),
         (["max_epochs", "dataset=demo"], "max_epochs: options are written key=value; did you mean trainer.max_epochs=...?"),
+        (["selection=t0_0.5,t0_0.6"], "selection=t0_0.5,t0_0.6: several values; with -m each is a run of its own\n"),
+        (
+            ["selection=[t0_0.5,t0_0.6]"],
+            "selection=[t0_0.5,t0_0.6]: takes one option; selection=t0_0.5,t0_0.6 with -m makes a run",
+        ),
+        ([""], "'': options are written key=value ("),
         (["--hlp"], "--hlp: options are written key=value; did you mean --help?"),
         (["--batch-size", "4"], "--batch-size: options are written key=value; did you mean loader.batch_size=...?"),
         (
@@ -38,7 +44,7 @@ from stts_lightning.overrides import for_hydra
         ),
         (
             ["selection.sigma=0.1,0.2"],
-            "selection.sigma=0.1,0.2: several values; selection.sigma=[0.1,0.2] is a list, and with -m",
+            "selection.sigma=0.1,0.2: several values; with -m each is a run of its own; selection.sigma=[0.1,0.2] is one value",
         ),
     ],
 )
@@ -58,6 +64,7 @@ def test_what_is_misspelt_is_named_with_the_nearest(arguments: list[str], said: 
         ("train", ["compile=default", "clip.decoder=pyav", "test=false", "loader.num_workers=auto"]),
         ("train", ["hydra.run.dir=runs/x", "~logger", "optim.betas=[0.9,0.98]"]),
         ("train", ["--help", "no.such.key=1"]),
+        ("train", ["logger=[csv,tensorboard]"]),
         ("train", ["--cfg", "job", "dataset=demo"]),
         ("evaluate", ["run=runs/x", "++backbone.drop_path=0.1", "which=best"]),
         ("report", ["-m", "paper_table=range(1,9)"]),

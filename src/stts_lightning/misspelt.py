@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -41,6 +42,8 @@ OPEN = ("trainer", "callbacks", "logger", "backbone")
 """Sections that take keys which the configuration does not name."""
 WORDS_TOO = ("compile",)
 """Keys that are true, false, or a word."""
+MERGED = ("logger", "callbacks")
+"""Groups of which several options make sense together."""
 VALUES = 50
 """How many values of a sweep are tried."""
 
@@ -59,7 +62,7 @@ def check(command: str, arguments: Sequence[str]) -> None:
         return
     given = [argument for argument in arguments if argument.startswith("~") or ("=" in argument and argument[0] != "-")]
     with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
-        if found := _no_option(command, arguments) or _several(arguments):
+        if found := _no_option(command, arguments) or _several(arguments) or _no_list(given):
             print(f"error: {found}", file=sys.stderr)
             raise SystemExit(2)
         for overrides in _jobs(given):
@@ -128,7 +131,22 @@ def _several(arguments: Sequence[str]) -> str:
         with suppress(HydraException):
             if parser.parse_override(argument).is_sweep_override():
                 key, _, value = argument.partition("=")
-                return f"{argument}: several values; {key}=[{value}] is a list, and with -m each is a run of its own"
+                as_list = "" if _is_group(key) else f"; {key}=[{value}] is one value, a list"
+                return f"{argument}: several values; with -m each is a run of its own{as_list}"
+    return ""
+
+
+def _is_group(key: str) -> bool:
+    """Whether a key chooses one of the files of a folder in `conf/`."""
+    return (Path(conf_dir()) / key.lstrip("+")).is_dir()
+
+
+def _no_list(overrides: Sequence[str]) -> str:
+    """What is wrong with a list of options where one is taken: Hydra would merge them, and the last would win."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if value.startswith("[") and _is_group(key) and key not in MERGED:
+            return f"{override}: takes one option; {key}={value.strip('[]')} with -m makes a run of each"
     return ""
 
 
