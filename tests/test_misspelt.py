@@ -64,7 +64,7 @@ def test_what_is_misspelt_is_named_with_the_nearest(arguments: list[str], said: 
         ("train", ["compile=default", "clip.decoder=pyav", "test=false", "loader.num_workers=auto"]),
         ("train", ["hydra.run.dir=runs/x", "~logger", "optim.betas=[0.9,0.98]"]),
         ("train", ["--help", "no.such.key=1"]),
-        ("train", ["logger=[csv,tensorboard]"]),
+        ("train", ["logger=[csv,wandb]"]),
         ("train", ["--cfg", "job", "dataset=demo"]),
         ("evaluate", ["run=runs/x", "++backbone.drop_path=0.1", "which=best"]),
         ("report", ["-m", "paper_table=range(1,9)"]),
