@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from study import METHODS, OPTIONS, PAGE, Method
+from study_plan import METHODS, OPTIONS, PAGE, Method
 from torch.nn.functional import cross_entropy
 
 from stts_lightning import assembly

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-from study import COMMON, data_sets, plain_folder
+from study_plan import COMMON, data_sets, plain_folder
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.functional.classification import binary_auroc

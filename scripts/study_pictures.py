@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from study import METHODS, PAGE, Row, data_sets
+from study_plan import METHODS, PAGE, Row, data_sets
 
 from stts_lightning import assembly, load_model
 from stts_lightning.analysis.kept import shown_boxes, trace

@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "configuration": {"selection"},
     "doctor": set(),
     "run_config": {"containers", "errors", "files", "ranges", "run_folders", "trusted", "backbones"},
-    "misspelt": {"configuration", "containers", "ranges"},
+    "command_line": {"configuration", "containers", "ranges"},
     "console": {"errors", "run_config", "run_folders"},
     "sweeps": {"errors", "analysis", "overrides", "run_folders"},
     "__main__": set(),

@@ -16,20 +16,21 @@ from stts_lightning.configuration import conf_dir
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
-study = pytest.importorskip("study", reason="scripts/ is part of the checkout")
+plan = pytest.importorskip("study_plan", reason="scripts/ is part of the checkout")
+results = pytest.importorskip("study_results")
 
 
 def test_every_row_is_a_run_of_its_own_that_can_be_built() -> None:
-    sets = study.data_sets(["own=somewhere"])
-    found = [row for name, data in sets.items() for row in study.rows(name, data, small=False)]
+    sets = plan.data_sets(["own=somewhere"])
+    found = [row for name, data in sets.items() for row in plan.rows(name, data, small=False)]
     assert len({row.folder(Path("root"), 0) for row in found}) == len(found)
-    once = {(row.method.label, study.axes(row.kept) if row.kept != "none" else ""): row for row in found}
+    once = {(row.method.label, plan.axes(row.kept) if row.kept != "none" else ""): row for row in found}
     assert len(once) > 30
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         for row in once.values():
-            made = study.job(Path("root"), row, sets[row.data], 3)
+            made = plan.job(Path("root"), row, sets[row.data], 3)
             overrides = [given for given in made.overrides if not given.startswith(("pretrained=", "distill."))]
-            cfg = compose("train", [*study.COMMON, *overrides, "run_dir=.", "experiment_name=null"])
+            cfg = compose("train", [*plan.COMMON, *overrides, "run_dir=.", "experiment_name=null"])
             run_config.check_numbers(cfg)
             assert cfg.seed == 3 and cfg.trainer.max_epochs == sets[row.data].epochs
             model = assembly.build_body(cfg)
@@ -37,11 +38,11 @@ def test_every_row_is_a_run_of_its_own_that_can_be_built() -> None:
 
 
 def test_the_small_study_has_the_rows_that_the_others_are_compared_with() -> None:
-    for name, data in study.data_sets(()).items():
-        small = {row.method.label for row in study.rows(name, data, small=True)}
-        assert {study.RANDOM, study.FIXED_CHOICE, "oracle", "recipe=learn_selection"} < small
-        everything = {row.folder(Path(), 0) for row in study.rows(name, data, small=False)}
-        assert {row.folder(Path(), 0) for row in study.rows(name, data, small=True)} < everything
+    for name, data in plan.data_sets(()).items():
+        small = {row.method.label for row in plan.rows(name, data, small=True)}
+        assert {plan.RANDOM, plan.FIXED_CHOICE, "oracle", "recipe=learn_selection"} < small
+        everything = {row.folder(Path(), 0) for row in plan.rows(name, data, small=False)}
+        assert {row.folder(Path(), 0) for row in plan.rows(name, data, small=True)} < everything
 
 
 def test_copies_of_one_source_count_as_one_video(tmp_path: Path) -> None:
@@ -54,45 +55,45 @@ def test_copies_of_one_source_count_as_one_video(tmp_path: Path) -> None:
     order = np.array([5, 4, 3, 2, 1, 0])
     found = Predictions(logits[order], np.array([0, 0, 0, 1, 1, 1])[order], order, np.ones(6, bool))
     found.save(tmp_path / "test" / "predictions.npz")
-    assert study.right(tmp_path).tolist() == [1, 1, 0, 1, 1, 1]
-    assert study.right(tmp_path, tmp_path / "val.csv").tolist() == pytest.approx([1, 2 / 3])
+    assert results.right(tmp_path).tolist() == [1, 1, 0, 1, 1, 1]
+    assert results.right(tmp_path, tmp_path / "val.csv").tolist() == pytest.approx([1, 2 / 3])
 
 
-def made(seed: int, method: str, right: list[float], **changed: object) -> "study.Run":
+def made(seed: int, method: str, right: list[float], **changed: object) -> "results.Run":
     """A finished run of demo_both."""
-    return study.Run(**{"data": "demo_both", "kept": "t0_0.5_s0_0.25", "method": method, "seed": seed, "gflops": 0.06,
+    return results.Run(**{"data": "demo_both", "kept": "t0_0.5_s0_0.25", "method": method, "seed": seed, "gflops": 0.06,
                         "top1": float(np.mean(right)), "found": {"t0": 0.5, "s0": 0.25}, "right": right} | changed)  # fmt: skip
 
 
 def test_tables_are_of_runs_that_are_paired_by_seed() -> None:
     runs = [made(0, "random", [0, 0, 1, 0] * 25), made(0, "oracle", [1, 1, 1, 1] * 25), made(1, "oracle", [1, 0, 0, 1] * 25)]
-    lines = study.tables(runs).splitlines()
+    lines = results.tables(runs).splitlines()
     oracle = next(line for line in lines if line.startswith("| oracle |")).split(" | ")
     # Both seeds count for the accuracy, the one that random has as well for the difference.
     assert oracle[2].startswith("75.0 (") and oracle[3] == "100.0, 50.0" and oracle[4] == "50, 25"
     low, high = map(float, oracle[5].replace("+", "").split(" to "))
     assert 60 < low < 75 < high < 90
-    assert "demo_when" not in "".join(lines) and study.tables([]) == ""
+    assert "demo_when" not in "".join(lines) and results.tables([]) == ""
 
 
 def test_a_seed_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was stored stays until the seed is run here: runs of two places do not start from the same model."""
     stored = [made(0, "random", [1.0]), made(1, "random", [1.0]), made(0, "random", [1.0], data="other")]
-    monkeypatch.setattr(study, "RUNS", tmp_path / "runs.jsonl")
-    study.RUNS.write_text("".join(json.dumps(asdict(run)) + "\n" for run in stored))
-    sets = {"demo_both": study.data_sets(())["demo_both"]}
-    assert study.collect(tmp_path, sets, range(2)) == sorted(stored, key=lambda run: run.key)
+    monkeypatch.setattr(results, "RUNS", tmp_path / "runs.jsonl")
+    results.RUNS.write_text("".join(json.dumps(asdict(run)) + "\n" for run in stored))
+    sets = {"demo_both": plan.data_sets(())["demo_both"]}
+    assert results.collect(tmp_path, sets, range(2)) == sorted(stored, key=lambda run: run.key)
 
-    row = study.Row("demo_both", "t0_0.5_s0_0.25", study.METHODS[0])
+    row = plan.Row("demo_both", "t0_0.5_s0_0.25", plan.METHODS[0])
     folder = row.folder(tmp_path, 1)
     (folder / "test").mkdir(parents=True)
     logits = np.eye(2, dtype=np.float32)[[0, 1]][:, None]
     Predictions(logits, np.array([0, 0]), np.array([0, 1]), np.ones(2, bool)).save(folder / "test" / "predictions.npz")
     result = {"top1": 0.5, "gflops_per_view": 0.06, "slots": {"t0": {}}, "last/selection/t0/found": 0.25}
-    monkeypatch.setattr(study, "read_result", lambda _: result)
-    assert not any(run.method == "oracle" for run in study.collect(tmp_path, sets, range(2)))  # Not finished.
+    monkeypatch.setattr(results, "read_result", lambda _: result)
+    assert not any(run.method == "oracle" for run in results.collect(tmp_path, sets, range(2)))  # Not finished.
     (folder / "result.json").touch()
-    found = study.collect(tmp_path, sets, range(2))
+    found = results.collect(tmp_path, sets, range(2))
     assert [run.key for run in found] == sorted([stored[0].key, stored[2].key, ("demo_both", row.kept, "oracle", 1)])
     assert next(run for run in found if run.method == "oracle").right == [1, 0]
 

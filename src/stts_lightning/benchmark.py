@@ -13,7 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from stts_lightning import misspelt
+from stts_lightning import command_line
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.files import replacing, write_json
@@ -191,13 +191,14 @@ def measured(cfg: DictConfig) -> Iterator[Row]:
     import torch
 
     from stts_lightning.analysis import benchmarks, launches
+    from stts_lightning.analysis.entrants import entrant
     from stts_lightning.run_config import ConfigError
 
     if cfg.what == "loader":
         yield from loaded(cfg)
         return
     if cfg.what == "launches":
-        entrants = [benchmarks.entrant(text, torch.device("cpu"), compare=False) for text in cfg.models]
+        entrants = [entrant(text, torch.device("cpu"), compare=False) for text in cfg.models]
         yield from launches.counted(entrants, cfg.batch or [8], names(cfg.precision or ["bf16", "bf16-true"]))
         return
     device = chosen_device(cfg.device)
@@ -218,17 +219,18 @@ def measured(cfg: DictConfig) -> Iterator[Row]:
         "training": benchmarks.training,
         "operator": benchmarks.operator,
     }
-    yield from measure[cfg.what]([benchmarks.entrant(text, device) for text in cfg.models], plan)
+    yield from measure[cfg.what]([entrant(text, device) for text in cfg.models], plan)
 
 
 def table7(plan: "benchmarks.Plan") -> Iterator[Row]:
     """Rows of the paper's Table 7, with videos a second: a video is as many clips as a test takes of it."""
     from stts_lightning import assembly
     from stts_lightning.analysis import benchmarks, paper
+    from stts_lightning.analysis.entrants import entrant
 
     rows = {paper.model_of(row): row for row in paper.TABLES[7].rows}
     views = {name: assembly.experiment_cost(str(row.experiment)).views for name, row in rows.items()}
-    for row in benchmarks.forward([benchmarks.entrant(name, plan.device) for name in rows], plan):
+    for row in benchmarks.forward([entrant(name, plan.device) for name in rows], plan):
         yield paper.beside_speed(row, rows[row["model"]], views[row["model"]])
 
 
@@ -340,11 +342,10 @@ def main(cfg: DictConfig) -> None:
     with console.one_line_errors():
         console.quiet_libraries()
         if cfg.run:
-            from stts_lightning.classifier import load_model
+            from stts_lightning.analysis.entrants import texts_of_run
 
             with console.as_user_errors():
-                unpruned = load_model(cfg.run).slots.empty
-            cfg.models = [f"run:{cfg.run}"] if unpruned else [f"unpruned:{cfg.run}", f"run:{cfg.run}"]
+                cfg.models = texts_of_run(cfg.run)
         check(cfg)
         run_config.check_numbers(cfg)
         with console.as_user_errors():
@@ -376,5 +377,5 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = for_hydra(sys.argv[1:])
-    misspelt.check("benchmark", sys.argv[1:])
+    command_line.check("benchmark", sys.argv[1:])
     main()

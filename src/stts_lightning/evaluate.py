@@ -9,7 +9,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from stts_lightning import misspelt
+from stts_lightning import command_line
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.overrides import for_run
@@ -107,5 +107,5 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     sys.argv[1:] = for_run(sys.argv[1:], "evaluation", by_question=True)
-    misspelt.check("evaluate", sys.argv[1:])
+    command_line.check("evaluate", sys.argv[1:])
     main()

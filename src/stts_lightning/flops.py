@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from stts_lightning import misspelt
+from stts_lightning import command_line
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.overrides import for_run
@@ -197,5 +197,5 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     sys.argv[1:] = for_run(sys.argv[1:])
-    misspelt.check("flops", sys.argv[1:])
+    command_line.check("flops", sys.argv[1:])
     main()

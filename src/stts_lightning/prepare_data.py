@@ -12,7 +12,7 @@ import hydra
 import numpy as np
 from omegaconf import DictConfig
 
-from stts_lightning import misspelt
+from stts_lightning import command_line
 from stts_lightning.analysis.results import printable
 from stts_lightning.configuration import conf_dir
 from stts_lightning.data.annotations import AnnotationError, Video, VideoList
@@ -214,5 +214,5 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = for_hydra(sys.argv[1:])
-    misspelt.check("prepare_data", sys.argv[1:])
+    command_line.check("prepare_data", sys.argv[1:])
     main()

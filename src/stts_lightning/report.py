@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from stts_lightning import misspelt
+from stts_lightning import command_line
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.overrides import for_hydra
@@ -216,5 +216,5 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = for_hydra(sys.argv[1:])
-    misspelt.check("report", sys.argv[1:])
+    command_line.check("report", sys.argv[1:])
     main()

@@ -10,7 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from stts_lightning import misspelt, sweeps
+from stts_lightning import command_line, sweeps
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.overrides import for_sweep, in_run_folder
@@ -143,5 +143,5 @@ def main(cfg: DictConfig) -> Any:
 
 if __name__ == "__main__":
     sys.argv[1:] = for_sweep(in_run_folder(sys.argv[1:]))
-    misspelt.check("train", sys.argv[1:])
+    command_line.check("train", sys.argv[1:])
     main()

@@ -18,7 +18,8 @@ from warm import python_m
 
 from stts_lightning import benchmark, report
 from stts_lightning.analysis import benchmarks, paper
-from stts_lightning.analysis.benchmarks import Entrant, Plan, entrant, flaw, forward, training
+from stts_lightning.analysis.benchmarks import Plan, flaw, forward, training
+from stts_lightning.analysis.entrants import Entrant, entrant
 from stts_lightning.analysis.speed import Timing, Work, device_timer, float32_products, graph_memory, in_turns, peak_memory
 from stts_lightning.configuration import conf_dir
 from stts_lightning.data.encode import write_mp4

@@ -1,6 +1,5 @@
 """What is measured of models, and the rows that come of it: forward passes, training steps, the operator."""
 
-import ast
 import contextlib
 import copy
 import functools
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.analysis import peers
-from stts_lightning.analysis.flops import count_gflops
+from stts_lightning.analysis.entrants import Entrant
 from stts_lightning.analysis.speed import (
     CAPTURED,
     DeviceTimer,
@@ -28,7 +27,7 @@ from stts_lightning.analysis.speed import (
     matmul,
     peak_memory,
 )
-from stts_lightning.classifier import VideoClassifier, create_model, load_model
+from stts_lightning.classifier import VideoClassifier
 from stts_lightning.errors import UserError
 from stts_lightning.kernels import in_use, prepacked_weights
 from stts_lightning.selection.noise import Noise
@@ -74,74 +73,6 @@ PRECISIONS = {
     "bf16-true": Precision("bf16-true", weights=torch.bfloat16),
 }
 """By name. "bf16" and "16" are autocast, as in a trainer's mixed precision."""
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """A model that is measured.
-
-    Attributes:
-        name: as it was asked for.
-        model: on its device, in evaluation.
-        clip: frames, height, width.
-        gflops: of one clip in evaluation.
-        family: models of one family differ in selection alone.
-        unpruned: whether it keeps all tokens.
-        difference: largest difference of logits from its counterpart of ours, for a peer.
-    """
-
-    name: str
-    model: nn.Module
-    clip: tuple[int, int, int]
-    gflops: float
-    family: str
-    unpruned: bool
-    difference: float | None = None
-
-
-def entrant(text: str, device: torch.device, compare: bool = True) -> Entrant:
-    """Build what a text names.
-
-    Args:
-        text: `backbone`, `backbone:selection`, and `:key=value` for each argument of the backbone; after `plain:`, without
-            kernels. Or `torchvision:name`, of which no part may be chosen. Or `run:FOLDER`, the model of a run,
-            and `unpruned:FOLDER`, the same without selection.
-        device: where it is put.
-        compare: run a peer and its counterpart once, for `Entrant.difference`.
-
-    Raises:
-        BackboneError, SelectionError: for what there is not.
-    """
-    torch.manual_seed(0)
-    if text.startswith("torchvision:"):
-        name = text.removeprefix("torchvision:")
-        theirs, ours = peers.torchvision_model(name)
-        size = ours.backbone.clip_size
-        theirs, gflops = theirs.to(device), count_gflops(ours)
-        difference = peers.difference(theirs, ours.to(device), torch.randn(1, 3, *size).to(device)) if compare else None
-        return Entrant(text, theirs, size, gflops, text, True, difference)
-    kind, _, folder = text.partition(":")
-    if kind in ("run", "unpruned"):
-        trained = load_model(folder)
-        if kind == "unpruned":
-            trained = create_model(**{**trained.recipe, "selection": None})
-        gflops = count_gflops(trained.eval())
-        return Entrant(text, trained.to(device), trained.backbone.clip_size, gflops, folder, trained.slots.empty)
-    kernels = "none" if text.startswith("plain:") else "auto"
-    backbone, *parts = text.removeprefix("plain:").split(":")
-    arguments = {key: _value(value) for key, _, value in (part.partition("=") for part in parts if "=" in part)}
-    selections = [part for part in parts if "=" not in part] or ["none"]
-    model = create_model(backbone, selections[0], kernels=kernels, **arguments).eval()
-    family = ":".join([kernels, backbone, *(part for part in parts if "=" in part)])
-    gflops = count_gflops(model)
-    return Entrant(text, model.to(device), model.backbone.clip_size, gflops, family, model.slots.empty)
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def precision(name: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stts_lightning.analysis.benchmarks import Entrant, Row
+from stts_lightning.analysis.benchmarks import Row
+from stts_lightning.analysis.entrants import Entrant
 from stts_lightning.classifier import VideoClassifier
 
 OWN = {"pool": 2, "pool_backward": 8, "window_attention": 1, "window_attention_backward": 4}

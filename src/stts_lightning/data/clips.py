@@ -78,7 +78,7 @@ def read_clips(
         DecodeError: if the video does not decode: names it.
         ValueError: see `ClipRule`.
     """
-    ClipRule(views, crops, stride, sampling, short_side)
+    ClipRule(views, crops, stride, sampling, short_side)  # Refuses what there is not.
     frames, *size = clip_size
     with open_video(path) as video:
         indices = SAMPLINGS[sampling](frames, stride).views(len(video), views, video.rate)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stts_lightning import misspelt
+from stts_lightning import command_line
 from stts_lightning.overrides import for_hydra
 
 
@@ -50,7 +50,7 @@ from stts_lightning.overrides import for_hydra
 )
 def test_what_is_misspelt_is_named_with_the_nearest(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        misspelt.check("train", for_hydra(arguments))
+        command_line.check("train", for_hydra(arguments))
     error = capsys.readouterr().err
     assert ended.value.code == 2
     assert error.startswith(f"error: {said}") and error.count("\n") == 1
@@ -71,11 +71,11 @@ def test_what_is_misspelt_is_named_with_the_nearest(arguments: list[str], said: 
     ],
 )
 def test_what_is_right_passes(command: str, arguments: list[str]) -> None:
-    misspelt.check(command, for_hydra(arguments))
+    command_line.check(command, for_hydra(arguments))
 
 
 def test_nothing_is_left_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        misspelt.check("train", ["trainer.max_epoch=3"])
+        command_line.check("train", ["trainer.max_epoch=3"])
     assert not list(tmp_path.iterdir())

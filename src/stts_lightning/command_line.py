@@ -60,22 +60,27 @@ def check(command: str, arguments: Sequence[str]) -> None:
     """
     if any(argument.startswith(ANOTHER_CONFIGURATION) for argument in arguments):
         return
-    given = [argument for argument in arguments if argument.startswith("~") or ("=" in argument and argument[0] != "-")]
     with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
-        if found := _no_option(command, arguments) or _several(arguments) or _no_list(given):
-            print(f"error: {found}", file=sys.stderr)
-            raise SystemExit(2)
-        for overrides in _jobs(given):
-            try:
-                cfg = compose(command, overrides)
-                if found := _no_boolean(command, overrides, cfg) or _no_number(overrides, cfg):
-                    print(f"error: {found}", file=sys.stderr)
-                    raise SystemExit(2)
-            except (HydraException, OmegaConfBaseException) as error:
-                if found := _said(command, overrides, error):
-                    print(f"error: {found}", file=sys.stderr)
-                    raise SystemExit(2) from error
-                return  # Hydra says what it is.
+        found = _wrong(command, arguments)
+    if found:
+        print(f"error: {found}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _wrong(command: str, arguments: Sequence[str]) -> str:
+    """What is wrong with a command line, in one line; empty for nothing, and for what Hydra says well."""
+    given = [argument for argument in arguments if argument.startswith("~") or ("=" in argument and argument[0] != "-")]
+    if found := _no_option(command, arguments) or _several(arguments) or _no_list(given):
+        return found
+    for overrides in _jobs(given):
+        try:
+            cfg = compose(command, overrides)
+            found = _no_boolean(command, overrides, cfg) or _no_number(overrides, cfg)
+        except (HydraException, OmegaConfBaseException) as error:
+            return _said(command, overrides, error)
+        if found:
+            return found
+    return ""
 
 
 def _jobs(arguments: Sequence[str]) -> Iterator[list[str]]:
@@ -130,7 +135,7 @@ def _several(arguments: Sequence[str]) -> str:
     for argument in arguments:
         with suppress(HydraException):
             if parser.parse_override(argument).is_sweep_override():
-                key, _, value = argument.partition("=")
+                key, _, value = argument.lstrip("+").partition("=")
                 as_list = "" if _is_group(key) else f"; {key}=[{value}] is one value, a list"
                 return f"{argument}: several values; with -m each is a run of its own{as_list}"
     return ""
@@ -138,13 +143,13 @@ def _several(arguments: Sequence[str]) -> str:
 
 def _is_group(key: str) -> bool:
     """Whether a key chooses one of the files of a folder in `conf/`."""
-    return (Path(conf_dir()) / key.lstrip("+")).is_dir()
+    return (Path(conf_dir()) / key).is_dir()
 
 
 def _no_list(overrides: Sequence[str]) -> str:
     """What is wrong with a list of options where one is taken: Hydra would merge them, and the last would win."""
     for override in overrides:
-        key, _, value = override.partition("=")
+        key, _, value = override.lstrip("+").partition("=")
         if value.startswith("[") and _is_group(key) and key not in MERGED:
             return f"{override}: takes one option; {key}={value.strip('[]')} with -m makes a run of each"
     return ""

@@ -1,0 +1,240 @@
+"""What the study compares: data sets, budgets and ways of choosing, and the run of each."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "study.md"
+
+COMMON = ["backbone=mvit_tiny", "callbacks.progress=null", "callbacks.best=null", "callbacks.loading=null"]
+FIXED = {"t": "uniform", "s": "centre"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of choosing.
+
+    Attributes:
+        label: what tables call it.
+        overrides: of the run; {plain} is the unpruned model's checkpoint, {half} half of the epochs.
+        recipe: of the run.
+        slots: selectors of the slots of an axis, where they differ: {"t": "gumbel"}.
+        axes: budgets that it can choose for: "t", "s", "ts".
+        main: whether the small study has it.
+    """
+
+    label: str
+    overrides: tuple[str, ...] = ()
+    recipe: str = "finetune"
+    slots: dict[str, str] = field(default_factory=dict)
+    axes: tuple[str, ...] = ("t", "s", "ts")
+    main: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Its part of a folder's name."""
+        return self.label.replace(", ", "_").replace(" ", "_").replace("=", "-").replace("(", "").replace(")", "")
+
+
+def chosen(selector: str) -> tuple[str, ...]:
+    """Overrides of a method that is a selector's name."""
+    return (f"selection.selector={selector}",)
+
+
+PAPER = ("selection.sigma=0.1",)
+WIDE = ("selection.sigma=0.5",)
+EVEN = ("selection.start=even", "selection.sigma=0.3", "optim.parts.selectors.lr_scale=1.0")
+"""As the recipe was at first: no preference, more noise, a lower rate."""
+FROZEN = ("+optim.parts.backbone.frozen_epochs={half}", "+optim.parts.head.frozen_epochs={half}")
+"""Backbone and head learn in the second half alone."""
+METHODS = (
+    Method("oracle", chosen("oracle"), main=True),
+    Method("oracle, one window a clip", (*chosen("oracle"), "selection.windows=clip"), axes=("s", "ts"), main=True),
+    Method("random", chosen("random"), main=True),
+    Method("fixed (uniform, centre)", slots=FIXED, main=True),
+    Method("difference to the frame before", chosen("difference")),
+    Method("Gumbel-Softmax", slots={"t": "gumbel"}, axes=("t",)),
+    Method("STTS as in the paper, sigma 0.1", PAPER, main=True),
+    Method("STTS as in the paper, sigma 0.5", WIDE, main=True),
+    Method("STTS as released", ("selection.scorer=official", "selection.estimator=official", *PAPER)),
+    Method("the recipe with a higher rate", ("optim.parts.selectors.lr_scale=3.0",), recipe="learn_selection"),
+    Method("the recipe with an even start", EVEN, recipe="learn_selection"),
+    Method("the recipe with an even start, paper scorer", (*EVEN, "selection.scorer=paper"), recipe="learn_selection"),
+    Method("recipe=learn_selection", recipe="learn_selection", main=True),
+)
+"""Rows of the main tables."""
+
+OPTIONS = (
+    Method("start=even", (*WIDE, "selection.start=even")),
+    Method("start=small", (*WIDE, "selection.start=small")),
+    Method("backbone frozen at first", (*WIDE, *FROZEN)),
+    Method("normalize=windows", (*WIDE, "selection.normalize=windows")),
+    Method("scope=clip", (*WIDE, "selection.scope=clip")),
+    Method("windows=clip", (*WIDE, "selection.windows=clip")),
+    Method("windows=smooth", (*WIDE, "selection.windows=smooth")),
+    Method("forward=hard", (*WIDE, "selection.forward=hard")),
+    Method("sigma of spread", ("selection.sigma=1.0", "selection.sigma_of=spread")),
+    Method("sigma until 0.6", (*WIDE, "callbacks.sigma.until=0.6")),
+    Method("scorer=context", (*WIDE, "selection.scorer=context")),
+    Method("distilled", (*WIDE, "distill.teacher={plain}")),
+)
+"""Each option alone, on top of the paper's method with sigma 0.5, where both time and place matter."""
+
+ON_REAL_VIDEOS = ("difference to the frame before", "STTS as released")
+"""What a small study compares there too: motion is seen in the differences, not in the mean of a frame."""
+
+ATTENTION = Method("attention of the class token", chosen("attention"))
+"""Chooses what the block before attended to; needs a block before it."""
+
+RANDOM, FIXED_CHOICE = "random", "fixed (uniform, centre)"
+BASES = (RANDOM, FIXED_CHOICE, "STTS as in the paper, sigma 0.5", "recipe=learn_selection")
+"""Rows that each option alone is compared with."""
+BESIDE_ATTENTION = ("oracle", RANDOM, FIXED_CHOICE, "STTS as in the paper, sigma 0.1", "recipe=learn_selection")
+"""Rows that attention is compared with."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """How a data set is used.
+
+    Attributes:
+        data: overrides of every run.
+        plain: overrides of the unpruned models.
+        budgets: what is kept, from half of the tokens down.
+        attended: the budget at which attention is compared; empty for none.
+        options: the budget at which each option is tried alone; empty for none.
+        epochs: of tuning.
+        also: rows that its small study has beside the main ones.
+        tested: list of the test videos, where several were made of one source; None where each is its own.
+    """
+
+    data: tuple[str, ...]
+    plain: tuple[str, ...]
+    budgets: tuple[str, ...]
+    attended: str = ""
+    options: str = ""
+    epochs: int = 2
+    also: tuple[str, ...] = ()
+    tested: Path | None = None
+
+
+DEMOS = {
+    "when": (("t0_0.5", "t0_0.25"), "t1_0.25"),
+    "where": (("s0_0.5", "s0_0.25"), "s1_0.25"),
+    "both": (("t0_0.7_s0_0.7", "t0_0.5_s0_0.25"), "t1_0.5_s1_0.25"),
+}
+"""Budgets of each setting, and that of attention."""
+
+
+def data_sets(own: Sequence[str], start: Path | None = None) -> dict[str, DataSet]:
+    """The demo's settings, and folders given as NAME=FOLDER; `start` is what the unpruned models of these begin with."""
+    plain = ("recipe=scratch", "trainer.max_epochs=4")
+    found = {
+        f"demo_{setting}": DataSet(
+            ("dataset=demo", f"dataset.setting={setting}"), plain, budgets, attended, budgets[-1] if setting == "both" else ""
+        )
+        for setting, (budgets, attended) in DEMOS.items()
+    }
+    for given in own:
+        name, _, place = given.partition("=")
+        root = Path(place).resolve()
+        # Few and long videos: a clip has a frame of each sixteenth of a video, and all of the picture.
+        data = (
+            "dataset=list", f"dataset.train={root}/train.csv", f"dataset.val={root}/val.csv", f"dataset.name={name}",
+            f"dataset.manifest={root}/manifest.csv", "dataset.truth=true", "clip.sampling=segments", "clip.test_views=1",
+            "clip.decoder=pyav", "clip.decode_timeout=null",  # Twice as fast for small files that are known to decode.
+            "clip.short_side=crop", "clip.train_transform.scale=[0.6,1.0]", "clip.train_transform.ratio=[0.8,1.25]",
+        )  # fmt: skip
+        budgets = ("t0_0.5", "s0_0.5", "t0_0.5_s0_0.5")
+        unpruned = ("recipe=scratch", "trainer.max_epochs=12")
+        if start:
+            unpruned = (
+                f"pretrained={start.resolve()}",
+                "recipe=scratch",
+                "trainer.max_epochs=8",
+                "optim.lr=3e-4",
+                "backbone.drop_path=0.2",
+            )
+        found[name] = DataSet(data, unpruned, budgets, epochs=8, also=ON_REAL_VIDEOS, tested=root / "val.csv")
+    return found
+
+
+def axes(kept: str) -> str:
+    """Axes of a budget: "t", "s" or "ts"."""
+    return "".join(sorted({part[0] for part in kept.split("_")[::2]}, key="ts".index))
+
+
+class Job(NamedTuple):
+    """One run: its folder and its overrides."""
+
+    folder: Path
+    overrides: list[str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: a method at a budget on a data set, and where its runs lie."""
+
+    data: str
+    kept: str
+    method: Method
+
+    def folder(self, root: Path, seed: int) -> Path:
+        """Of one run."""
+        return root / self.data / f"{self.kept}_{self.method.folder}_seed{seed}"
+
+
+ALL = Method("all tokens, tuned as the others", main=True)
+
+
+def plain_folder(root: Path, data: str, seed: int) -> Path:
+    """Of the unpruned model that the methods start from."""
+    return root / data / f"plain_seed{seed}"
+
+
+def rows(name: str, data: DataSet, small: bool) -> Iterator[Row]:
+    """What is compared on a data set, what matters most first."""
+    yield Row(name, "none", ALL)
+    *larger, smallest = data.budgets
+
+    def wanted(method: Method) -> bool:
+        return not small or method.main or method.label in data.also
+
+    yield from (Row(name, smallest, method) for method in METHODS if axes(smallest) in method.axes and wanted(method))
+    if small:
+        return
+    if data.options:
+        yield from (Row(name, data.options, method) for method in OPTIONS)
+    if data.attended:
+        beside = [method for method in METHODS if method.label in BESIDE_ATTENTION]
+        yield from (Row(name, data.attended, method) for method in (*beside, ATTENTION))
+    for kept in larger:
+        yield from (Row(name, kept, method) for method in METHODS if axes(kept) in method.axes)
+
+
+def plain(root: Path, name: str, data: DataSet, seed: int) -> Job:
+    """The run of the unpruned model that the methods start from."""
+    return Job(plain_folder(root, name, seed), [*data.data, "selection=none", *data.plain, f"seed={seed}"])
+
+
+def job(root: Path, row: Row, data: DataSet, seed: int) -> Job:
+    """A row's run with one seed."""
+    parts = [] if row.kept == "none" else list(zip(*[iter(row.kept.split("_"))] * 2, strict=True))
+    slots = [f"+selection.slots.{slot}.ratio={ratio}" for slot, ratio in parts]
+    slots += [f"+selection.slots.{slot}.selector={row.method.slots[slot[0]]}" for slot, _ in parts if slot[0] in row.method.slots]
+    start = f"{plain_folder(root, row.data, seed)}/checkpoints/last.ckpt"
+    own = [override.replace("{plain}", start).replace("{half}", str(data.epochs // 2)) for override in row.method.overrides]
+    return Job(
+        row.folder(root, seed),
+        [
+            *data.data,
+            "selection=none",
+            *slots,
+            f"recipe={row.method.recipe}",
+            f"trainer.max_epochs={data.epochs}",
+            *own,
+            f"pretrained={start}",
+            f"seed={seed}",
+        ],
+    )

@@ -1,0 +1,187 @@
+"""What the study's runs say: a line for each in docs/study_runs.jsonl, and the tables that are made of these lines."""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from study_plan import (
+    ALL,
+    ATTENTION,
+    BASES,
+    FIXED_CHOICE,
+    METHODS,
+    OPTIONS,
+    PAGE,
+    RANDOM,
+    DataSet,
+    Method,
+    Row,
+    data_sets,
+    plain_folder,
+    rows,
+)  # fmt: skip
+from torch import Tensor
+
+from stts_lightning.analysis.evaluation import Predictions, bootstrap, probabilities
+from stts_lightning.analysis.results import read_result
+from stts_lightning.data.annotations import read_list
+from stts_lightning.data.truth import truth_file
+
+RUNS = PAGE.with_name("study_runs.jsonl")
+RESAMPLES = 10_000
+
+
+def right(folder: Path, tested: Path | None = None) -> Tensor:
+    """Which test videos a run has right, 0 or 1 in the order of the list, `(N,)` float64.
+
+    Of videos that were made of one source, the share of them: they are no independent tests.
+    """
+    found = Predictions.load(folder / "test" / "predictions.npz")
+    order = np.argsort(found.video)
+    correct = (probabilities(found).argmax(1) == torch.from_numpy(found.label))[order].double()
+    if tested is None:
+        return correct
+    of = torch.from_numpy(np.unique(sources(tested), return_inverse=True)[1])
+    return torch.zeros(int(of.max()) + 1, dtype=torch.float64).scatter_reduce(0, of, correct, "mean", include_self=False)
+
+
+@functools.cache
+def sources(tested: Path) -> tuple[str, ...]:
+    """The video that each of a list of embedded videos was made of."""
+    paths = [video.path for video in read_list(tested).videos]
+    return tuple(json.loads(truth_file(path).read_text())["embedding"]["source"] for path in paths)
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """95 % interval of the mean over videos, by the bootstrap."""
+    return bootstrap(values, RESAMPLES)
+
+
+def percent(low: float, high: float, sign: bool = False) -> str:
+    """An interval in points."""
+    return f"{100 * low:+.1f} to {100 * high:+.1f}" if sign else f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a finished run, a line of docs/study_runs.jsonl.
+
+    Attributes:
+        data: name of the data set.
+        kept: budget, "none" for all tokens.
+        method: label of the row.
+        seed: of the run and of the unpruned model that it starts from.
+        gflops: of a view.
+        top1: 0 to 1.
+        found: share of the action that each slot kept.
+        right: share of the copies of each test video that it has right; 0 or 1 where each is its own.
+    """
+
+    data: str
+    kept: str
+    method: str
+    seed: int
+    gflops: float
+    top1: float
+    found: dict[str, float]
+    right: list[float]
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What tells runs apart."""
+        return self.data, self.kept, self.method, self.seed
+
+
+PLAIN = "the unpruned model, before tuning"
+"""Row of the models that the methods start from."""
+
+
+def read_run(folder: Path, row: Row, seed: int, tested: Path | None) -> Run | None:
+    """What the folder of a run says; None if the run is not finished."""
+    if not (folder / "result.json").is_file():
+        return None
+    result = read_result(folder)
+    keys = {slot: f"last/selection/{slot}/found" for slot in result["slots"] or {}}
+    found = {slot: round(float(result[key]), 4) for slot, key in keys.items() if key in result}
+    share = [round(value, 4) for value in right(folder, tested).tolist()]
+    cost, top1 = round(float(result["gflops_per_view"]), 4), round(float(result["top1"]), 6)
+    return Run(row.data, row.kept, row.method.label, seed, cost, top1, found, share)
+
+
+def collect(root: Path, found: dict[str, DataSet], seeds: range) -> list[Run]:
+    """Finished runs of a folder, and the stored ones of seeds that the folder has nothing of."""
+    runs: list[Run] = []
+    for name, data in found.items():
+        for seed in seeds:
+            runs += filter(None, [read_run(plain_folder(root, name, seed), Row(name, "none", Method(PLAIN)), seed, data.tested)])
+            every = {row.folder(root, seed): row for row in rows(name, data, small=False)}
+            runs += filter(None, [read_run(folder, row, seed, data.tested) for folder, row in every.items()])
+    stored = [Run(**json.loads(line)) for line in RUNS.read_text().splitlines()] if RUNS.is_file() else []
+    here = {(run.data, run.seed) for run in runs}
+    runs += [run for run in stored if (run.data, run.seed) not in here]
+    return sorted(runs, key=lambda run: run.key)
+
+
+class Outcome:
+    """What the runs of a row say, over the seeds that are finished."""
+
+    def __init__(self, runs: Sequence[Run], data: str, kept: str, label: str) -> None:
+        self.runs = {run.seed: run for run in runs if run.key[:3] == (data, kept, label)}
+        self.right = {seed: torch.tensor(run.right, dtype=torch.float64) for seed, run in self.runs.items()}
+
+    def minus(self, other: "Outcome") -> str:
+        """Interval of the difference to another row, over the videos, paired, as a mean over the seeds that both have."""
+        both = [seed for seed in self.runs if seed in other.runs]
+        if not both:
+            return ""
+        pairs = [self.right[seed] - other.right[seed] for seed in both]
+        return percent(*interval(torch.stack(pairs).mean(0)), sign=True)
+
+    def found(self) -> str:
+        """How much of the action was kept, of each slot, in percent."""
+        shares = [run.found for run in self.runs.values()]
+        return ", ".join(f"{100 * np.mean([share[slot] for share in shares]):.0f}" for slot in shares[0])
+
+    def cells(self, against: Sequence["Outcome | None"]) -> list[str]:
+        """Cost, accuracy with its interval, each seed, what was found, and differences."""
+        top1 = [100 * run.top1 for run in self.runs.values()]
+        low, high = interval(torch.stack(list(self.right.values())).mean(0))
+        each = ", ".join(f"{value:.1f}" for value in top1)
+        differences = [self.minus(other) if other else "" for other in against]
+        cost = f"{next(iter(self.runs.values())).gflops:.3f}"
+        return [cost, f"{np.mean(top1):.1f} ({percent(low, high)})", each, self.found(), *differences]
+
+
+def table(runs: Sequence[Run], data: str, kept: str, labels: Sequence[str]) -> list[str]:
+    """A table in Markdown; differences are to the random and the fixed choice of the same budget. Empty if no row has a run."""
+    head = ["chosen by", "GFLOPs a view", "top-1 (95 % interval)", "each seed", "action found, %", "minus random", "minus fixed"]
+    outcomes = {label: Outcome(runs, data, kept, label) for label in labels}
+    outcomes = {label: outcome for label, outcome in outcomes.items() if outcome.runs}
+    random, fixed = outcomes.get(RANDOM), outcomes.get(FIXED_CHOICE)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] if outcomes else []
+    for label, outcome in outcomes.items():
+        against = {RANDOM: [None, None], FIXED_CHOICE: [random, None]}.get(label, [random, fixed])
+        lines.append("| " + " | ".join([label, *outcome.cells(against)]) + " |")
+    return lines
+
+
+def tables(runs: Sequence[Run]) -> str:
+    """All tables in Markdown."""
+    lines: list[str] = []
+    own = sorted({run.data for run in runs if not run.data.startswith("demo_")})
+    for name, data in data_sets([f"{name}=." for name in own]).items():
+        if all(run.data != name for run in runs):
+            continue
+        main, alone = [method.label for method in (*METHODS, ATTENTION)], [method.label for method in OPTIONS]
+        lines += ["", f"### {name}", "", *table(runs, name, "none", [PLAIN, ALL.label])]
+        for kept in filter(None, (*data.budgets, data.attended)):
+            written = table(runs, name, kept, main)
+            lines += ["", f"**{kept}**", "", *written] if written else []
+        if any(run.data == name and run.method in alone for run in runs):
+            base = [method.label for method in METHODS if method.label in BASES]
+            lines += ["", f"**{data.options}, each option alone**", "", *table(runs, name, data.options, [*base, *alone])]
+    return "\n".join(lines).strip()
