@@ -53,7 +53,12 @@ def _die(task: Task) -> Any:
     yield from _real(task)
 
 
-_real = checking._findings
+def _late(connection: Any) -> None:
+    time.sleep(2)
+    _serve(connection)
+
+
+_real, _serve = checking._findings, checking._serve
 
 
 def replaced(monkeypatch: pytest.MonkeyPatch, findings: Any) -> None:
@@ -76,6 +81,13 @@ def test_a_decoder_that_hangs_is_killed_and_what_it_found_is_kept(tmp_path: Path
     assert time.monotonic() - start < 30
     assert [Path(entry.path).name for entry in entries] == ["0.mp4", "1.mp4", "2.mp4"]
     assert all(entry.status == "ok" and entry.frames == 8 and "hangs for more than 1 s" in entry.warning for entry in entries)
+
+
+def test_a_process_that_starts_late_is_no_file_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced(monkeypatch, _real)
+    monkeypatch.setattr(checking, "_serve", _late)
+    (entry,) = work([Task(moving(tmp_path / "0.mp4", 8))], 1, 1.0)
+    assert (entry.status, entry.frames, entry.warning) == ("ok", 8, "")
 
 
 def test_a_decoder_that_dies_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from stts_lightning.data.streams import is_transport_stream, why_not_decord
 
 # A fresh interpreter: a fork of a process with threads may hold their locks.
 PROCESSES = multiprocessing.get_context("spawn")
+START_TIMEOUT = 300
+"""Seconds that an interpreter may take to start: on a busy machine that is no fault of the first file."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Task:
 
 def _serve(connection: Connection) -> None:
     """What a process does: a task in, its findings out piece by piece, so that what was found before a hang is not lost."""
+    connection.send(("ready", None))
     while (task := connection.recv()) is not None:
         for name, value in _findings(task):
             connection.send((name, value))
@@ -87,6 +90,7 @@ class _Worker:
         self.process = PROCESSES.Process(target=_serve, args=(there,), daemon=True)
         self.process.start()
         there.close()
+        self.starting = True
 
     def close(self) -> None:
         self.process.kill()
@@ -100,7 +104,7 @@ class _Worker:
         self.connection.send(task)
         while True:
             try:
-                if not self.connection.poll(timeout):
+                if not self.connection.poll(timeout + START_TIMEOUT * self.starting):
                     trouble = f"hangs for more than {timeout:g} s"
                     break
                 name, value = self.connection.recv()
@@ -108,6 +112,9 @@ class _Worker:
                 self.process.join(5)
                 trouble = f"the decoder dies (exit status {self.process.exitcode})"
                 break
+            self.starting = False
+            if name == "ready":
+                continue
             if name == "done":
                 break
             findings[name] = value
