@@ -19,7 +19,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone, start_linear
+from stts_lightning.backbones.registry import Backbone, clip_size, register_backbone, start_linear
 from stts_lightning.selection.reducer import Record
 from stts_lightning.selection.selector import GridSize
 from stts_lightning.selection.slots import SlotBank
@@ -204,10 +204,7 @@ class MViT(Backbone):
         selection: SelectionSpec | None = None,
     ) -> None:
         super().__init__()
-        height, width = (size, size) if isinstance(size, int) else size
-        if frames % 2 or height % 4 or width % 4:
-            raise BackboneError(f"backbone: frames={frames} must be a multiple of 2, size={size} of 4")
-        self.clip_size = (frames, height, width)
+        frames, height, width = self.clip_size = clip_size(frames, size, 2, 4)
         self.patch_embed = nn.Conv3d(3, dim, (3, 7, 7), (2, 4, 4), (1, 3, 3))
         grid: GridSize = (frames // 2, height // 4, width // 4)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.backbones.mvit import Pool, Triple, class_attention, pooled, pooled_skip, select
-from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone, start_linear
+from stts_lightning.backbones.registry import Backbone, BackboneError, clip_size, register_backbone, start_linear
 from stts_lightning.selection.reducer import Record
 from stts_lightning.selection.selector import GridSize, Selection
 from stts_lightning.selection.slots import SlotBank
@@ -258,12 +258,9 @@ class MViTv2(Backbone):
         selection: SelectionSpec | None = None,
     ) -> None:
         super().__init__()
-        height, width = (size, size) if isinstance(size, int) else size
-        if frames % 2 or height % 4 or width % 4:
-            raise BackboneError(f"backbone: frames={frames} must be a multiple of 2, size={size} of 4")
         if displacements not in DISPLACEMENTS:
             raise BackboneError(f"backbone.displacements={displacements!r}: allowed are {', '.join(DISPLACEMENTS)}")
-        self.clip_size = (frames, height, width)
+        frames, height, width = self.clip_size = clip_size(frames, size, 2, 4)
         self.displacements = displacements
         self.patch_embed = nn.Conv3d(3, dim, (3, 7, 7), (2, 4, 4), (1, 3, 3))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))

@@ -5,7 +5,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -65,8 +65,9 @@ class Backbone(nn.Module, ABC):
 
     def check_clip(self, clip: Tensor) -> None:
         """Raise ValueError if a clip `(B, 3, T, H, W)` has another size than the backbone was built for."""
-        if tuple(clip.shape[2:]) != self.clip_size:
-            raise ValueError(f"clip of {tuple(clip.shape[2:])} frames x height x width: this backbone takes {self.clip_size}")
+        if tuple(clip.shape[1:]) != (3, *self.clip_size):
+            frames, height, width = self.clip_size
+            raise ValueError(f"clips of shape {tuple(clip.shape)}: this backbone takes (B, 3, {frames}, {height}, {width})")
 
     @abstractmethod
     def no_weight_decay(self) -> set[str]:
@@ -106,6 +107,15 @@ def start_linear(module: nn.Module, gain: float | None) -> None:
         trunc_normal_(module.weight, std=gain / math.sqrt(module.in_features) if gain else 0.02)
         if module.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
             nn.init.zeros_(module.bias)
+
+
+def clip_size(frames: int, size: int | Sequence[int], frames_unit: int, size_unit: int) -> tuple[int, int, int]:
+    """Frames, height and width of clips, for a backbone that takes multiples of these units alone. Raises BackboneError."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(frames, height, width) < 1 or frames % frames_unit or height % size_unit or width % size_unit:
+        needed = f"frames={frames} must be a multiple of {frames_unit}, size={size} of {size_unit}, both above 0"
+        raise BackboneError(f"backbone: {needed}")
+    return frames, height, width
 
 
 Factory = Callable[..., Backbone]

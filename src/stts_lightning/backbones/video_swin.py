@@ -20,7 +20,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone, start_linear
+from stts_lightning.backbones.registry import Backbone, BackboneError, clip_size, register_backbone, start_linear
 from stts_lightning.selection.reducer import Record
 from stts_lightning.selection.selector import GridSize
 from stts_lightning.selection.slots import SlotBank
@@ -282,10 +282,9 @@ class VideoSwin(Backbone):
         self.window_policy = window_policy = window_policy or "balanced"
         if window_policy not in POLICIES:
             raise BackboneError(f"backbone.window_policy={window_policy!r}: allowed are {', '.join(POLICIES)}")
-        height, width = (size, size) if isinstance(size, int) else size
         limit: Triple = (window[0], window[1], window[2])
         self.window = limit
-        self.clip_size = (frames, height, width)
+        self.clip_size = clip_size(frames, size, 1, 1)
         self.patch_embed = nn.Conv3d(3, dim, self.patch, self.patch)
         self.patch_norm = nn.LayerNorm(dim)
         t, h, w = (math.ceil(n / p) for n, p in zip(self.clip_size, self.patch, strict=True))

@@ -19,7 +19,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stts_lightning.backbones.registry import Backbone, BackboneError, register_backbone, start_linear
+from stts_lightning.backbones.registry import Backbone, BackboneError, clip_size, register_backbone, start_linear
 from stts_lightning.selection.reducer import Given, Record, Reducing, Reduction, Tokens
 from stts_lightning.selection.selector import GridSize
 from stts_lightning.selection.slots import SlotBank
@@ -154,12 +154,9 @@ class ViT(Backbone):
         selection: SelectionSpec | None = None,
     ) -> None:
         super().__init__()
-        height, width = (size, size) if isinstance(size, int) else size
-        if frames % TUBELET or height % patch or width % patch:
-            raise BackboneError(f"backbone: frames={frames} must be a multiple of {TUBELET}, size={size} of {patch}")
         if positions not in ("sinusoid", "learned"):
             raise BackboneError(f"backbone.positions={positions!r}: allowed are sinusoid, learned")
-        self.clip_size = (frames, height, width)
+        frames, height, width = self.clip_size = clip_size(frames, size, TUBELET, patch)
         self.mean, self.std = (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
         self.patch_embed = nn.Conv3d(3, dim, (TUBELET, patch, patch), (TUBELET, patch, patch))
         self.grid: GridSize = (frames // TUBELET, height // patch, width // patch)
