@@ -57,6 +57,31 @@ def test_what_is_misspelt_is_named_with_the_nearest(arguments: list[str], said: 
 
 
 @pytest.mark.parametrize(
+    ("command", "argument", "meant"),
+    [
+        ("predict", "runs/a", "; did you mean run=runs/a?"),
+        ("train", "runs/a", "; did you mean resume=runs/a?"),
+        ("evaluate", "best.ckpt", "; did you mean checkpoint=best.ckpt?"),
+        ("train", "best.ckpt", "; did you mean pretrained=best.ckpt?"),
+        ("predict", "clip.mp4", "; did you mean videos=clip.mp4?"),
+        ("train", "videos", "; did you mean dataset.root=videos?"),
+        ("predict", "runs/b", " (`stts predict --help`"),
+    ],
+)
+def test_a_path_gets_the_key_that_takes_it(
+    command: str, argument: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/a", "videos"):
+        Path(folder).mkdir(parents=True)
+    for file in ("runs/a/config.yaml", "best.ckpt", "clip.mp4"):
+        Path(file).touch()
+    with pytest.raises(SystemExit):
+        command_line.check(command, [argument])
+    assert f"error: {argument}: options are written key=value{meant}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("command", "arguments"),
     [
         ("train", ["optim.parts.backbone.frozen=true", "selection.slots.t3.ratio=0.5", "+trainer.detect_anomaly=true"]),

@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors", "files", "progress"},
     "backbones": {"errors", "selection"},
     "kernels": {"backbones", "selection"},
-    "classifier": {"errors", "trusted", "kernels", "backbones", "selection", "data"},
+    "classifier": {"errors", "run_folders", "trusted", "kernels", "backbones", "selection", "data"},
     "run_folders": {"errors", "files"},
     "analysis": {
         "containers", "errors", "files", "progress", "configuration", "run_folders", "classifier", "kernels", "backbones",
@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "configuration": {"selection"},
     "doctor": set(),
     "run_config": {"containers", "errors", "files", "ranges", "run_folders", "trusted", "backbones"},
-    "command_line": {"configuration", "containers", "ranges"},
+    "command_line": {"configuration", "containers", "ranges", "run_folders"},
     "console": {"errors", "run_config", "run_folders"},
     "sweeps": {"errors", "analysis", "overrides", "run_folders"},
     "__main__": set(),

@@ -1,7 +1,9 @@
 """From Python: a run's folder or a published file, a video, and the names of its classes."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from stts_lightning.backbones.checkpoints import CheckpointError, save_weights
 from stts_lightning.configuration import conf_dir
 from stts_lightning.data.clips import ClipRule
 from stts_lightning.data.demo import DemoSpec, make_demo
+from stts_lightning.run_folders import RunError
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,7 @@ def test_what_a_model_cannot_do_is_said(place: Path, tmp_path: Path) -> None:
     model, video = create_model("mvit_tiny"), next((place / "data" / "demo_when" / "val").glob("*/*.mp4"))
     for given, said in (
         ({"views": 0}, "views=0: allowed are 1 or more"),
+        ({"top": 0}, "top=0: must be 1 or more"),
         ({"crops": 2}, "crops=2: allowed are 1, 3"),
         ({"sampling": "dense"}, "sampling=dense: allowed are .*segments"),
         ({"view": 3}, "view: no such argument; there are views, crops, stride"),
@@ -109,12 +113,34 @@ def test_what_a_model_cannot_do_is_said(place: Path, tmp_path: Path) -> None:
             model.predict(video, **given)
     with pytest.raises(ValueError, match="has no head"):
         create_model("mvit_tiny", num_classes=0).predict(video)
-    with pytest.raises(CheckpointError, match=r"last.ckpt: no such file; .*runs in it: .*runs/run"):
+    with pytest.raises(RunError, match=r"runs: has no checkpoints; runs in it: .*runs/run"):
         load_model(place / "runs")
-    with pytest.raises(CheckpointError, match=r"bets.ckpt: no such file; .*which= may be best, last"):
+    with pytest.raises(RunError, match="run: has no checkpoint 'bets'; there is best and last"):
         load_model(place / "runs" / "run", "bets")
-    with pytest.raises(CheckpointError, match="it is no run"):
+    with pytest.raises(RunError, match="there is no .*last.ckpt; give the folder of a run"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"num_classes": -1}, "num_classes=-1: must be a whole number, 0 for no head"),
+        ({"num_classes": "5"}, "num_classes='5': must be a whole number"),
+        ({"size": 0}, "backbone: frames=16 must be a multiple of 2, size=0 of 4, both above 0"),
+        ({"frames": -2}, "backbone: frames=-2 must be a multiple of 2"),
+        ({"selecton": "t0_0.5"}, "backbone mvit_tiny: .*unexpected keyword argument 'selecton'"),
+    ],
+)
+def test_what_no_model_can_be_is_said(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        create_model("mvit_tiny", **asked)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 64, 64), (1, 16, 3, 64, 64), (1, 3, 8, 64, 64)])
+def test_clips_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    model = create_model("mvit_tiny", size=64)
+    with pytest.raises(ValueError, match=re.escape(f"clips of shape {shape}: this backbone takes (B, 3, 16, 64, 64)")):
+        model(torch.zeros(shape))
 
 
 def test_a_slot_that_keeps_everything_is_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -285,8 +285,8 @@ def check_devices(accelerator: str, devices: Any) -> None:
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator in ("gpu", "cuda") and not cuda and not (accelerator == "gpu" and torch.backends.mps.is_available()):
         raise ConfigError(
-            f"trainer.accelerator={accelerator}: torch {torch.__version__} finds no GPU on this machine; trainer=cpu trains on "
-            "its processor, and so do several processes of trainer=ddp trainer.accelerator=cpu trainer.devices=2 "
+            f"trainer.accelerator={accelerator}: torch {torch.__version__} finds no GPU on this machine; trainer=cpu runs on "
+            "its processor, and several processes do with trainer=ddp trainer.accelerator=cpu trainer.devices=2 "
             "trainer.precision=32-true"
         )
     # Under a launcher of its own each process may see but its own GPU.

@@ -15,6 +15,7 @@ from stts_lightning.backbones.registry import Backbone, create_backbone, find_ba
 from stts_lightning.data.clips import ClipRule, read_clips
 from stts_lightning.data.labels import kinetics_names
 from stts_lightning.kernels import kernels_for
+from stts_lightning.run_folders import CONFIG, run_checkpoint, run_classes
 from stts_lightning.selection.reducer import Record
 from stts_lightning.selection.slots import SlotBank
 from stts_lightning.selection.spec import SelectionSpec
@@ -81,7 +82,9 @@ class VideoClassifier(nn.Module):
         return self.head.out_features if isinstance(self.head, nn.Linear) else 0
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a new, untrained one for another number of classes; 0 removes it."""
+        """Replace the head by a new, untrained one for another number of classes; 0 removes it. Raises ValueError below 0."""
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes={num_classes!r}: must be a whole number, 0 for no head")
         self.head: nn.Module = nn.Linear(self.backbone.out_dim, num_classes) if num_classes else nn.Identity()
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=HEAD_SPREAD)
@@ -172,11 +175,13 @@ class VideoClassifier(nn.Module):
 
         Raises:
             DecodeError: if the video does not decode: names it.
-            ValueError: for a number of views or the like that there is not, or a model without a head.
+            ValueError: for a number of classes, views or the like that there is not, or a model without a head.
         """
         rule = self.clips.changed(**clips)
         if not self.num_classes:
             raise ValueError("this model has no head (num_classes=0): it gives features, no classes")
+        if top < 1:
+            raise ValueError(f"top={top}: must be 1 or more")
         pixels = read_clips(path, self.backbone.clip_size, **asdict(rule)).to(self.scale.device)
         training = self.training
         self.eval()
@@ -273,12 +278,13 @@ def load_model(path: str | Path, which: str = "last", **changes: Any) -> VideoCl
         **changes: arguments of `create_model` that are to differ from what the file says.
 
     Raises:
+        RunError: if the folder has no such checkpoint: says what is there.
         CheckpointError: if the file does not say how its model is built; and as `create_model`.
         TrustError: if it names a selector's class of another package, and trust=True is not given.
     """
     path = Path(path)
     if path.is_dir():
-        path = _of_run(path, which)
+        path = run_checkpoint(path, which)
     trust = bool(changes.get("trust"))
     recipe = read_checkpoint(path, trust).model
     if not recipe:
@@ -286,27 +292,14 @@ def load_model(path: str | Path, which: str = "last", **changes: Any) -> VideoCl
     if not trust:
         check_stored(recipe, f"checkpoint {path}", changes)
     model = create_model(**{**recipe, "pretrained": path, **changes})
-    if path.parent.name == "checkpoints":
-        _know_run(model, path.parent.parent)
+    _know_run(model, path)
     return model
 
 
-def _of_run(folder: Path, which: str) -> Path:
-    """A checkpoint of a run. Raises CheckpointError if it is not there: says what is."""
-    file = folder / "checkpoints" / f"{which}.ckpt"
-    if not file.is_file():
-        there = sorted(one.stem for one in file.parent.glob("*.ckpt"))
-        runs = sorted(str(one.parent.parent) for one in folder.glob("*/checkpoints/last.ckpt"))
-        hint = f"which= may be {', '.join(there)}" if there else f"runs in it: {', '.join(runs[:3])}" if runs else "it is no run"
-        raise CheckpointError(f"{file}: no such file; give the folder of a run, or a file ({hint})")
-    return file
-
-
-def _know_run(model: VideoClassifier, run: Path) -> None:
+def _know_run(model: VideoClassifier, checkpoint: Path) -> None:
     """Tell a model the clips of its run's test, and the names of its classes where its checkpoint does not say them."""
-    if (file := run / "config.yaml").is_file():
+    if checkpoint.parent.name == "checkpoints" and (file := checkpoint.parent.parent / CONFIG).is_file():
         model.clips = ClipRule.of(yaml.safe_load(file.read_text(encoding="utf-8"))["clip"])
-    if model.classes == tuple(map(str, range(model.num_classes))) and (file := run / "classes.txt").is_file():
-        names = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        if len(names) == model.num_classes:
-            model.classes = names
+    names = run_classes(checkpoint)
+    if names and len(names) == model.num_classes and model.classes == tuple(map(str, range(model.num_classes))):
+        model.classes = names

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from stts_lightning.configuration import GROUP, conf_dir
 from stts_lightning.containers import leaves
 from stts_lightning.ranges import RangeError, check_ranges
+from stts_lightning.run_folders import CONFIG
 
 ANOTHER_CONFIGURATION = ("-h", "--help", "--hydra-help", "--version", "--info", "-i", "-cd", "-cn", "-cp", "--config-")
 """Flags under which a command composes nothing, or another configuration than its own."""
@@ -42,6 +43,8 @@ OPEN = ("trainer", "callbacks", "logger", "backbone")
 """Sections that take keys which the configuration does not name."""
 WORDS_TOO = ("compile",)
 """Keys that are true, false, or a word."""
+WEIGHTS = (".ckpt", ".pt", ".pth", ".pyth", ".bin", ".safetensors")
+"""Suffixes of checkpoints."""
 MERGED = ("logger", "callbacks")
 """Groups of which several options make sense together."""
 VALUES = 50
@@ -121,10 +124,24 @@ def _no_option(command: str, arguments: Sequence[str]) -> str:
         content: Any = OmegaConf.to_container(compose(command))
         known = _keys(content)
         nearest = get_close_matches(name, FLAGS, n=1, cutoff=0.75) if flag else []
-        nearest = nearest or ([f"{key}=..."] if key in known else [f"{found}=..." for found in _alike(key, known)])
+        if argument and bare and Path(argument).exists():
+            nearest = [f"{found}={argument}" for found in _taking(Path(argument), known)]
+        elif "/" not in argument:
+            nearest = nearest or ([f"{key}=..."] if key in known else [f"{found}=..." for found in _alike(key, known)])
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         return f"{argument or repr(argument)}: options are written key=value{hint} (`stts {command} --help` lists all)"
     return ""
+
+
+def _taking(path: Path, known: Sequence[str]) -> list[str]:
+    """The key that takes what lies there: a run's folder, weights, or videos."""
+    if (path / CONFIG).is_file():
+        keys = ("run", "resume")
+    elif path.suffix in WEIGHTS:
+        keys = ("checkpoint", "pretrained")
+    else:
+        keys = ("videos", "dataset.root") if path.is_dir() else ("videos",)
+    return [key for key in keys if key in known][:1]
 
 
 def _several(arguments: Sequence[str]) -> str:

@@ -37,10 +37,10 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
         cfg, checkpoint = run_config.trained_config(cfg, overrides, "predict")
         run_config.check_numbers(cfg)
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
+        trainer = assembly.build_trainer(cfg)
         model = assembly.build_model(cfg)
         assembly.check_truth(model, known=False)
         rule = assembly.build_windows(cfg, model.backbone.clip_size)
-        trainer = assembly.build_trainer(cfg)
         classes = run_config.class_names(cfg.classes, checkpoint, model.classes)
         if cfg.overlay and model.slots.empty:
             raise run_config.ConfigError("overlay=true: this model has no selectors, it keeps all of every clip")

@@ -181,7 +181,9 @@ def main(cfg: DictConfig) -> None:
             try:
                 lists[split] = source.videos(split)
             except AnnotationError as error:
-                raise run_config.ConfigError(f"{error}; splits=[val] leaves a split out") from error
+                others = [other for other in splits or source.splits() if other != split]
+                hint = f"; splits=[{','.join(others)}] leaves {split} out" if others else ""
+                raise run_config.ConfigError(f"{error}{hint}") from error
         writes, embeds = values["task"] != "check", values["task"] == "embed"
         out = Path(values["out"])
         manifest = out / "manifest.csv" if writes or out.suffix != ".csv" else out

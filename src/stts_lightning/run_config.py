@@ -16,10 +16,20 @@ from stts_lightning.containers import leaves
 from stts_lightning.errors import UserError
 from stts_lightning.files import write_text
 from stts_lightning.ranges import check_ranges
-from stts_lightning.run_folders import CONFIG, LAST, changes_of, is_first_process, note_owner, overrides_of
+from stts_lightning.run_folders import (
+    CLASSES,
+    CONFIG,
+    LAST,
+    changes_of,
+    is_first_process,
+    lines,
+    note_owner,
+    overrides_of,
+    run_checkpoint,
+    run_classes,
+)
 from stts_lightning.trusted import REFERENCE, check_stored
 
-CLASSES = "classes.txt"
 NEEDED = ("backbone", "selection", "dataset", "clip", "loader")
 """Groups that the configuration of every run has."""
 
@@ -124,18 +134,15 @@ def trained_config(cfg: DictConfig, overrides: list[str], door: str) -> tuple[Di
         door: name of that file.
 
     Raises:
-        ConfigError: unless exactly one of `run` and `checkpoint` is given, or if the folder is not one of a run.
+        ConfigError: unless exactly one of `run` and `checkpoint` is given.
+        RunError: if the folder has no such checkpoint.
         CheckpointError: if the file cannot be read.
     """
-    if bool(cfg.run) == bool(cfg.checkpoint):
+    if cfg.run and cfg.checkpoint:
+        raise ConfigError(f"run={cfg.run} and checkpoint={cfg.checkpoint}: both name a model; give one of them")
+    if not cfg.run and not cfg.checkpoint:
         raise ConfigError("give a model: run=FOLDER, or checkpoint=FILE (with backbone= and selection=, if it is not ours)")
-    file = Path(cfg.run) / "checkpoints" / f"{cfg.which}.ckpt" if cfg.run else Path(cfg.checkpoint)
-    if cfg.run and Path(cfg.run).is_file():
-        raise ConfigError(f"run={cfg.run}: is a file; give the folder of a run, or checkpoint={cfg.run}")
-    if cfg.run and not file.is_file() and (there := sorted(one.stem for one in file.parent.glob("*.ckpt"))):
-        raise ConfigError(f"which={cfg.which}: the run has no such checkpoint; there is {' and '.join(there)}")
-    if cfg.run and not file.is_file():
-        raise ConfigError(f"run={cfg.run}: there is no {file}; give the folder of a run that wrote a checkpoint")
+    file = run_checkpoint(cfg.run, cfg.which) if cfg.run else Path(cfg.checkpoint)
     stored = _stored(file, cfg.trust, cfg)
     chosen = {override.partition("=")[0].lstrip("+") for override in overrides}
     if stored is not None:
@@ -244,7 +251,7 @@ def check_classes(folder: Path, classes: Sequence[str]) -> None:
     file = folder / CLASSES
     if not file.is_file():
         return
-    before = _lines(file)
+    before = list(lines(file))
     numbers = [str(number) for number in range(len(before))]
     if before == numbers or list(classes) == [str(number) for number in range(len(classes))]:
         return
@@ -258,23 +265,17 @@ def check_classes(folder: Path, classes: Sequence[str]) -> None:
         raise ConfigError(f"the data set has {len(classes)} classes, and had {len(before)} when {folder} was trained")
 
 
-def _lines(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-
-
 def class_names(file: str | None, checkpoint: Path, known: Sequence[str]) -> tuple[str, ...]:
     """Names of a model's classes: of a file, a line each, or else of the checkpoint's run folder, or else what the model knows.
 
     Raises:
         ConfigError: if the file is missing or has another number of lines.
     """
-    sibling = checkpoint.parent.parent / CLASSES
-    path = Path(file) if file else sibling if checkpoint.parent.name == "checkpoints" and sibling.is_file() else None
-    if path is None:
-        return tuple(known)
-    if not path.is_file():
-        raise ConfigError(f"classes={path}: no such file; give a file with the name of a class on each line")
-    names = tuple(_lines(path))
+    if file and not Path(file).is_file():
+        raise ConfigError(f"classes={file}: no such file; give a file with the name of a class on each line")
+    names = lines(Path(file)) if file else run_classes(checkpoint) or tuple(known)
     if len(names) != len(known):
-        raise ConfigError(f"classes={path}: {len(names)} lines, but the model has {len(known)} classes")
+        raise ConfigError(
+            f"classes={file or checkpoint.parent.parent / CLASSES}: {len(names)} lines; the model has {len(known)} classes"
+        )
     return names

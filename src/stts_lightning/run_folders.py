@@ -26,10 +26,11 @@ from stts_lightning.files import write_json
 log = logging.getLogger(__name__)
 
 JOB, RESULT, CONFIG, LAST = "job.json", "result.json", "config.yaml", "checkpoints/last.ckpt"
+CLASSES = "classes.txt"
 LOCK, OWNER = ".lock", ".owner.json"
 TEST, SPLIT = "test", "split"
 """Folders, in a run's, of its test, and of the lists that `dataset.val_fraction` made."""
-OUTPUTS = (RESULT, CONFIG, JOB, "classes.txt", "checkpoints", "panels", TEST, SPLIT, "metrics.csv", "report.html")
+OUTPUTS = (RESULT, CONFIG, JOB, CLASSES, "checkpoints", "panels", TEST, SPLIT, "metrics.csv", "report.html")
 """What a run writes into its folder."""
 CONSOLE = "console.log"
 """What a job of a sweep printed: it tells why the job was refused."""
@@ -40,6 +41,10 @@ EXIT_INTERRUPTED = 130
 _DECISION = "STTS_CAN_RESUME"
 _LOCKS: dict[Path, FileLock] = {}
 """Held until the process ends, however it does."""
+
+
+class RunError(UserError):
+    """A run that has no such checkpoint, or a folder that is no run's: names what is there."""
 
 
 class FolderInUseError(UserError):
@@ -76,6 +81,32 @@ OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True, use_cache=
 def is_first_process() -> bool:
     """Whether this process is the one of its run that owns the folder."""
     return all(os.environ.get(rank, "0") == "0" for rank in ("SLURM_PROCID", "RANK", "LOCAL_RANK"))
+
+
+def run_checkpoint(run: str | Path, which: str) -> Path:
+    """A checkpoint of a run: "last", or "best" by its validation. Raises RunError if it is not there."""
+    run = Path(run)
+    file = run / "checkpoints" / f"{which}.ckpt"
+    if file.is_file():
+        return file
+    if run.is_file():
+        raise RunError(f"run {run}: is a file; give the folder of a run, or checkpoint={run}")
+    if there := sorted(one.stem for one in file.parent.glob("*.ckpt")):
+        raise RunError(f"run {run}: has no checkpoint {which!r}; there is {' and '.join(there)}")
+    if runs := sorted(str(one.parent.parent) for one in run.glob("*/checkpoints/*.ckpt")):
+        raise RunError(f"run {run}: has no checkpoints; runs in it: {', '.join(dict.fromkeys(runs[:6]))}")
+    raise RunError(f"run {run}: there is no {file}; give the folder of a run that wrote a checkpoint")
+
+
+def run_classes(checkpoint: Path) -> tuple[str, ...] | None:
+    """Names of the classes, by label, that lie beside a run's checkpoint; None for files of other places."""
+    file = checkpoint.parent.parent / CLASSES
+    return lines(file) if checkpoint.parent.name == "checkpoints" and file.is_file() else None
+
+
+def lines(file: Path) -> tuple[str, ...]:
+    """Of a file of names."""
+    return tuple(file.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
 
 
 def overrides_of(folder: Path) -> list[str] | None:

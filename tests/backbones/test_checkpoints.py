@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,6 +113,18 @@ def test_truncated_files_are_named(tmp_path: Path, kind: str, share: float) -> N
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(CheckpointError, match=f"checkpoint {path}: damaged or cut short"):
         create_model("mvit_tiny", pretrained=path, **TINY)
+
+
+@pytest.mark.parametrize("name", ["weights.pyth", "weights.safetensors"])
+@pytest.mark.parametrize(
+    "text",
+    ["version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "<!DOCTYPE html>\n<html>", '{"a": 1}', "späte Grüße\n" * 40],
+)
+def test_text_is_no_damaged_checkpoint(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    begin = re.escape(repr(text.splitlines()[0]))
+    with pytest.raises(CheckpointError, match=f"checkpoint .*{name}: is text, not weights; it begins with {begin}"):
+        create_model("mvit_tiny", pretrained=tmp_path / name, **TINY)
 
 
 def test_the_other_backbones_file_is_named(tmp_path: Path) -> None:

@@ -236,8 +236,14 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(AnnotationError, match="no videos in"):
         read_folder(tmp_path / "empty")
+    with pytest.raises(AnnotationError, match="list file .*empty: is a folder; give a file, or dataset=folder"):
+        read_list(tmp_path / "empty")
+    with pytest.raises(AnnotationError, match="data folder .*l.txt: is a file; give a folder of class folders, or dataset=list"):
+        read_folder(write(tmp_path / "l.txt", "a.mp4 0\n"))
     videos = read_list(write(tmp_path / "l.txt", "a.mp4 0\nb.mp4 0\n"))
-    with pytest.raises(AnnotationError, match=r"2 of 2 listed videos do not exist, first .*a.mp4"):
+    with pytest.raises(
+        AnnotationError, match=r"2 of 2 listed videos do not exist, first .*a.mp4; paths in a list start from dataset.root"
+    ):
         check_files(videos, "list")
 
 

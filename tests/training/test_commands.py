@@ -150,7 +150,8 @@ def test_evaluate_a_file_by_itself(place: Path, finished: Path) -> None:
     assert {k: alone[k] for k in ("top1", "slots", "clip")} == {k: result[k] for k in ("top1", "slots", "clip")}
     for arguments, message in (
         ([], "error: give a model: run=FOLDER, or checkpoint=FILE"),
-        (["run=runs/none"], "error: run=runs/none: there is no "),
+        (["run=runs/none"], "error: run runs/none: there is no "),
+        (["run=runs/full", "checkpoint=alone.ckpt"], "error: run=runs/full and checkpoint=alone.ckpt: both name a model; give"),
         (["checkpoint=none.pt"], "error: checkpoint none.pt: no such file"),
         (["predictions=runs"], "error: predictions=runs: there is no predictions.npz in it"),
         (["checkpoint=alone.ckpt", "missing=maybe"], "error: missing='maybe': allowed are skip, wrong"),
@@ -193,7 +194,7 @@ def test_predict_labels_any_videos_and_shows_what_was_kept(place: Path, finished
     assert failed.returncode == 1 and "error: none of 1 videos could be decoded; nothing was written" in failed.stderr
     assert (finished / "predictions" / "predictions.json").read_bytes() == before
     wrong = door("predict", place, "run=runs/full", "videos=unknown", "which=bset", check=False)
-    assert wrong.returncode == 2 and "error: which=bset: the run has no such checkpoint; there is best and last" in wrong.stderr
+    assert wrong.returncode == 2 and "error: run runs/full: has no checkpoint 'bset'; there is best and last" in wrong.stderr
     # The same under two processes, each video once.
     two = [
         "trainer=ddp",
@@ -333,7 +334,7 @@ def test_undecodable_training_file_is_counted(place: Path, finished: Path) -> No
         (["selection.slots.t0.ratio=0"], "selection.slots.t0.ratio=0: must lie in (0, 1]"),
         (["selection.slots.t0.ratio=1.2"], "selection.slots.t0.ratio=1.2: must lie in (0, 1]"),
         (["+selection.slots.t99.ratio=0.5"], "selection.slots.t99: no block 99; this backbone has 0 to 5"),
-        (["dataset=folder", "dataset.root=/no/such/folder"], "data folder /no/such/folder/train: does not exist"),
+        (["dataset=folder", "dataset.root=/no/such/folder"], "data folder /no/such/folder: does not exist"),
         (["dataset=folder"], "dataset.root: must be given, as in dataset.root=..."),
         (["pretrained=/no/such.pt"], "checkpoint /no/such.pt: no such file"),
         (["head=rest"], "head=rest: allowed are keep, reset"),

@@ -169,6 +169,8 @@ def _bare(state: State) -> State:
 
 def _content(path: Path, trust: bool) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
     """The mapping that holds a file's weights, and our recipe if the file has one."""
+    if text := _text(path):
+        raise CheckpointError(f"checkpoint {path}: is text, not weights; it begins with {text!r}")
     if _is_safetensors(path):
         try:
             with safe_open(path, "pt") as file:
@@ -207,6 +209,15 @@ def _unwrapped(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _holds_tensors(content: Any) -> bool:
     return isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values())
+
+
+def _text(path: Path) -> str:
+    """The first line of a text file, such as a page that a download got or a pointer of Git LFS; empty for others."""
+    with path.open("rb") as file:
+        begin = file.read(200)
+    if any(byte < 32 and byte not in b"\t\n\r" for byte in begin):
+        return ""
+    return begin.decode(errors="ignore").strip().partition("\n")[0][:60].strip()
 
 
 def _is_safetensors(path: Path) -> bool:

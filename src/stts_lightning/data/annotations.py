@@ -17,7 +17,8 @@ from stts_lightning.data.list_formats import VIDEO_SUFFIXES, AnnotationError, re
 from stts_lightning.data.readers import is_frame_folder
 
 __all__ = [
-    "VIDEO_SUFFIXES", "AnnotationError", "Video", "VideoList", "Videos", "check_files", "held_out", "read_folder", "read_list",
+    "VIDEO_SUFFIXES", "AnnotationError", "Video", "VideoList", "Videos", "check_files", "existing_folder",
+    "held_out", "read_folder", "read_list",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def read_folder(folder: str | Path, classes: Sequence[str] | None = None) -> Vid
     Raises:
         AnnotationError: if the folder is missing or holds no class folders with videos.
     """
-    folder = _existing(folder, "data folder", Path.is_dir)
+    folder = existing_folder(folder)
     left_out: Counter[str] = Counter()
     found = {path.name: _videos_in(path, left_out) for path in sorted(folder.iterdir()) if path.is_dir() and not is_hidden(path)}
     with_videos = [name for name, videos in found.items() if videos]
@@ -196,7 +197,7 @@ def read_list(file: str | Path, root: str | Path | None = None, classes: Sequenc
     Raises:
         AnnotationError: if the list is missing, empty, or a line cannot be read.
     """
-    file = _existing(file, "list file", Path.is_file)
+    file = _existing_file(file)
     root = Path(root) if root is not None else file.parent
     beside = file.parent / "classes.txt"
     # Twice: the names of the classes may follow from all lines, and the lines are too many to keep.
@@ -232,11 +233,32 @@ def check_files(videos: VideoList, source: str) -> None:
     """Raise AnnotationError if a listed video does not exist: names the first and counts them."""
     missing = [video.path for video in videos.videos if not (video.path.is_file() or is_frame_folder(video.path))]
     if missing:
-        raise AnnotationError(f"{source}: {len(missing)} of {len(videos)} listed videos do not exist, first {missing[0]}")
+        raise AnnotationError(
+            f"{source}: {len(missing)} of {len(videos)} listed videos do not exist, first {missing[0]}; paths in a list start "
+            "from dataset.root or, where that is null, from the list's own folder"
+        )
 
 
-def _existing(path: str | Path, what: str, exists: object) -> Path:
+def existing_folder(path: str | Path) -> Path:
+    """The folder. Raises AnnotationError if there is none."""
     path = Path(path)
-    if not (path.is_dir() if exists is Path.is_dir else path.is_file()):
-        raise AnnotationError(f"{what} {path}: does not exist (give it as an absolute path or relative to {Path.cwd()})")
+    if path.is_file():
+        raise AnnotationError(
+            f"data folder {path}: is a file; give a folder of class folders, or dataset=list for lists of videos"
+        )
+    if not path.is_dir():
+        raise AnnotationError(f"data folder {path}: does not exist{_start(path)}")
     return path
+
+
+def _existing_file(path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise AnnotationError(f"list file {path}: is a folder; give a file, or dataset=folder for a folder of class folders")
+    if not path.is_file():
+        raise AnnotationError(f"list file {path}: does not exist{_start(path)}")
+    return path
+
+
+def _start(path: Path) -> str:
+    return "" if path.is_absolute() else f"; relative paths start from {Path.cwd()}"

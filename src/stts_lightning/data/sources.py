@@ -4,7 +4,15 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from stts_lightning.data.annotations import AnnotationError, VideoList, check_files, held_out, read_folder, read_list
+from stts_lightning.data.annotations import (
+    AnnotationError,
+    VideoList,
+    check_files,
+    existing_folder,
+    held_out,
+    read_folder,
+    read_list,
+)
 from stts_lightning.data.demo import DemoSpec, make_demo
 from stts_lightning.data.labels import read_class_names
 
@@ -90,7 +98,8 @@ class FolderSource(SplitSource):
 
     def listed(self, split: str) -> VideoList:
         """Videos of `root/<split>`; classes are train's."""
-        if not self.train.is_dir() and self.root.is_dir():
+        existing_folder(self.root)
+        if not self.train.is_dir():
             hint = (
                 f"videos are looked for in {self.train}/<class>/; dataset.val_fraction=0.2 takes them from {self.root}/<class>/"
             )

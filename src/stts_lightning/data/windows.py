@@ -95,7 +95,10 @@ def _listed(file: Path) -> list[Path]:
     found = [file.parent / name for name in names]
     missing = [path for path in found if not (path.is_file() or is_frame_folder(path))]
     if missing:
-        raise AnnotationError(f"videos={file}: {len(missing)} of {len(found)} listed videos do not exist, first {missing[0]}")
+        raise AnnotationError(
+            f"videos={file}: {len(missing)} of {len(found)} listed videos do not exist, first {missing[0]}; paths in a list "
+            "start from its own folder"
+        )
     return found
 
 
