@@ -192,7 +192,7 @@ class Reducer(nn.Module, ABC):
         return f"{self.out_tokens} of {self.in_tokens} tokens"
 
 
-@dataclass(frozen=True)
+@dataclass  # Not frozen: the compiler of torch 2.11 cannot make one of those within a graph.
 class Reducing:
     """A reducer with what it draws from: what a block calls between attention and MLP."""
 
