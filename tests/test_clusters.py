@@ -54,7 +54,7 @@ def slurm(place: Path) -> Iterator[dict[str, str]]:
     if not shutil.which("slurmctld") or not shutil.which("munged"):
         pytest.skip("Slurm is not installed: apt-get install slurm-wlm munge")
     script = str(SCRIPTS / "slurm_one_node.sh")
-    subprocess.run([script, "start", str(place / "slurm")], check=True, timeout=120)
+    subprocess.run([script, "start", str(place / "slurm")], check=True, timeout=900)
     yield {"SLURM_CONF": str(place / "slurm" / "slurm.conf")}
     subprocess.run([script, "stop", str(place / "slurm")], check=True)
 

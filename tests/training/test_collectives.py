@@ -15,7 +15,7 @@ def dry_run(folder: Path, processes: int, batches: int, *options: str) -> list[l
     """Collectives by kind, of each batch of each process."""
     folder.mkdir()
     command = [sys.executable, str(RUN), str(folder), str(batches), f"trainer.devices={processes}", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((folder / f"counts_{rank}.json").read_text()) for rank in range(processes)]
 
