@@ -154,7 +154,7 @@ def with_thumbnails(source: Path, target: Path) -> None:
         small = new.add_stream("libx264", rate=25, options={"crf": "18"})
         small.width, small.height, small.pix_fmt = 64, 48, "yuv420p"
         film = new.add_stream_from_template(old.streams.video[0])
-        film.disposition = av.stream.Disposition.default.value
+        film.disposition = av.stream.Disposition.default
         for number in range(25):
             new.mux(small.encode(av.VideoFrame.from_ndarray(picture(200 + number, 64, 48), format="rgb24")))
         new.mux(small.encode())

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from warm import LONGEST
 
 from stts_lightning.analysis.results import read_metrics
 
@@ -54,7 +55,7 @@ def slurm(place: Path) -> Iterator[dict[str, str]]:
     if not shutil.which("slurmctld") or not shutil.which("munged"):
         pytest.skip("Slurm is not installed: apt-get install slurm-wlm munge")
     script = str(SCRIPTS / "slurm_one_node.sh")
-    subprocess.run([script, "start", str(place / "slurm")], check=True, timeout=900)
+    subprocess.run([script, "start", str(place / "slurm")], check=True, timeout=LONGEST)
     yield {"SLURM_CONF": str(place / "slurm" / "slurm.conf")}
     subprocess.run([script, "stop", str(place / "slurm")], check=True)
 

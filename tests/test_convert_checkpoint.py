@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "convert_checkpoint.p
 
 
 def convert(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return python_m(str(SCRIPT), list(arguments), folder, dict(os.environ), timeout=900)
+    return python_m(str(SCRIPT), list(arguments), folder, dict(os.environ))
 
 
 def test_a_torchvision_file_becomes_safetensors_with_a_card(tmp_path: Path) -> None:

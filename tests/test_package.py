@@ -9,7 +9,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from warm import python_m
+from warm import LONGEST, python_m
 
 import stts_lightning
 from stts_lightning.__main__ import COMMANDS
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_help_does_not_wait_for_torch() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "stts_lightning.train", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
     assert done.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "hydra" in imported and not imported & {"torch", "lightning"}
@@ -56,7 +56,7 @@ def test_the_wheel_works_where_the_checkout_cannot_be_seen(installed: Path, tmp_
 
     def run(*arguments: str) -> str:
         command = [str(installed / "bin" / "python"), *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LONGEST)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -100,7 +100,7 @@ def test_broken_torchvision_pair_is_met_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     command = [sys.executable, "-m", "stts_lightning.train", "experiment=demo"]
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=LONGEST)
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert "does not work with torch" in line

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from warm import LONGEST
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("material")
@@ -33,7 +34,7 @@ class Page(HTMLParser):
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env={"NO_MKDOCS_2_WARNING": "1"})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST, env={"NO_MKDOCS_2_WARNING": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

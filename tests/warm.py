@@ -10,6 +10,8 @@ from subprocess import CompletedProcess
 
 import torch
 
+LONGEST = 900.0
+"""Seconds after which a command is taken to hang. Generous: on a busy machine a short run takes minutes."""
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["stts_lightning.assembly", "stts_lightning.training.panels", "torchvision.transforms.v2"])
 
@@ -34,7 +36,7 @@ def _run(module: str, arguments: list[str], folder: str, environment: dict[str, 
 
 
 def python_m(
-    module: str, arguments: list[str], folder: Path, environment: dict[str, str], timeout: float
+    module: str, arguments: list[str], folder: Path, environment: dict[str, str], timeout: float = LONGEST
 ) -> CompletedProcess[str]:
     """What `python -m module arguments` gives, or `python script.py arguments`, run in a folder."""
     with tempfile.TemporaryDirectory() as place:

@@ -286,8 +286,7 @@ def check_devices(accelerator: str, devices: Any) -> None:
     if accelerator in ("gpu", "cuda") and not cuda and not (accelerator == "gpu" and torch.backends.mps.is_available()):
         raise ConfigError(
             f"trainer.accelerator={accelerator}: torch {torch.__version__} finds no GPU on this machine; trainer=cpu runs on "
-            "its processor, and several processes do with trainer=ddp trainer.accelerator=cpu trainer.devices=2 "
-            "trainer.precision=32-true"
+            "its processor, in two processes with trainer=ddp trainer.accelerator=cpu trainer.devices=2 trainer.precision=32-true"
         )
     # Under a launcher of its own each process may see but its own GPU.
     alone = "LOCAL_RANK" not in os.environ and "SLURM_PROCID" not in os.environ

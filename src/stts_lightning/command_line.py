@@ -115,22 +115,28 @@ def _values(override: Override) -> Iterator[str]:
 def _no_option(command: str, arguments: Sequence[str]) -> str:
     """What is wrong with a word that is no `key=value`, and no flag of Hydra's. Empty for nothing."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        name = argument.partition("=")[0]
-        flag = argument.startswith("--") and not any(known.startswith(name) for known in FLAGS)
+        flag = argument.startswith("--") and not any(known.startswith(argument.partition("=")[0]) for known in FLAGS)
         bare = "=" not in argument and not argument.startswith(("-", "~")) and before not in WITH_VALUE
         if not flag and not bare:
             continue
-        key = name.lstrip("-").replace("-", "_")
         content: Any = OmegaConf.to_container(compose(command))
-        known = _keys(content)
-        nearest = get_close_matches(name, FLAGS, n=1, cutoff=0.75) if flag else []
-        if argument and bare and Path(argument).exists():
-            nearest = [f"{found}={argument}" for found in _taking(Path(argument), known)]
-        elif "/" not in argument:
-            nearest = nearest or ([f"{key}=..."] if key in known else [f"{found}=..." for found in _alike(key, known)])
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        meant = _meant(argument, flag, _keys(content))
+        hint = f"; did you mean {meant[0]}?" if meant else ""
         return f"{argument or repr(argument)}: options are written key=value{hint} (`stts {command} --help` lists all)"
     return ""
+
+
+def _meant(argument: str, flag: bool, known: Sequence[str]) -> list[str]:
+    """What a word that is no `key=value` was to be: a flag of Hydra's, what lies at a path, or a key. Empty for nothing known."""
+    name = argument.partition("=")[0]
+    if flag and (flags := get_close_matches(name, FLAGS, n=1, cutoff=0.75)):
+        return flags
+    if argument and not flag and Path(argument).exists():
+        return [f"{key}={argument}" for key in _taking(Path(argument), known)]
+    if "/" in argument:
+        return []
+    key = name.lstrip("-").replace("-", "_")
+    return [f"{found}=..." for found in ([key] if key in known else _alike(key, known))]
 
 
 def _taking(path: Path, known: Sequence[str]) -> list[str]:

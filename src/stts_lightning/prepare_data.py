@@ -177,11 +177,12 @@ def main(cfg: DictConfig) -> None:
         source.check, source.manifest = False, None  # What is missing is what is to be found out.
         source.prepare()
         lists: dict[str, VideoList] = {}
-        for split in splits or source.splits():
+        splits = splits or source.splits()
+        for split in splits:
             try:
                 lists[split] = source.videos(split)
             except AnnotationError as error:
-                others = [other for other in splits or source.splits() if other != split]
+                others = [other for other in splits if other != split]
                 hint = f"; splits=[{','.join(others)}] leaves {split} out" if others else ""
                 raise run_config.ConfigError(f"{error}{hint}") from error
         writes, embeds = values["task"] != "check", values["task"] == "embed"

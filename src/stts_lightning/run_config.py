@@ -22,9 +22,9 @@ from stts_lightning.run_folders import (
     LAST,
     changes_of,
     is_first_process,
-    lines,
     note_owner,
     overrides_of,
+    read_names,
     run_checkpoint,
     run_classes,
 )
@@ -251,7 +251,7 @@ def check_classes(folder: Path, classes: Sequence[str]) -> None:
     file = folder / CLASSES
     if not file.is_file():
         return
-    before = list(lines(file))
+    before = list(read_names(file))
     numbers = [str(number) for number in range(len(before))]
     if before == numbers or list(classes) == [str(number) for number in range(len(classes))]:
         return
@@ -273,7 +273,7 @@ def class_names(file: str | None, checkpoint: Path, known: Sequence[str]) -> tup
     """
     if file and not Path(file).is_file():
         raise ConfigError(f"classes={file}: no such file; give a file with the name of a class on each line")
-    names = lines(Path(file)) if file else run_classes(checkpoint) or tuple(known)
+    names = read_names(Path(file)) if file else run_classes(checkpoint) or tuple(known)
     if len(names) != len(known):
         raise ConfigError(
             f"classes={file or checkpoint.parent.parent / CLASSES}: {len(names)} lines; the model has {len(known)} classes"

@@ -101,11 +101,11 @@ def run_checkpoint(run: str | Path, which: str) -> Path:
 def run_classes(checkpoint: Path) -> tuple[str, ...] | None:
     """Names of the classes, by label, that lie beside a run's checkpoint; None for files of other places."""
     file = checkpoint.parent.parent / CLASSES
-    return lines(file) if checkpoint.parent.name == "checkpoints" and file.is_file() else None
+    return read_names(file) if checkpoint.parent.name == "checkpoints" and file.is_file() else None
 
 
-def lines(file: Path) -> tuple[str, ...]:
-    """Of a file of names."""
+def read_names(file: Path) -> tuple[str, ...]:
+    """Names in a file, one a line."""
     return tuple(file.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
-from warm import python_m
+from warm import LONGEST, python_m
 
 from stts_lightning import benchmark, report
 from stts_lightning.analysis import benchmarks, paper
@@ -241,14 +241,14 @@ def test_a_page_is_filled_between_its_markers(tmp_path: Path) -> None:
     page.write_text("before\n<!-- benchmark_gpu: begin -->\nold\n<!-- benchmark_gpu: end -->\nafter\n")
     for _ in range(2):  # Again: the same.
         script = str(ROOT / "scripts" / "performance_page.py")
-        done = python_m(script, [str(tmp_path / "out"), str(page)], tmp_path, dict(os.environ), timeout=900)
+        done = python_m(script, [str(tmp_path / "out"), str(page)], tmp_path, dict(os.environ))
         assert done.returncode == 0, done.stderr
         text = page.read_text()
         assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
         assert "### Forward: mvit_b16\n\na card, torch 2.0; batch: 1, precision: bf16, compiled: false. **Stopped" in text
         assert "    python -m x batch=[1]" in text and "out of memory" in text and text.count("###") == 1
     page.write_text("no markers")
-    done = python_m(script, [str(tmp_path / "out"), str(page)], tmp_path, dict(os.environ), timeout=900)
+    done = python_m(script, [str(tmp_path / "out"), str(page)], tmp_path, dict(os.environ))
     assert done.returncode == 1 and "lacks the lines" in done.stderr
 
 
@@ -263,7 +263,7 @@ def test_steps_of_the_gpu_script_go_on_when_one_fails(tmp_path: Path) -> None:
     (tmp_path / "benchmark_gpu.sh").write_text(script)
     done = subprocess.run(
         ["bash", "benchmark_gpu.sh", "out"], cwd=tmp_path, env={**os.environ, "PYTHON": str(stub)},
-        capture_output=True, text=True, timeout=900,
+        capture_output=True, text=True, timeout=LONGEST,
     )  # fmt: skip
     lines = done.stdout.splitlines()
     assert done.returncode == 1 and len(lines) == 7, done.stdout + done.stderr
@@ -290,7 +290,7 @@ def test_peak_memory_is_what_is_held_at_once() -> None:
 
 
 def door(tmp: Path, *arguments: str, check: bool = True) -> str:
-    done = python_m("stts_lightning.benchmark", list(arguments), tmp, {**os.environ, "COLUMNS": "160"}, timeout=900)
+    done = python_m("stts_lightning.benchmark", list(arguments), tmp, {**os.environ, "COLUMNS": "160"})
     assert (done.returncode == 0) == check, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from warm import LONGEST
 
 from stts_lightning.analysis import charts
 from stts_lightning.analysis.page import latex, named, rows, write_report
@@ -196,7 +197,7 @@ def test_the_page_in_a_browser(folder: Path, tmp_path_factory: pytest.TempPathFa
     (own / "page.html").write_text(page.read_text().replace('loading="lazy"', "").replace("</body>", probe))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={own / 'profile'}"]
     command += ["--window-size=500,900", "--virtual-time-budget=3000", "--dump-dom", f"file://{own / 'page.html'}"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=LONGEST)
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)
     assert title, done.stderr[-2000:]
     seen = json.loads(title[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))

@@ -74,7 +74,7 @@ def test_the_command_makes_a_data_set_with_its_truth(tmp_path: Path) -> None:
             film(tmp_path / "own" / split / name / "v.mp4", colour)
     asked = ["task=embed", "dataset=folder", "dataset.root=own", "out=made", "short_side=64", "embed.copies=2", "jobs=2"]
     for scene in ("idle", "other"):
-        done = python_m("stts_lightning.prepare_data", [*asked, f"embed.scene={scene}"], tmp_path, dict(os.environ), timeout=900)
+        done = python_m("stts_lightning.prepare_data", [*asked, f"embed.scene={scene}"], tmp_path, dict(os.environ))
         assert done.returncode == 0, done.stdout + done.stderr
         assert "dataset.truth=true" in done.stdout
     names = sorted(str(file.relative_to(tmp_path / "made")) for file in (tmp_path / "made").rglob("*.mp4"))
@@ -84,5 +84,5 @@ def test_the_command_makes_a_data_set_with_its_truth(tmp_path: Path) -> None:
     ]  # fmt: skip
     truth = json.loads((tmp_path / "made/val/red/v_1.json").read_text())
     assert truth["embedding"]["scene"] == "v.mp4"
-    done = python_m("stts_lightning.prepare_data", [*asked, "embed.scene=none"], tmp_path, dict(os.environ), timeout=900)
+    done = python_m("stts_lightning.prepare_data", [*asked, "embed.scene=none"], tmp_path, dict(os.environ))
     assert done.returncode and "error: embed.scene=none: allowed are idle, other" in done.stderr

@@ -107,7 +107,7 @@ def test_a_cover_picture_is_no_video(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "both.mp4"), "w") as both, av.open(str(tmp_path / "film.mp4")) as film:
         cover = both.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt = 320, 320, "yuvj420p"
-        cover.disposition = av.stream.Disposition.attached_pic.value
+        cover.disposition = av.stream.Disposition.attached_pic
         stream = both.add_stream_from_template(film.streams.video[0])
         both.mux(cover.encode(av.VideoFrame.from_image(Image.new("RGB", (320, 320)))))
         both.mux(cover.encode())

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from warm import LONGEST
 
 from stts_lightning.analysis.results import read_metrics
 from stts_lightning.run_folders import EXIT_REQUEUE
@@ -46,7 +47,7 @@ def start(folder: Path, name: str, *more: str, environment: dict[str, str] | Non
 
 
 def finish(process: "subprocess.Popen[str]") -> str:
-    output, _ = process.communicate(timeout=900)
+    output, _ = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, output
     return output
 
@@ -135,7 +136,7 @@ def test_asked_to_end_it_saves_and_says_that_it_goes_on(place: Path, number: sig
             break
     time.sleep(1)
     os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=900)
+    output, _ = process.communicate(timeout=LONGEST)
     assert process.returncode == (130 if number == signal.SIGINT else 75), output
     assert f"asked to end by {number.name}" in output and f"resume={place}/runs/{name} goes on" in output
     finish(start(place, name, "callbacks.last.every_n_steps=null"))
@@ -148,7 +149,7 @@ def test_two_processes_end_together_when_the_second_is_asked_and_go_on(place: Pa
     asks = ["+callbacks.asks._target_=asking.Asks", "callbacks.last.every_n_steps=null", "callbacks.panels=null"]
     environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     process = start(place, "two", *two, *asks, environment=environment)
-    output, _ = process.communicate(timeout=900)
+    output, _ = process.communicate(timeout=LONGEST)
     assert process.returncode == EXIT_REQUEUE, output
     assert "asked to end by another process" in output
     content = torch.load(place / "runs/two/checkpoints/last.ckpt", weights_only=True)
@@ -169,7 +170,7 @@ def test_a_checkpoint_that_is_due_is_written_once(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_and_names_the_files(place: Path) -> None:
     process = start(place, "nan", "recipe=finetune", "optim.lr=1e30", "trainer.gradient_clip_val=null", "loader.num_workers=0")
-    output, _ = process.communicate(timeout=900)
+    output, _ = process.communicate(timeout=LONGEST)
     assert process.returncode == 2
     last = output.strip().splitlines()[-1]
     assert last.startswith("error: training loss is ") and last.count(".mp4") == 8, last
@@ -185,7 +186,7 @@ def test_resuming_from_a_file_that_is_not_whole_is_one_clear_error(place: Path) 
     file = place / "runs/cut/checkpoints/last.ckpt"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     process = start(place, "cut")
-    output, _ = process.communicate(timeout=900)
+    output, _ = process.communicate(timeout=LONGEST)
     assert process.returncode == 2
     assert "error: checkpoint " in output.strip().splitlines()[-1] and "last.ckpt: cannot be read" in output
 

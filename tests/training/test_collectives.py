@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from warm import LONGEST
 
 RUN = Path(__file__).with_name("ddp_run.py")
 
@@ -15,7 +16,7 @@ def dry_run(folder: Path, processes: int, batches: int, *options: str) -> list[l
     """Collectives by kind, of each batch of each process."""
     folder.mkdir()
     command = [sys.executable, str(RUN), str(folder), str(batches), f"trainer.devices={processes}", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((folder / f"counts_{rank}.json").read_text()) for rank in range(processes)]
 

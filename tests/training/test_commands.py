@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from warm import python_m
+from warm import LONGEST, python_m
 
 from stts_lightning import load_model
 from stts_lightning.data.decode import open_video
@@ -35,9 +35,9 @@ def door(name: str, tmp: Path, *arguments: str, check: bool = True) -> subproces
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     if "trainer=ddp" in arguments or "logger=wandb" in arguments:  # These start, or end, with the interpreter.
         command = [sys.executable, "-m", f"stts_lightning.{name}", *arguments]
-        done = subprocess.run(command, cwd=tmp, capture_output=True, text=True, timeout=900, env=environment)
+        done = subprocess.run(command, cwd=tmp, capture_output=True, text=True, timeout=LONGEST, env=environment)
     else:
-        done = python_m(f"stts_lightning.{name}", list(arguments), tmp, environment, timeout=900)
+        done = python_m(f"stts_lightning.{name}", list(arguments), tmp, environment)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
-from warm import python_m
+from warm import LONGEST, python_m
 
 from stts_lightning import create_model, load_model
 from stts_lightning.run_folders import LOCK, exit_status, run_stamp
@@ -30,7 +30,7 @@ SMALL = ["selection=t0_0.5", "trainer.max_epochs=1", "test=false"]
 
 def door(name: str, place: Path, *arguments: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    done = python_m(f"stts_lightning.{name}", list(arguments), place, environment, timeout=900)
+    done = python_m(f"stts_lightning.{name}", list(arguments), place, environment)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -272,7 +272,7 @@ def ended(name: str, place: Path, arguments: list[str], piece: Path, number: int
     while process.poll() is None and time.monotonic() < deadline and not list(piece.glob("*.npz")) + list(piece.glob("*.json")):
         time.sleep(0.01)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=900)
+    output, _ = process.communicate(timeout=LONGEST)
     assert process.returncode == exit_status(number), output
     return output
 
