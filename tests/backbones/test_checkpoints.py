@@ -68,9 +68,9 @@ def test_recipe_rebuilds_what_was_settled(tmp_path: Path) -> None:
 def test_unreadable_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         create_model("mvit_tiny", pretrained=tmp_path / "none.pt")
-    (tmp_path / "text.pt").write_text("not a checkpoint")
+    (tmp_path / "noise.pt").write_bytes(bytes(range(256)))
     with pytest.raises(CheckpointError, match="neither a torch nor a safetensors file"):
-        create_model("mvit_tiny", pretrained=tmp_path / "text.pt")
+        create_model("mvit_tiny", pretrained=tmp_path / "noise.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"its keys \(a\) belong to none of the known layouts"):
         create_model("mvit_tiny", pretrained=tmp_path / "other.pt")
