@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from warm import LONGEST
+from warm import LONGEST, run_command
 
 from stts_lightning.analysis.results import read_metrics
 
@@ -30,7 +30,7 @@ pytestmark = [
 
 def run(command: list[str], folder: Path, **environment: str) -> str:
     around = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, env=around)
+    done = run_command(command, folder, around)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

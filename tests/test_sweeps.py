@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from warm import run_command
 
 from stts_lightning.overrides import for_run, for_sweep, in_run_folder
 from stts_lightning.run_folders import folder_name
@@ -22,7 +23,7 @@ FAST = [
 def sweep(tmp: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "stts_lightning.train", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=tmp, capture_output=True, text=True, timeout=400, env=environment)
+    return run_command(command, tmp, environment)
 
 
 def test_the_folder_follows_from_the_command() -> None:

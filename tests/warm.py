@@ -3,8 +3,11 @@
 import multiprocessing
 import os
 import runpy
+import signal
+import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -20,6 +23,7 @@ def _run(module: str, arguments: list[str], folder: str, environment: dict[str, 
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.setsid()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -35,6 +39,21 @@ def _run(module: str, arguments: list[str], folder: str, environment: dict[str, 
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+def run_command(
+    command: Sequence[str], folder: Path, environment: dict[str, str], timeout: float = LONGEST
+) -> CompletedProcess[str]:
+    """What a command gives, run in a folder. One that hangs is ended with all the processes that it started."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            raise TimeoutError(f"{' '.join(command)}: {out}{err}") from error
+    return CompletedProcess(command, process.returncode, out, err)
+
+
 def python_m(
     module: str, arguments: list[str], folder: Path, environment: dict[str, str], timeout: float = LONGEST
 ) -> CompletedProcess[str]:
@@ -45,7 +64,7 @@ def python_m(
         process.start()
         process.join(timeout)
         if process.is_alive():
-            process.kill()
+            os.killpg(process.pid or 0, signal.SIGKILL)
             raise TimeoutError(f"{module} {arguments}: {out.read_text()}{err.read_text()}")
         code = process.exitcode or 0
         return CompletedProcess([module, *arguments], code, out.read_text(), err.read_text())

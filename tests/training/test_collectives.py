@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from warm import LONGEST
+from warm import run_command
 
 RUN = Path(__file__).with_name("ddp_run.py")
 
@@ -16,7 +15,7 @@ def dry_run(folder: Path, processes: int, batches: int, *options: str) -> list[l
     """Collectives by kind, of each batch of each process."""
     folder.mkdir()
     command = [sys.executable, str(RUN), str(folder), str(batches), f"trainer.devices={processes}", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = run_command(command, folder, {**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((folder / f"counts_{rank}.json").read_text()) for rank in range(processes)]
 

@@ -4,14 +4,14 @@ import csv
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch
-from warm import LONGEST, python_m
+from warm import python_m, run_command
 
 from stts_lightning import load_model
 from stts_lightning.data.decode import open_video
@@ -27,15 +27,15 @@ FAST = [
 ]
 
 
-def command(tmp: Path, *overrides: str, check: bool = True, base: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+def command(tmp: Path, *overrides: str, check: bool = True, base: list[str] | None = None) -> CompletedProcess[str]:
     return door("train", tmp, *(FAST if base is None else base), *overrides, check=check)
 
 
-def door(name: str, tmp: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+def door(name: str, tmp: Path, *arguments: str, check: bool = True) -> CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     if "trainer=ddp" in arguments or "logger=wandb" in arguments:  # These start, or end, with the interpreter.
         command = [sys.executable, "-m", f"stts_lightning.{name}", *arguments]
-        done = subprocess.run(command, cwd=tmp, capture_output=True, text=True, timeout=LONGEST, env=environment)
+        done = run_command(command, tmp, environment)
     else:
         done = python_m(f"stts_lightning.{name}", list(arguments), tmp, environment)
     assert not check or done.returncode == 0, done.stdout + done.stderr

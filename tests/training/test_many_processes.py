@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from warm import LONGEST
+from warm import run_command
 
 from stts_lightning.analysis.results import read_metrics
 from stts_lightning.data.annotations import read_folder
@@ -29,7 +29,7 @@ def train(folder: Path, *arguments: str, environment: dict[str, str] | None = No
 def command(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "stts_lightning.train", *arguments]
     around = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **(environment or {})}
-    return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=LONGEST, env=around)
+    return run_command(line, folder, around)
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -93,6 +95,10 @@ def test_schedule_matches_the_official_code() -> None:
     assert rate("selectors", 20) == pytest.approx(1e-6)
     assert rate("backbone", 2.99) == 0
     assert rate("backbone", 3) == pytest.approx(1e-5)
+    shares = {part: PartSpec(lr_cap=0.1, frozen_share=0.15) for part in ("backbone", "head")}
+    by_share = replace(OFFICIAL, parts=shares)
+    for epoch in (0, 2.99, 3, 10, 20):
+        assert 1e-4 * lr_factor(by_share.part("backbone"), by_share, epoch / 20) == pytest.approx(rate("backbone", epoch))
     assert rate("backbone", 19.9) == pytest.approx(1e-4 * lr_factor(OFFICIAL.part("selectors"), OFFICIAL, 19.9 / 20))
 
 
