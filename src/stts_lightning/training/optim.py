@@ -26,6 +26,7 @@ class PartSpec:
         warmup_epochs: linear warm-up.
         warmup_from: where it begins, as a share of the rate it leads to.
         frozen_epochs: epochs at rate 0 before anything else.
+        frozen_share: the same as a share of the run; the longer of the two counts.
         decay_all: weight decay on norms, biases and embeddings too.
         decay_embeddings: weight decay on embeddings too.
         decay_biases: weight decay on the biases of linear layers too.
@@ -38,6 +39,7 @@ class PartSpec:
     warmup_epochs: float = 0.0
     warmup_from: float = 0.0
     frozen_epochs: float = 0.0
+    frozen_share: float = 0.0
     decay_all: bool = False
     decay_embeddings: bool = False
     decay_biases: bool = False
@@ -84,14 +86,15 @@ class OptimSpec:
 def lr_factor(part: PartSpec, spec: OptimSpec, progress: float) -> float:
     """Learning rate of a part as a multiple of `spec.lr`, when a share `progress` of all steps is done."""
     epoch = progress * spec.epochs
-    if epoch < part.frozen_epochs:
+    frozen = max(part.frozen_epochs, part.frozen_share * spec.epochs)
+    if epoch < frozen:
         return 0.0
-    since = epoch - part.frozen_epochs
+    since = epoch - frozen
     warming = since < part.warmup_epochs
     # After a frozen start, and by epochs, the cosine is the one of the whole run; after a warm-up one of what is left.
     if spec.steps_of == "epoch":
         done = math.floor(epoch) / spec.epochs
-    elif part.frozen_epochs:
+    elif frozen:
         done = progress
     else:
         done = max(since - part.warmup_epochs, 0.0) / max(spec.epochs - part.warmup_epochs, 1e-9)

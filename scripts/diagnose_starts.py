@@ -1,0 +1,178 @@
+"""Count how often new selectors lose the action, so that the network unlearns what it knew.
+
+    python scripts/diagnose_starts.py runs/study --seed 3
+
+The first fifth of a tuning of the study, with ten new selectors for each way to learn. The unpruned model, the data and the rates
+are those of the study; the weights of the selectors and the order of the clips are drawn anew each time. A start counts as lost
+if a slot then keeps less of the action than chance. Written into docs/study.md.
+
+    python scripts/diagnose_starts.py runs/study --seed 3 --share 1 --ways "STTS as in the paper" --settings when
+
+does so at the end of the tuning, and for some ways alone; other settings than those of the page are printed, not written.
+"""
+
+import argparse
+import os
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from study_plan import COMMON, LEARNING, METHODS, PAGE, PAPER, SLOW, WIDE, Method, data_sets, plain_folder
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
+
+from stts_lightning import assembly
+from stts_lightning.classifier import VideoClassifier
+from stts_lightning.configuration import conf_dir
+from stts_lightning.data.dataset import Batch
+from stts_lightning.selection.truth import found
+from stts_lightning.training.callbacks import annealed_sigma
+from stts_lightning.training.optim import build_optimizer
+
+MARKS = ("<!-- starts: written by scripts/diagnose_starts.py -->", "<!-- end of starts -->")
+TESTED = 8
+"""Batches on which it is looked what is kept."""
+SHARE = 0.2
+"""Of the steps of a tuning."""
+SETTINGS = ("when", "both")
+"""In `where` no training of the study failed."""
+RECIPE = next(method for method in METHODS if method.label == "recipe=learn_selection")
+
+
+class Case(NamedTuple):
+    """One way to learn on one setting of the demo."""
+
+    root: Path
+    setting: str
+    seed: int
+    way: Method
+    starts: int
+    share: float
+
+
+def ways() -> Iterator[Method]:
+    """What is compared: how sigma is set, and how the network learns while the selectors know nothing."""
+    yield Method("STTS, sigma 0.1, faster network", PAPER)
+    yield Method("STTS, sigma 0.5, faster network", WIDE)
+    yield Method("STTS as in the paper", (*PAPER, *SLOW))
+    yield Method("the recipe, the network learns at once", LEARNING, recipe=RECIPE.recipe)
+    yield RECIPE
+
+
+def composed(case: Case) -> DictConfig:
+    """The configuration of the study's run."""
+    data = data_sets([])[f"demo_{case.setting}"]
+    plain = plain_folder(case.root, f"demo_{case.setting}", case.seed) / "checkpoints" / "last.ckpt"
+    axes = data.budgets[-1].split("_")
+    slots = [f"+selection.slots.{place}.ratio={ratio}" for place, ratio in zip(axes[::2], axes[1::2], strict=True)]
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        return compose(
+            "train",
+            [
+                *COMMON, *data.data, "selection=none", *slots, f"recipe={case.way.recipe}", *case.way.overrides,
+                f"trainer.max_epochs={data.epochs}", f"pretrained={plain}", f"seed={case.seed}", "run_dir=.",
+            ],
+        )  # fmt: skip
+
+
+def tuned(model: VideoClassifier, cfg: DictConfig, batches: list[Batch], steps: int) -> None:
+    """The first steps of `steps`, one a batch."""
+    optimizer, schedule = build_optimizer(model, assembly.build_optim(cfg), steps)
+    model.train()
+    for step, batch in enumerate(batches):
+        model.slots.sigma.fill_(annealed_sigma(cfg.selection.sigma, step, steps, cfg.callbacks.sigma.until))
+        model.slots.seed_noise(batch.draws)
+        loss = cross_entropy(model(batch.clip[:, 0]), batch.label)
+        optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm_(model.parameters(), cfg.trainer.gradient_clip_val)
+        optimizer.step()
+        schedule.step()
+
+
+@torch.inference_mode()
+def kept(model: VideoClassifier, batches: list[Batch]) -> dict[str, float]:
+    """Share of the action that each slot keeps, in percent."""
+    model.eval()
+    shares: dict[str, list[torch.Tensor]] = {}
+    for batch in batches:
+        _, chosen = model(batch.clip[:, 0], return_selection=True)
+        assert batch.truth is not None
+        for name, share in found(batch.truth[:, 0], list(chosen.values()), model.slots.sizes).items():
+            shares.setdefault(name, []).append(share)
+    return {name: 100 * float(torch.cat(of).nanmean()) for name, of in shares.items()}
+
+
+def looked_at(case: Case) -> list[dict[str, float]]:
+    """What each of the new selectors keeps."""
+    torch.set_num_threads(1)
+    cfg = composed(case)
+    data = assembly.build_data(cfg, assembly.build_body(cfg).backbone.clip_size)
+    data.prepare_data()
+    data.setup("fit")
+    epoch = data.train_dataloader()
+    steps = len(epoch) * cfg.trainer.max_epochs
+    training = list(islice(epoch, int(case.share * steps)))
+    testing = list(islice(data.val_dataloader(), TESTED))
+    outcomes: list[dict[str, float]] = []
+    for start in range(case.starts):
+        torch.manual_seed(1000 + start)
+        model = assembly.build_body(cfg)
+        order = [training[at % len(training)] for at in torch.randperm(int(case.share * steps))]
+        tuned(model, cfg, order, steps)
+        outcomes.append(kept(model, testing))
+        shares = ", ".join(f"{name} {share:.0f} %" for name, share in outcomes[-1].items())
+        print(f"{case.way.label}, {case.setting}, start {start}: {shares}", flush=True)
+    return outcomes
+
+
+def told(case: Case, outcomes: list[dict[str, float]]) -> str:
+    """A cell: how many starts lost the action, and what is kept."""
+    chance = {name: 100 * float(slot.ratio) for name, slot in composed(case).selection.slots.items()}
+    lost = sum(any(share < chance[name] for name, share in outcome.items()) for outcome in outcomes)
+    shares = ", ".join(f"{name} {statistics.median(outcome[name] for outcome in outcomes):.0f} %" for name in outcomes[0])
+    return f"{lost} of {len(outcomes)} ({shares})"
+
+
+def main() -> None:
+    """Print the table, and write it into docs/study.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="folder of the study's runs")
+    parser.add_argument("--seed", type=int, default=0, help="whose unpruned models")
+    parser.add_argument("--starts", type=int, default=10, help="new selectors for each way")
+    parser.add_argument("--settings", nargs="*", default=SETTINGS, choices=SETTINGS, help="of the demo")
+    parser.add_argument("--share", type=float, default=SHARE, help="of a tuning's steps")
+    parser.add_argument("--ways", nargs="*", help="these alone")
+    options = parser.parse_args()
+    picked = [way for way in ways() if not options.ways or way.label in options.ways]
+    cases = [
+        Case(options.root.resolve(), setting, options.seed, way, options.starts, options.share)
+        for way in picked
+        for setting in options.settings
+    ]
+    lines = [
+        "| way | " + " | ".join(f"`{setting}`" for setting in options.settings) + " |",
+        "|---" * (len(options.settings) + 1) + "|",
+    ]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        cells = zip(cases, pool.map(looked_at, cases), strict=True)
+        for way in picked:
+            row = [told(*cell) for cell in islice(cells, len(options.settings))]
+            lines.append("| " + " | ".join([way.label, *row]) + " |")
+            print(lines[-1], flush=True)
+    if options.ways or options.share != SHARE or tuple(options.settings) != SETTINGS:
+        return
+    page = PAGE.read_text()
+    head, _, rest = page.partition(MARKS[0])
+    PAGE.write_text("\n".join([f"{head}{MARKS[0]}", "", *lines, "", f"{MARKS[1]}{rest.partition(MARKS[1])[2]}"]))
+
+
+if __name__ == "__main__":
+    main()
