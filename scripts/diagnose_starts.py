@@ -14,7 +14,6 @@ does so at the end of the tuning, and for some ways alone; other settings than t
 import argparse
 import os
 import statistics
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
@@ -24,7 +23,7 @@ from typing import NamedTuple
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from study_plan import COMMON, LEARNING, METHODS, PAGE, PAPER, SLOW, WIDE, Method, data_sets, plain_folder
+from study_plan import COMMON, METHODS, PAGE, Method, Row, data_sets, job
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
@@ -43,7 +42,14 @@ SHARE = 0.2
 """Of the steps of a tuning."""
 SETTINGS = ("when", "both")
 """In `where` no training of the study failed."""
-RECIPE = next(method for method in METHODS if method.label == "recipe=learn_selection")
+WAYS = (
+    "STTS, sigma 0.1, faster network",
+    "STTS, sigma 0.5, faster network",
+    "STTS as in the paper",
+    "the recipe, the network learns at once",
+    "recipe=learn_selection",
+)
+"""Of the study's methods: they differ in sigma, and in how the network learns while the selectors know nothing."""
 
 
 class Case(NamedTuple):
@@ -57,29 +63,13 @@ class Case(NamedTuple):
     share: float
 
 
-def ways() -> Iterator[Method]:
-    """What is compared: how sigma is set, and how the network learns while the selectors know nothing."""
-    yield Method("STTS, sigma 0.1, faster network", PAPER)
-    yield Method("STTS, sigma 0.5, faster network", WIDE)
-    yield Method("STTS as in the paper", (*PAPER, *SLOW))
-    yield Method("the recipe, the network learns at once", LEARNING, recipe=RECIPE.recipe)
-    yield RECIPE
-
-
 def composed(case: Case) -> DictConfig:
     """The configuration of the study's run."""
-    data = data_sets([])[f"demo_{case.setting}"]
-    plain = plain_folder(case.root, f"demo_{case.setting}", case.seed) / "checkpoints" / "last.ckpt"
-    axes = data.budgets[-1].split("_")
-    slots = [f"+selection.slots.{place}.ratio={ratio}" for place, ratio in zip(axes[::2], axes[1::2], strict=True)]
+    name = f"demo_{case.setting}"
+    data = data_sets([])[name]
+    run = job(case.root, Row(name, data.budgets[-1], case.way), data, case.seed)
     with initialize_config_dir(conf_dir(), version_base="1.3"):
-        return compose(
-            "train",
-            [
-                *COMMON, *data.data, "selection=none", *slots, f"recipe={case.way.recipe}", *case.way.overrides,
-                f"trainer.max_epochs={data.epochs}", f"pretrained={plain}", f"seed={case.seed}", "run_dir=.",
-            ],
-        )  # fmt: skip
+        return compose("train", [*COMMON, *run.overrides, "run_dir=."])
 
 
 def tuned(model: VideoClassifier, cfg: DictConfig, batches: list[Batch], steps: int) -> None:
@@ -149,9 +139,9 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=10, help="new selectors for each way")
     parser.add_argument("--settings", nargs="*", default=SETTINGS, choices=SETTINGS, help="of the demo")
     parser.add_argument("--share", type=float, default=SHARE, help="of a tuning's steps")
-    parser.add_argument("--ways", nargs="*", help="these alone")
+    parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS, metavar="WAY", help="these alone")
     options = parser.parse_args()
-    picked = [way for way in ways() if not options.ways or way.label in options.ways]
+    picked = [method for method in METHODS if method.label in options.ways]
     cases = [
         Case(options.root.resolve(), setting, options.seed, way, options.starts, options.share)
         for way in picked
@@ -167,7 +157,7 @@ def main() -> None:
             row = [told(*cell) for cell in islice(cells, len(options.settings))]
             lines.append("| " + " | ".join([way.label, *row]) + " |")
             print(lines[-1], flush=True)
-    if options.ways or options.share != SHARE or tuple(options.settings) != SETTINGS:
+    if tuple(options.ways) != WAYS or options.share != SHARE or tuple(options.settings) != SETTINGS:
         return
     page = PAGE.read_text()
     head, _, rest = page.partition(MARKS[0])

@@ -17,7 +17,7 @@ class Method:
 
     Attributes:
         label: what tables call it.
-        overrides: of the run; {plain} is the unpruned model's checkpoint, {half} half of the epochs.
+        overrides: of the run; {plain} is the unpruned model's checkpoint.
         recipe: of the run.
         slots: selectors of the slots of an axis, where they differ: {"t": "gumbel"}.
         axes: budgets that it can choose for: "t", "s", "ts".
@@ -50,7 +50,7 @@ LEARNING = ("optim.parts.backbone.frozen_share=0", "optim.parts.head.frozen_shar
 """As the recipe was before seed 3: the network learns from the first step on."""
 EVEN = (*LEARNING, "selection.start=even", "selection.sigma=0.3", "optim.parts.selectors.lr_scale=1.0")
 """As the recipe was at first: no preference, more noise, a lower rate."""
-FROZEN = ("+optim.parts.backbone.frozen_epochs={half}", "+optim.parts.head.frozen_epochs={half}")
+FROZEN = ("+optim.parts.backbone.frozen_share=0.5", "+optim.parts.head.frozen_share=0.5")
 """Backbone and head learn in the second half alone."""
 METHODS = (
     Method("oracle", chosen("oracle"), main=True),
@@ -85,7 +85,7 @@ OPTIONS = (
     Method("scorer=context", (*WIDE, "selection.scorer=context")),
     Method("distilled", (*WIDE, "distill.teacher={plain}")),
 )
-"""Each option alone, on top of the paper's method with sigma 0.5, where both time and place matter."""
+"""Each option alone, on top of sigma 0.5 and a faster network, where both time and place matter."""
 
 ON_REAL_VIDEOS = ("difference to the frame before", "STTS as released, faster network")
 """What a small study compares there too: motion is seen in the differences, not in the mean of a frame."""
@@ -230,7 +230,7 @@ def job(root: Path, row: Row, data: DataSet, seed: int) -> Job:
     slots = [f"+selection.slots.{slot}.ratio={ratio}" for slot, ratio in parts]
     slots += [f"+selection.slots.{slot}.selector={row.method.slots[slot[0]]}" for slot, _ in parts if slot[0] in row.method.slots]
     start = f"{plain_folder(root, row.data, seed)}/checkpoints/last.ckpt"
-    own = [override.replace("{plain}", start).replace("{half}", str(data.epochs // 2)) for override in row.method.overrides]
+    own = [override.replace("{plain}", start) for override in row.method.overrides]
     return Job(
         row.folder(root, seed),
         [
