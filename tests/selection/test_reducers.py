@@ -151,6 +151,26 @@ def test_run_length_keeps_what_changed_by_threshold_and_by_budget() -> None:
         assert set(np.flatnonzero(where[row].numpy() >= 0)) == set(np.argsort(-expected[row], kind="stable")[:24])
 
 
+@pytest.mark.parametrize("slot", [{"threshold": 1.1}, {"ratio": 0.5}])
+def test_run_lengths_are_told_to_the_tokens_that_are_kept(slot: dict[str, float]) -> None:
+    clip = torch.randn(2, 3, 8, 12, 16, generator=torch.Generator().manual_seed(0))
+    clip[1, :, 4:] = clip[1, :, 3:4]
+    x = draw(2, 48)
+    plain, kept_plain = build("rlt", 48, slot, grid=(4, 3, 4))(Tokens(x), Given(clip=clip), SIGMA, Noise())
+    reducer = build("rlt_lengths", 48, slot, grid=(4, 3, 4))
+    out, where = reducer(Tokens(x), Given(clip=clip), SIGMA, Noise())
+    assert torch.equal(where, kept_plain)
+    seen = set()
+    for row in range(2):
+        kept = where[row].view(4, 12)
+        for t, place in (kept >= 0).nonzero().tolist():
+            length = next((later - t for later in range(t + 1, 4) if kept[later, place] >= 0), 4 - t)
+            added = reducer.of_length[length - 2] if length > 1 else torch.zeros(DIM)
+            torch.testing.assert_close(out.x[row, kept[t, place]], plain.x[row, kept[t, place]] + added)
+            seen.add(length)
+    assert seen == {1, 2, 3, 4}
+
+
 def test_run_length_scales_pixels_of_another_normalisation() -> None:
     usual = create_model("vit_tiny", {"reducer": "rlt", "slots": {"r0": {"threshold": 0.1}}}, 5)
     other = create_model(
@@ -239,6 +259,7 @@ ALL = {
     "evit": "r1_0.7_r3_0.7",
     "received": "r1_0.7_r3_0.7",
     "rlt": "r0_0.6",
+    "rlt_lengths": "r0_0.6",
     "topk": "r0_0.7_r2_0.7",
     "dynamic_vit": "r1_0.7_r3_0.7",
 }
@@ -386,7 +407,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: create_model("vit_tiny", "r0-3_0.5_r2_0.5"), "r2 named twice"),
     (lambda: create_model("vit_tiny", {"slots": {"r1": {"keep": 3}}}), "slots r take ratio, drop or threshold"),
     (lambda: create_model("vit_tiny", {"slots": {"t1": {"drop": 3}}}), "slots t take ratio or keep"),
-    (lambda: create_model("vit_tiny", {"slots": {"r1": {"threshold": 0.1}}}), "only the reducer rlt takes a threshold"),
+    (lambda: create_model("vit_tiny", {"slots": {"r1": {"threshold": 0.1}}}), "only rlt and rlt_lengths take a threshold"),
     (lambda: create_model("vit_tiny", {"slots": {"r1": 0.5}, "reducer": "tomme"}), "'tomme', at slot r1: allowed are tome, rlt"),
     (lambda: create_model("vit_tiny", {"slots": {"r1": {"drop": 600}}, "reducer": "random"}), "would keep -88 of the 512"),
     (lambda: create_model("vit_tiny", {"slots": {"r1": 0.5}, "reducer": "rlt"}), "before block 0"),

@@ -158,7 +158,7 @@ class Reducer(nn.Module, ABC):
         """How many tokens come out."""
         if context.slot.threshold is not None:
             raise SelectionError(
-                f"selection.slots.{context.slot.name}.{context.slot.given}: only the reducer rlt takes a threshold"
+                f"selection.slots.{context.slot.name}.{context.slot.given}: only rlt and rlt_lengths take a threshold"
             )
         return context.slot.tokens(context.tokens)
 

@@ -65,7 +65,7 @@ class SlotSpec:
         keep: number of frames to keep, instead of what the ratio says (t only).
         side: side of the window to keep, in tokens, instead of what the ratio says (s only).
         drop: number of tokens to take away, instead of what the ratio says (r only).
-        threshold: keep tokens that changed by more (r only; the reducer `rlt`).
+        threshold: keep tokens that changed by more (r only; the reducers `rlt` and `rlt_lengths`).
         place: where in the block a reducer acts, "inside" it or "before" it; None is its usual place (r only).
         selector: which, by name (see `SELECTORS`, `REDUCERS`) or by the dotted path of a class; None is the selection's.
     """

@@ -5,13 +5,14 @@ from stts_lightning.selection.reducers.dynamic_vit import DynamicViT
 from stts_lightning.selection.reducers.joint_topk import JointTopK
 from stts_lightning.selection.reducers.random_tokens import Random
 from stts_lightning.selection.reducers.received import EViT, Received
-from stts_lightning.selection.reducers.run_length import RunLength
+from stts_lightning.selection.reducers.run_length import RunLength, RunLengthEncoded
 from stts_lightning.selection.reducers.tome import ToMe
 from stts_lightning.selection.spec import SelectionError, SelectionSpec, SlotSpec, subclass_at
 
 REDUCERS: dict[str, type[Reducer]] = {
     "tome": ToMe,
     "rlt": RunLength,
+    "rlt_lengths": RunLengthEncoded,
     "random": Random,
     "evit": EViT,
     "received": Received,

@@ -7,7 +7,7 @@ code strings clips together; here those of a batch are as long as the longest, a
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.selection.noise import Noise
@@ -63,13 +63,12 @@ class RunLength(Reducer):
         means = F.avg_pool2d(difference, self.patch)
         return torch.cat((means.new_full((means.shape[0], 1, *means.shape[2:]), torch.inf), means), 1).flatten(1)
 
-    def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
-        """Tokens `(B, N, C)` -> `(B, N', C)`, in input order; see `Reducer.forward`."""
-        assert given.clip is not None
-        change = self.change(given.clip.detach())
+    def choose(self, clip: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What is kept of a clip `(B, 3, T, H, W)`: indices `(B, N')`, `Reduction.where` and `Tokens.real`."""
+        change = self.change(clip.detach())
         if self.threshold is None:
             indices = hard_topk(change, self.out_tokens)
-            return tokens.take(indices), where_kept(indices, self.in_tokens)
+            return indices, where_kept(indices, self.in_tokens), None
         keep = change > self.threshold
         lengths = keep.sum(1)
         # torch's meta device knows shapes alone: as if all were kept.
@@ -79,7 +78,12 @@ class RunLength(Reducer):
         # Kept tokens first, each in input order; the rest of a row is filling.
         indices = keep.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
         real = torch.arange(longest, device=keep.device) < lengths.unsqueeze(1)
-        where = torch.where(keep, keep.cumsum(1) - 1, -1)
+        return indices, torch.where(keep, keep.cumsum(1) - 1, -1), real
+
+    def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
+        """Tokens `(B, N, C)` -> `(B, N', C)`, in input order; see `Reducer.forward`."""
+        assert given.clip is not None
+        indices, where, real = self.choose(given.clip)
         return tokens.take(indices)._replace(real=real), where
 
     def mean_tokens(self) -> float | None:
@@ -94,3 +98,35 @@ class RunLength(Reducer):
     def extra_repr(self) -> str:
         """What is kept."""
         return super().extra_repr() if self.threshold is None else f"tokens that changed by more than {self.threshold:g}"
+
+
+class RunLengthEncoded(RunLength):
+    """The same, and each kept token is told for how long it stands: a learned vector of its run length is added to it.
+
+    A run lasts until the next token that is kept at the same place, or until the end of the clip. In the published code this is
+    an option, off in the shipped configurations. There a run of 1 has a vector as well; here it has none, so that a clip of which
+    all is kept is that of the unpruned model. The bias of the patch embedding can stand for it.
+    """
+
+    def __init__(self, context: ReducerContext) -> None:
+        super().__init__(context)
+        self.of_length = nn.Parameter(torch.empty(self.grid[0] - 1, context.dim))
+        nn.init.trunc_normal_(self.of_length, std=0.02)
+
+    def run_lengths(self, where: Tensor) -> Tensor:
+        """How many frames of the grid each kept token stands for, from 1: `Reduction.where` `(B, N)` -> `(B, N)` int64."""
+        frames = self.grid[0]
+        keep = (where >= 0).view(where.shape[0], frames, -1)  # (B, T, H W)
+        time = torch.arange(frames, device=where.device)
+        later = keep.unsqueeze(1) & (time[None, :] > time[:, None])[None, :, :, None]  # (B, T, T, H W), from and to
+        following = torch.where(later, time[None, None, :, None], frames).amin(2)
+        return (following - time[:, None]).flatten(1)
+
+    def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
+        """Tokens `(B, N, C)` -> `(B, N', C)`, in input order; see `Reducer.forward`."""
+        assert given.clip is not None
+        indices, where, real = self.choose(given.clip)
+        lengths = self.run_lengths(where).gather(1, indices)
+        table = F.pad(self.of_length, (0, 0, 1, 0)).to(tokens.x.dtype)  # Nothing for a run of 1.
+        kept = tokens.take(indices)
+        return kept._replace(x=kept.x + F.embedding(lengths - 1, table), real=real), where
