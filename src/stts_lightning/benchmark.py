@@ -190,7 +190,7 @@ def measured(cfg: DictConfig) -> Iterator[Row]:
     """Rows of what was asked for."""
     import torch
 
-    from stts_lightning.analysis import benchmarks, launches
+    from stts_lightning.analysis import benchmarks, launches, operator_speed
     from stts_lightning.analysis.entrants import entrant
     from stts_lightning.run_config import ConfigError
 
@@ -217,7 +217,7 @@ def measured(cfg: DictConfig) -> Iterator[Row]:
     measure: dict[str, Callable[..., Iterator[Row]]] = {
         "forward": benchmarks.forward,
         "training": benchmarks.training,
-        "operator": benchmarks.operator,
+        "operator": operator_speed.operator,
     }
     yield from measure[cfg.what]([entrant(text, device) for text in cfg.models], plan)
 

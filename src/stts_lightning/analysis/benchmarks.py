@@ -1,9 +1,8 @@
-"""What is measured of models, and the rows that come of it: forward passes, training steps, the operator."""
+"""What is measured of models, and the rows that come of it: forward passes and training steps."""
 
 import contextlib
 import copy
 import functools
-import gc
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_lightning.analysis import peers
+from stts_lightning.analysis.attempts import Attempt, release
 from stts_lightning.analysis.entrants import Entrant
 from stts_lightning.analysis.speed import (
     CAPTURED,
@@ -28,11 +28,9 @@ from stts_lightning.analysis.speed import (
     peak_memory,
 )
 from stts_lightning.classifier import VideoClassifier
-from stts_lightning.errors import UserError
 from stts_lightning.kernels import in_use, prepacked_weights
 from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.selector import Selector
-from stts_lightning.selection.topk import ESTIMATORS, Estimator, Exact
 
 Row = dict[str, Any]
 
@@ -87,48 +85,6 @@ def held_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         return model
     copied = copy.deepcopy(model)
     return copied.cast_weights(dtype) if isinstance(copied, VideoClassifier) else copied.to(dtype)
-
-
-class Attempt:
-    """A piece of work that may fail: what happened is kept in words, and it does nothing from then on.
-
-    So an entrant that needs too much memory costs its own row and no other one.
-
-    Args:
-        build: makes the work, at the first call.
-
-    Attributes:
-        failure: "out of memory", or the error in one line; None while all is well.
-    """
-
-    def __init__(self, build: Callable[[], Work]) -> None:
-        self.failure: str | None = None
-        self._build = build
-        self._work: Work | None = None
-
-    def __call__(self) -> object:
-        """Run it; None where it failed."""
-        if self.failure is not None:
-            return None
-        try:
-            if self._work is None:
-                self._work = self._build()
-            return self._work()
-        except UserError:
-            raise
-        except Exception as error:
-            self.failure = _in_words(error)
-        # What the work holds is needed by the others; the error that held it too is gone here.
-        self._work = None
-        _empty_caches()
-        return None
-
-
-def _in_words(error: Exception) -> str:
-    said = str(error).lower()  # A compiler's errors and those of a CPU have other classes.
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "can't allocate memory" in said:
-        return "out of memory"
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def compiled(model: nn.Module, how: str) -> Callable[[Tensor], Tensor]:
@@ -216,7 +172,7 @@ def _row(
     speedup = timings[unpruned.name].median / timing.median if unpruned else None
     first = timings.get(entrants[0].name)
     return {
-        **_times(timing),
+        **times(timing),
         "clips_per_second": batch / timing.median,
         "share_of_peak": passes * 2e9 * one.gflops * batch / timing.median / peak if peak else None,
         "peak_tflops": peak / 1e12 if peak else None,
@@ -227,7 +183,7 @@ def _row(
     }
 
 
-def _times(timing: Timing) -> Row:
+def times(timing: Timing) -> Row:
     """Milliseconds of a row: `ms` is the wall clock, what a user waits; `device_ms` what the device took."""
     row = {"ms": 1e3 * timing.median, "ms_low": 1e3 * timing.low, "ms_high": 1e3 * timing.high}
     if timing.device:
@@ -236,7 +192,8 @@ def _times(timing: Timing) -> Row:
     return {**row, "bound_by": timing.bound_by, "rounds": timing.rounds}
 
 
-def _mib(size: int | None) -> float | None:
+def mib(size: int | None) -> float | None:
+    """Bytes in MiB."""
     return None if size is None else size / 2**20
 
 
@@ -244,7 +201,7 @@ def _memory(work: Attempt, how: str, device: torch.device) -> Row:
     """Most memory that a piece of work holds, and what CUDA graphs keep, those of the group's earlier entrants included."""
     graphs = how in GRAPHS and device.type == "cuda"
     held = peak_memory(work, device, CAPTURED if graphs else 1)
-    return {"memory_mib": _mib(held), "graphs_mib": _mib(graph_memory(device)) if graphs and work.failure is None else None}
+    return {"memory_mib": mib(held), "graphs_mib": mib(graph_memory(device)) if graphs and work.failure is None else None}
 
 
 def flaw(outputs: Tensor | None, expected: Tensor | None) -> Row:
@@ -286,7 +243,7 @@ def forward(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
         peak = _peak(timings, products, operations)
         yield from _rows(entrants, works, timings, seen, 1, peak, *settings)
         del works, products
-        _release()
+        release()
 
 
 def _rows(
@@ -373,7 +330,7 @@ def training(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
             seen[name]["selectors_time"] = alone / timings[name].median if part.failure is None else None
         yield from _rows(entrants, works, timings, seen, 3, _peak(timings, products, operations), *settings)
         del works, products, parts, selecting
-        _release()
+        release()
 
 
 def _step(one: Entrant, batch: int, number: str, how: str, device: torch.device) -> Work:
@@ -429,54 +386,3 @@ def _selectors(model: VideoClassifier, batch: int, device: torch.device, held: l
             one()
 
     return work
-
-
-def operator(entrants: Sequence[Entrant], plan: Plan) -> Iterator[Row]:
-    """The Top-K's estimators, forward and backward, at the sizes of the entrants' slots."""
-    for batch in plan.batches:
-        for one in entrants:
-            if not isinstance(one.model, VideoClassifier):
-                continue
-            for name, selector in one.model.slots.selectors.items():
-                assert isinstance(selector, Selector)
-                frames, height, width = selector.in_size
-                keep = selector.out_size[0] if name.startswith("t") else 1
-                candidates = frames if name.startswith("t") else len(getattr(selector, "corners", range(height * width)))
-                rows = batch if name.startswith("t") else batch * frames
-                yield from _estimators(f"{one.name}, {name}", rows, candidates, keep, one.model.slots.selection.samples, plan)
-
-
-def _estimators(name: str, rows: int, candidates: int, keep: int, samples: int, plan: Plan) -> Iterator[Row]:
-    torch.manual_seed(0)
-    scores = torch.rand(rows, candidates, device=plan.device, requires_grad=True)
-    grad_output = torch.randn(rows, keep, candidates, device=plan.device)
-    sigma = torch.tensor(0.1, device=plan.device)
-    estimators: dict[str, Estimator] = {kind: make(samples) for kind, make in ESTIMATORS.items()}
-    if candidates > Exact.limit:
-        del estimators["exact"]
-    if rows * samples * keep * candidates < 2**28:
-        estimators["one-hot"] = peers.OneHot(samples)
-
-    def work(estimate: Estimator) -> Work:
-        return lambda: estimate(scores, keep, sigma, Noise.of([7])).backward(grad_output)
-
-    works = {kind: Attempt(functools.partial(work, estimate)) for kind, estimate in estimators.items()}
-    memory = {kind: peak_memory(run, plan.device) for kind, run in works.items()}
-    timings = in_turns(works, plan.device, plan.seconds, plan.rounds, on_device=plan.timer)
-    for kind, run in works.items():
-        facts: Row = {"model": name, "estimator": kind, "rows": rows, "candidates": candidates, "kept": keep, "samples": samples}
-        if run.failure:
-            yield {**facts, "remark": run.failure}
-            continue
-        yield {**facts, **_times(timings[kind]), "memory_mib": _mib(memory[kind])}
-
-
-def _release() -> None:
-    torch.compiler.reset()
-    _empty_caches()
-
-
-def _empty_caches() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
