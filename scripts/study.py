@@ -37,6 +37,8 @@ def train(log: Path, overrides: list[str], threads: int) -> None:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
     torch.set_num_threads(threads)
+    # As on a command line. Workers of a loader would be made by a server of their own, and each import torch for 5 seconds.
+    multiprocessing.set_start_method("fork", force=True)
     sys.argv = ["train", *COMMON, *overrides]
     main()
 

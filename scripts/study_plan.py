@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "study.md"
 
+QUICK = ("clip.decoder=pyav", "clip.decode_timeout=null")
+"""Twice as fast for small files that are known to decode."""
 COMMON = ["backbone=mvit_tiny", "callbacks.progress=null", "callbacks.best=null", "callbacks.loading=null"]
 FIXED = {"t": "uniform", "s": "centre"}
 
@@ -138,7 +140,11 @@ def data_sets(own: Sequence[str], start: Path | None = None) -> dict[str, DataSe
     plain = ("recipe=scratch", "trainer.max_epochs=4")
     found = {
         f"demo_{setting}": DataSet(
-            ("dataset=demo", f"dataset.setting={setting}"), plain, budgets, attended, budgets[-1] if setting == "both" else ""
+            ("dataset=demo", f"dataset.setting={setting}", *QUICK),
+            plain,
+            budgets,
+            attended,
+            budgets[-1] if setting == "both" else "",
         )
         for setting, (budgets, attended) in DEMOS.items()
     }
@@ -149,7 +155,7 @@ def data_sets(own: Sequence[str], start: Path | None = None) -> dict[str, DataSe
         data = (
             "dataset=list", f"dataset.train={root}/train.csv", f"dataset.val={root}/val.csv", f"dataset.name={name}",
             f"dataset.manifest={root}/manifest.csv", "dataset.truth=true", "clip.sampling=segments", "clip.test_views=1",
-            "clip.decoder=pyav", "clip.decode_timeout=null",  # Twice as fast for small files that are known to decode.
+            *QUICK,
             "clip.short_side=crop", "clip.train_transform.scale=[0.6,1.0]", "clip.train_transform.ratio=[0.8,1.25]",
         )  # fmt: skip
         budgets = ("t0_0.5", "s0_0.5", "t0_0.5_s0_0.5")
