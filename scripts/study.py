@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="folder of the runs")
     parser.add_argument("--data", action="append", default=[], metavar="NAME=FOLDER", help="a folder with train.csv and val.csv")
     parser.add_argument("--start", type=Path, metavar="FILE", help="checkpoint that unpruned models of --data begin with")
+    parser.add_argument("--backbone", help="on --data; mvit_tiny")
     parser.add_argument("--only", nargs="*", help="these data sets alone")
     parser.add_argument("--small", action="store_true", help="two seeds, the smallest budgets and the methods that matter")
     parser.add_argument("--seeds", type=int, help="how many; 5, or 2 with --small")
@@ -78,7 +79,7 @@ def main() -> None:
     PROCESSES.set_forkserver_preload(["stts_lightning.train", "stts_lightning.assembly"])
     root, first = options.root.resolve(), options.first_seed
     seeds = range(first, first + (options.seeds or (2 if options.small else 5)))
-    found = data_sets(options.data, options.start)
+    found = data_sets(options.data, options.start, options.backbone)
     if not options.tables:
         picked = {name: data for name, data in found.items() if not options.only or name in options.only}
         # A seed is finished on all data sets before the next begins: what is cut off has fewer seeds, not fewer rows.

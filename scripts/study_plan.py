@@ -22,7 +22,7 @@ class Method:
         overrides: of the run; {plain} is the unpruned model's checkpoint.
         recipe: of the run.
         slots: selectors of the slots of an axis, where they differ: {"t": "gumbel"}.
-        axes: budgets that it can choose for: "t", "s", "ts".
+        axes: budgets that it can choose for: "t", "s", "ts"; "r" for reducers.
         main: whether the small study has it.
     """
 
@@ -73,6 +73,15 @@ METHODS = (
 )
 """Rows of the main tables."""
 
+REDUCERS = (
+    Method("random tokens", ("selection.reducer=random", "+selection.slots.r0.place=before"), axes=("r",), main=True),
+    Method("tokens that changed most (RLT)", ("selection.reducer=rlt",), axes=("r",), main=True),
+    Method("recipe=learn_selection, tokens", ("selection.reducer=topk",), recipe="learn_selection", axes=("r",), main=True),
+)
+"""Rows of reducers, on a ViT."""
+REDUCED = "r0_0.28125"
+"""Their budget: as many tokens as the smallest budget of folders keeps, four frames of eight and nine tokens of sixteen."""
+
 OPTIONS = (
     Method("start=even", (*WIDE, "selection.start=even")),
     Method("start=small", (*WIDE, "selection.start=small")),
@@ -113,6 +122,7 @@ class DataSet:
         attended: the budget at which attention is compared; empty for none.
         options: the budget at which each option is tried alone; empty for none.
         epochs: of tuning.
+        reduced: the budget of reducers; empty for none.
         also: rows that its small study has beside the main ones.
         tested: list of the test videos, where several were made of one source; None where each is its own.
     """
@@ -123,6 +133,7 @@ class DataSet:
     attended: str = ""
     options: str = ""
     epochs: int = 2
+    reduced: str = ""
     also: tuple[str, ...] = ()
     tested: Path | None = None
 
@@ -135,8 +146,14 @@ DEMOS = {
 """Budgets of each setting, and that of attention."""
 
 
-def data_sets(own: Sequence[str], start: Path | None = None) -> dict[str, DataSet]:
-    """The demo's settings, and folders given as NAME=FOLDER; `start` is what the unpruned models of these begin with."""
+def data_sets(own: Sequence[str], start: Path | None = None, backbone: str | None = None) -> dict[str, DataSet]:
+    """The demo's settings, and folders given as NAME=FOLDER.
+
+    Args:
+        own: these folders.
+        start: what their unpruned models begin with; None for nothing.
+        backbone: on these folders; None is that of `COMMON`.
+    """
     plain = ("recipe=scratch", "trainer.max_epochs=4")
     found = {
         f"demo_{setting}": DataSet(
@@ -151,9 +168,10 @@ def data_sets(own: Sequence[str], start: Path | None = None) -> dict[str, DataSe
     for given in own:
         name, _, place = given.partition("=")
         root = Path(place).resolve()
+        model = (f"backbone={backbone}",) if backbone else ()
         # Few and long videos: a clip has a frame of each sixteenth of a video, and all of the picture.
         data = (
-            "dataset=list", f"dataset.train={root}/train.csv", f"dataset.val={root}/val.csv", f"dataset.name={name}",
+            *model, "dataset=list", f"dataset.train={root}/train.csv", f"dataset.val={root}/val.csv", f"dataset.name={name}",
             f"dataset.manifest={root}/manifest.csv", "dataset.truth=true", "clip.sampling=segments", "clip.test_views=1",
             *QUICK,
             "clip.short_side=crop", "clip.train_transform.scale=[0.6,1.0]", "clip.train_transform.ratio=[0.8,1.25]",
@@ -168,13 +186,14 @@ def data_sets(own: Sequence[str], start: Path | None = None) -> dict[str, DataSe
                 "optim.lr=3e-4",
                 "backbone.drop_path=0.2",
             )
-        found[name] = DataSet(data, unpruned, budgets, epochs=8, also=ON_REAL_VIDEOS, tested=root / "val.csv")
+        reduced = REDUCED if (backbone or "").startswith("vit") else ""
+        found[name] = DataSet(data, unpruned, budgets, epochs=8, reduced=reduced, also=ON_REAL_VIDEOS, tested=root / "val.csv")
     return found
 
 
 def axes(kept: str) -> str:
-    """Axes of a budget: "t", "s" or "ts"."""
-    return "".join(sorted({part[0] for part in kept.split("_")[::2]}, key="ts".index))
+    """Axes of a budget: "t", "s", "ts" or "r"."""
+    return "".join(sorted({part[0] for part in kept.split("_")[::2]}, key="tsr".index))
 
 
 class Job(NamedTuple):
@@ -214,6 +233,8 @@ def rows(name: str, data: DataSet, small: bool) -> Iterator[Row]:
         return not small or method.main or method.label in data.also
 
     yield from (Row(name, smallest, method) for method in METHODS if axes(smallest) in method.axes and wanted(method))
+    if data.reduced:
+        yield from (Row(name, data.reduced, method) for method in REDUCERS)
     if small:
         return
     if data.options:

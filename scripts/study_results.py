@@ -17,6 +17,8 @@ from study_plan import (
     OPTIONS,
     PAGE,
     RANDOM,
+    REDUCED,
+    REDUCERS,
     DataSet,
     Method,
     Row,
@@ -176,9 +178,9 @@ def tables(runs: Sequence[Run]) -> str:
     for name, data in data_sets([f"{name}=." for name in own]).items():
         if all(run.data != name for run in runs):
             continue
-        main, alone = [method.label for method in (*METHODS, ATTENTION)], [method.label for method in OPTIONS]
+        main, alone = [method.label for method in (*METHODS, ATTENTION, *REDUCERS)], [method.label for method in OPTIONS]
         lines += ["", f"### {name}", "", *table(runs, name, "none", [PLAIN, ALL.label])]
-        for kept in filter(None, (*data.budgets, data.attended)):
+        for kept in filter(None, (*data.budgets, REDUCED, data.attended)):
             written = table(runs, name, kept, main)
             lines += ["", f"**{kept}**", "", *written] if written else []
         if any(run.data == name and run.method in alone for run in runs):

@@ -20,12 +20,16 @@ plan = pytest.importorskip("study_plan", reason="scripts/ is part of the checkou
 results = pytest.importorskip("study_results")
 
 
-def test_every_row_is_a_run_of_its_own_that_can_be_built() -> None:
-    sets = plan.data_sets(["own=somewhere"])
+@pytest.mark.parametrize("backbone", [None, "vit_tiny", "mvit_v2_tiny"])
+def test_every_row_is_a_run_of_its_own_that_can_be_built(backbone: str | None) -> None:
+    sets = plan.data_sets(["own=somewhere"], backbone=backbone)
+    if backbone:
+        sets = {"own": sets["own"]}
     found = [row for name, data in sets.items() for row in plan.rows(name, data, small=False)]
     assert len({row.folder(Path("root"), 0) for row in found}) == len(found)
     once = {(row.method.label, plan.axes(row.kept) if row.kept != "none" else ""): row for row in found}
-    assert len(once) > 30
+    assert len(once) > (10 if backbone else 30)
+    assert any(row.kept == plan.REDUCED for row in found) == (backbone == "vit_tiny")
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         for row in once.values():
             made = plan.job(Path("root"), row, sets[row.data], 3)
@@ -34,7 +38,8 @@ def test_every_row_is_a_run_of_its_own_that_can_be_built() -> None:
             run_config.check_numbers(cfg)
             assert cfg.seed == 3 and cfg.trainer.max_epochs == sets[row.data].epochs
             model = assembly.build_body(cfg)
-            assert (row.kept == "none") != bool(model.slots.at_block)
+            assert (row.kept == "none") == model.slots.empty
+            assert cfg.backbone.name == (backbone or "mvit_tiny")
 
 
 def test_the_small_study_has_the_rows_that_the_others_are_compared_with() -> None:
