@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
-from study_plan import COMMON, PAGE, Job, data_sets, job, plain, rows
+from study_plan import COMMON, LABELS, PAGE, Job, data_sets, job, plain, rows
 from study_results import RUNS, collect, tables
 
 MARKS = ("<!-- tables: written by scripts/study.py -->", "<!-- end of tables -->")
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, metavar="FILE", help="checkpoint that unpruned models of --data begin with")
     parser.add_argument("--backbone", help="on --data; mvit_tiny")
     parser.add_argument("--only", nargs="*", help="these data sets alone")
+    parser.add_argument("--rows", nargs="*", metavar="LABEL", help="these rows alone, by what the tables call them")
     parser.add_argument("--small", action="store_true", help="two seeds, the smallest budgets and the methods that matter")
     parser.add_argument("--seeds", type=int, help="how many; 5, or 2 with --small")
     parser.add_argument("--first-seed", type=int, default=0, help="where they begin")
@@ -76,6 +77,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads a run")
     parser.add_argument("--tables", action="store_true", help="only write the tables of what is there")
     options = parser.parse_args()
+    if unknown := set(options.rows or ()) - LABELS:
+        parser.error(f"--rows: no row is called {', '.join(sorted(unknown))}; there are: {'; '.join(sorted(LABELS))}")
     PROCESSES.set_forkserver_preload(["stts_lightning.train", "stts_lightning.assembly"])
     root, first = options.root.resolve(), options.first_seed
     seeds = range(first, first + (options.seeds or (2 if options.small else 5)))
@@ -86,7 +89,10 @@ def main() -> None:
         jobs: list[list[Job]] = []
         for seed in seeds:
             jobs.append([plain(root, name, data, seed) for name, data in picked.items()])
-            jobs.append([job(root, row, data, seed) for name, data in picked.items() for row in rows(name, data, options.small)])
+            wanted = [row for name, data in picked.items() for row in rows(name, data, options.small)]
+            if options.rows:
+                wanted = [row for row in wanted if row.method.label in options.rows]
+            jobs.append([job(root, row, picked[row.data], seed) for row in wanted])
         with Progress() as progress, ThreadPoolExecutor(options.parallel) as pool:
             task = progress.add_task("runs", total=sum(map(len, jobs)))
             for together in jobs:  # Methods start from the unpruned models.

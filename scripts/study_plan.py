@@ -219,6 +219,10 @@ class Row:
 ALL = Method("all tokens, tuned as the others", main=True)
 
 
+LABELS = {method.label for method in (ALL, *METHODS, *REDUCERS, *OPTIONS, ATTENTION)}
+"""Of all rows."""
+
+
 def plain_folder(root: Path, data: str, seed: int) -> Path:
     """Of the unpruned model that the methods start from."""
     return root / data / f"plain_seed{seed}"
