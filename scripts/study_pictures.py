@@ -21,7 +21,7 @@ from stts_lightning.analysis.overlay import Pictures, contact_sheet
 from stts_lightning.configuration import conf_dir
 from stts_lightning.data.dataset import Batch
 
-SHOWN = ("oracle", "random", "fixed (uniform, centre)", "STTS, sigma 0.1, faster network", "recipe=learn_selection")
+SHOWN = ("oracle", "random", "fixed (uniform, centre)", "STTS as in the paper", "recipe=learn_selection")
 
 
 def video(setting: str, number: int) -> tuple[Batch, list[str]]:
