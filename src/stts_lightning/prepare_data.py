@@ -62,7 +62,7 @@ def embeddings(videos: VideoList, folder: Path, how: Embedding, scene: str, copi
         copies: of each video.
 
     Raises:
-        AnnotationError: where all videos are of one class, and another class is to play around them.
+        AnnotationError: where all videos are of one class, and another class is to be seen around them.
     """
     rng, labels = np.random.default_rng(how.seed), videos.labels
     made: list[Video] = []
@@ -70,14 +70,14 @@ def embeddings(videos: VideoList, folder: Path, how: Embedding, scene: str, copi
     for video, target in zip(videos.videos, targets(videos, folder), strict=True):
         for copy in range(copies):
             around = None
-            if scene == "other":
+            if scene != "idle":
                 others = np.flatnonzero(labels != video.label)
                 if not len(others):
-                    raise AnnotationError("embed.scene=other: all videos are of one class; embed.scene=idle needs no other")
+                    raise AnnotationError(f"embed.scene={scene}: all videos are of one class; embed.scene=idle needs no other")
                 around = videos.videos[int(rng.choice(others))].path
             file = target.with_name(f"{target.stem}_{copy}.mp4")
             made.append(replace(video, path=file))
-            tasks.append(Task(video.path, file, replace(how, scene=around, copy=copy)))
+            tasks.append(Task(video.path, file, replace(how, scene=around, still=scene == "still", copy=copy)))
     return replace(videos, videos=tuple(made)), tasks
 
 

@@ -31,10 +31,11 @@ def frames_of(path: Path) -> NDArray[np.int64]:
         return reader.frames(np.arange(len(reader))).astype(int)
 
 
-@pytest.mark.parametrize("scene", ["idle", "other"])
+@pytest.mark.parametrize("scene", ["idle", "still", "other"])
 def test_the_action_lies_where_the_truth_says(tmp_path: Path, scene: str) -> None:
     action, other = film(tmp_path / "a.mp4", (200, 40, 40)), film(tmp_path / "b.mp4", (30, 30, 160), 5)
-    how = Embedding(other if scene == "other" else None, 0, larger=2.0, longer=2.5, short_side=64)
+    around = None if scene == "idle" else other
+    how = Embedding(around, 0, scene == "still", larger=2.0, longer=2.5, short_side=64)
     embed(action, tmp_path / "out.mp4", how)
     truth, found = json.loads((tmp_path / "out.json").read_text()), frames_of(tmp_path / "out.mp4")
     (first, end), (x0, y0, x1, y1) = truth["frames"], truth["boxes"][0]
@@ -47,11 +48,14 @@ def test_the_action_lies_where_the_truth_says(tmp_path: Path, scene: str) -> Non
     outside = found.copy()
     outside[:, y0:y1, x0:x1] = 0
     blue = outside[..., 2].sum() > outside[..., 0].sum()
-    assert blue == (scene == "other"), "around it its own colour, or the other video"
+    assert blue == (scene != "idle"), "around it its own colour, or that of the other video"
     before = found[: first - 1, y0:y1, x0:x1] if first > 1 else found[end + 1 :, y0:y1, x0:x1]
-    if scene == "idle":
+    if scene != "other":
         assert before.std(0).mean() < 4, "nothing happens before and after"
+        assert outside[first:end].std(0).mean() < 4, "nor around it"
     else:
+        assert outside[first:end].std(0).mean() > 4, "the bar of the other video moves"
+    if scene != "idle":
         assert before[..., 2].mean() > before[..., 0].mean(), "the scene goes on where the action will be"
 
 
@@ -73,7 +77,7 @@ def test_the_command_makes_a_data_set_with_its_truth(tmp_path: Path) -> None:
         for name, colour in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
             film(tmp_path / "own" / split / name / "v.mp4", colour)
     asked = ["task=embed", "dataset=folder", "dataset.root=own", "out=made", "short_side=64", "embed.copies=2", "jobs=2"]
-    for scene in ("idle", "other"):
+    for scene in ("idle", "still", "other"):
         done = python_m("stts_lightning.prepare_data", [*asked, f"embed.scene={scene}"], tmp_path, dict(os.environ))
         assert done.returncode == 0, done.stdout + done.stderr
         assert "dataset.truth=true" in done.stdout
@@ -85,4 +89,4 @@ def test_the_command_makes_a_data_set_with_its_truth(tmp_path: Path) -> None:
     truth = json.loads((tmp_path / "made/val/red/v_1.json").read_text())
     assert truth["embedding"]["scene"] == "v.mp4"
     done = python_m("stts_lightning.prepare_data", [*asked, "embed.scene=none"], tmp_path, dict(os.environ))
-    assert done.returncode and "error: embed.scene=none: allowed are idle, other" in done.stderr
+    assert done.returncode and "error: embed.scene=none: allowed are idle, still, other" in done.stderr

@@ -1,7 +1,8 @@
 """Real videos in which time and place matter: an action set into a longer and larger video, at a place and time from a seed.
 
 Around it, in time and space, nothing happens (`idle`: its own still background, with the first and last frame held before and
-after), or another video of another class plays (`other`). The truth lies beside each video as JSON; see `truth`.
+after), or a video of another class is seen: its still background (`still`), or all of it, playing (`other`). The truth lies
+beside each video as JSON; see `truth`.
 """
 
 import json
@@ -20,7 +21,7 @@ from stts_lightning.data.encode import even, write_mp4
 from stts_lightning.data.truth import truth_file
 from stts_lightning.files import write_text
 
-SCENES = ("idle", "other")
+SCENES = ("idle", "still", "other")
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Embedding:
     """How an action is set into a video.
 
     Attributes:
-        scene: video that plays around it, or None for an idle scene.
+        scene: video around it, or None for an idle scene of its own.
         copy: number of the copy; each has a time and a place of its own.
+        still: whether the scene's background is shown, not the scene.
         seed: with the name of the file and `copy` it settles time and place.
         larger: sides of the picture over those of the action, 1 or more.
         longer: length of the video over that of the action, 1 or more.
@@ -39,6 +41,7 @@ class Embedding:
 
     scene: Path | None
     copy: int
+    still: bool = False
     seed: int = 0
     larger: float = 2.0
     longer: float = 2.0
@@ -77,6 +80,19 @@ def _to_and_fro(length: int, wanted: int, start: int) -> NDArray[np.int64]:
     return once[(start + np.arange(wanted)) % len(once)]
 
 
+def _background(video: Tensor, size: tuple[int, int]) -> Tensor:
+    """What stands still in a video `(T, 3, H, W)`: the median of some of its frames, resized to cover a size, `(1, 3, *size)`."""
+    some = video[torch.linspace(0, len(video) - 1, min(len(video), 16)).long()]
+    return _covering(some.median(0, keepdim=True).values, size)
+
+
+def _covering(video: Tensor, size: tuple[int, int]) -> Tensor:
+    """A video `(T, 3, H, W)` resized and cropped to a size."""
+    zoom = max(size[0] / video.shape[-2], size[1] / video.shape[-1])
+    covering = [max(math.ceil(side * zoom), least) for side, least in zip(video.shape[-2:], size, strict=True)]
+    return center_crop(resize(video, covering, antialias=True), list(size))
+
+
 def embed(source: Path, target: Path, embedding: Embedding) -> None:
     """Write a video in which an action is embedded, and its truth beside it.
 
@@ -94,16 +110,15 @@ def embed(source: Path, target: Path, embedding: Embedding) -> None:
     first = int(rng.integers(total - frames + 1))
     top, left = (int(rng.integers(side - inner + 1)) for side, inner in zip(size, (height, width), strict=True))
     if embedding.scene is None:
-        some = action[torch.linspace(0, frames - 1, min(frames, 16)).long()]
-        scene = resize(some.median(0, keepdim=True).values, list(size), antialias=True).expand(total, -1, -1, -1)
+        scene = _background(action, size).expand(total, -1, -1, -1)
         shown = np.clip(np.arange(total) - first, 0, frames - 1)  # The first and the last frame are held.
         seen = range(total)
     else:
         other, _ = _pixels(embedding.scene)
-        cover = max(size[0] / other.shape[-2], size[1] / other.shape[-1])
-        covering = [max(math.ceil(side * cover), least) for side, least in zip(other.shape[-2:], size, strict=True)]
-        other = center_crop(resize(other, covering, antialias=True), list(size))
-        scene = other[torch.from_numpy(_to_and_fro(len(other), total, int(rng.integers(len(other)))))]
+        if embedding.still:
+            scene = _background(other, size).expand(total, -1, -1, -1)
+        else:
+            scene = _covering(other, size)[torch.from_numpy(_to_and_fro(len(other), total, int(rng.integers(len(other)))))]
         shown = np.arange(total) - first
         seen = range(first, first + frames)
     pictures = scene.clone()
