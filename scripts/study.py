@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
-from study_plan import COMMON, LABELS, PAGE, Job, data_sets, job, plain, rows
+from study_plan import COMMON, LABELS, OWN_BUDGETS, PAGE, Job, data_sets, job, plain, rows
 from study_results import RUNS, collect, tables
 
 MARKS = ("<!-- tables: written by scripts/study.py -->", "<!-- end of tables -->")
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--data", action="append", default=[], metavar="NAME=FOLDER", help="a folder with train.csv and val.csv")
     parser.add_argument("--start", type=Path, metavar="FILE", help="checkpoint that unpruned models of --data begin with")
     parser.add_argument("--backbone", help="on --data; mvit_tiny")
+    parser.add_argument("--budgets", nargs="+", default=OWN_BUDGETS, metavar="KEPT", help="of --data, the smallest last")
     parser.add_argument("--only", nargs="*", help="these data sets alone")
     parser.add_argument("--rows", nargs="*", metavar="LABEL", help="these rows alone, by what the tables call them")
     parser.add_argument("--small", action="store_true", help="two seeds, the smallest budgets and the methods that matter")
@@ -82,7 +83,7 @@ def main() -> None:
     PROCESSES.set_forkserver_preload(["stts_lightning.train", "stts_lightning.assembly"])
     root, first = options.root.resolve(), options.first_seed
     seeds = range(first, first + (options.seeds or (2 if options.small else 5)))
-    found = data_sets(options.data, options.start, options.backbone)
+    found = data_sets(options.data, options.start, options.backbone, options.budgets)
     if not options.tables:
         picked = {name: data for name, data in found.items() if not options.only or name in options.only}
         # A seed is finished on all data sets before the next begins: what is cut off has fewer seeds, not fewer rows.

@@ -48,8 +48,10 @@ PAPER = ("selection.sigma=0.1",)
 WIDE = ("selection.sigma=0.5",)
 SLOW = ("optim.parts.backbone.lr_scale=0.01", "optim.parts.head.lr_scale=0.01")
 """The network's rate as a share of the selectors' (paper Sec. 4.1); of other methods it is 0.2, as 300 steps are few."""
-LEARNING = ("optim.parts.backbone.frozen_share=0", "optim.parts.head.frozen_share=0")
-"""As the recipe was before seed 3: the network learns from the first step on."""
+LEARNING = ("optim.parts.backbone.warmup_share=0", "optim.parts.head.warmup_share=0")
+"""The network learns at its full rate from the first step on."""
+STANDING = (*LEARNING, "+optim.parts.backbone.frozen_share=0.25", "+optim.parts.head.frozen_share=0.25")
+"""The network does not learn in the first quarter of the run."""
 EVEN = (*LEARNING, "selection.start=even", "selection.sigma=0.3", "optim.parts.selectors.lr_scale=1.0")
 """As the recipe was at first: no preference, more noise, a lower rate."""
 FROZEN = ("+optim.parts.backbone.frozen_share=0.5", "+optim.parts.head.frozen_share=0.5")
@@ -67,6 +69,7 @@ METHODS = (
     Method("STTS as released, faster network", ("selection.scorer=official", "selection.estimator=official", *PAPER)),
     Method("the recipe with a higher rate", (*LEARNING, "optim.parts.selectors.lr_scale=3.0"), recipe="learn_selection"),
     Method("the recipe, the network learns at once", LEARNING, recipe="learn_selection", main=True),
+    Method("the recipe, the network stands still for a quarter", STANDING, recipe="learn_selection"),
     Method("the recipe with an even start", EVEN, recipe="learn_selection"),
     Method("the recipe with an even start, paper scorer", (*EVEN, "selection.scorer=paper"), recipe="learn_selection"),
     Method("recipe=learn_selection", recipe="learn_selection", main=True),
@@ -146,24 +149,31 @@ DEMOS = {
 """Budgets of each setting, and that of attention."""
 
 
-def data_sets(own: Sequence[str], start: Path | None = None, backbone: str | None = None) -> dict[str, DataSet]:
+OWN_BUDGETS = ("t0_0.5", "s0_0.5", "t0_0.5_s0_0.5")
+"""Of other folders than the demo's."""
+
+
+def data_sets(
+    own: Sequence[str], start: Path | None = None, backbone: str | None = None, budgets: Sequence[str] = OWN_BUDGETS
+) -> dict[str, DataSet]:
     """The demo's settings, and folders given as NAME=FOLDER.
 
     Args:
         own: these folders.
         start: what their unpruned models begin with; None for nothing.
         backbone: on these folders; None is that of `COMMON`.
+        budgets: of these folders.
     """
     plain = ("recipe=scratch", "trainer.max_epochs=4")
     found = {
         f"demo_{setting}": DataSet(
             ("dataset=demo", f"dataset.setting={setting}", *QUICK),
             plain,
-            budgets,
+            kept,
             attended,
-            budgets[-1] if setting == "both" else "",
+            kept[-1] if setting == "both" else "",
         )
-        for setting, (budgets, attended) in DEMOS.items()
+        for setting, (kept, attended) in DEMOS.items()
     }
     for given in own:
         name, _, place = given.partition("=")
@@ -173,21 +183,21 @@ def data_sets(own: Sequence[str], start: Path | None = None, backbone: str | Non
         data = (
             *model, "dataset=list", f"dataset.train={root}/train.csv", f"dataset.val={root}/val.csv", f"dataset.name={name}",
             f"dataset.manifest={root}/manifest.csv", "dataset.truth=true", "clip.sampling=segments", "clip.test_views=1",
-            *QUICK,
+            "trainer.check_val_every_n_epoch=8", *QUICK,
             "clip.short_side=crop", "clip.train_transform.scale=[0.6,1.0]", "clip.train_transform.ratio=[0.8,1.25]",
         )  # fmt: skip
-        budgets = ("t0_0.5", "s0_0.5", "t0_0.5_s0_0.5")
         unpruned = ("recipe=scratch", "trainer.max_epochs=12")
         if start:
             unpruned = (
                 f"pretrained={start.resolve()}",
                 "recipe=scratch",
-                "trainer.max_epochs=8",
+                "trainer.max_epochs=24",
                 "optim.lr=3e-4",
                 "backbone.drop_path=0.2",
             )
         reduced = REDUCED if (backbone or "").startswith("vit") else ""
-        found[name] = DataSet(data, unpruned, budgets, epochs=8, reduced=reduced, also=ON_REAL_VIDEOS, tested=root / "val.csv")
+        listed = root / "val.csv"
+        found[name] = DataSet(data, unpruned, tuple(budgets), epochs=16, reduced=reduced, also=ON_REAL_VIDEOS, tested=listed)
     return found
 
 

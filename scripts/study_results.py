@@ -180,7 +180,8 @@ def tables(runs: Sequence[Run]) -> str:
             continue
         main, alone = [method.label for method in (*METHODS, ATTENTION, *REDUCERS)], [method.label for method in OPTIONS]
         lines += ["", f"### {name}", "", *table(runs, name, "none", [PLAIN, ALL.label])]
-        for kept in filter(None, (*data.budgets, REDUCED, data.attended)):
+        given = sorted({run.kept for run in runs if run.data == name and run.kept != "none"})
+        for kept in dict.fromkeys((*data.budgets, REDUCED, data.attended, *given)):
             written = table(runs, name, kept, main)
             lines += ["", f"**{kept}**", "", *written] if written else []
         if any(run.data == name and run.method in alone for run in runs):

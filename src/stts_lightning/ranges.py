@@ -121,6 +121,7 @@ RANGES: dict[str, Range] = {
     "optim.lr": NOT_NEGATIVE,
     "optim.parts.*.frozen_epochs": NOT_NEGATIVE,
     "optim.parts.*.frozen_share": SHARE,
+    "optim.parts.*.warmup_share": SHARE,
     "optim.parts.*.layer_decay": PORTION,
     "optim.parts.*.lr_cap": Range(0, infinite=True),
     "optim.parts.*.lr_scale": NOT_NEGATIVE,

@@ -102,6 +102,17 @@ def test_schedule_matches_the_official_code() -> None:
     assert rate("backbone", 19.9) == pytest.approx(1e-4 * lr_factor(OFFICIAL.part("selectors"), OFFICIAL, 19.9 / 20))
 
 
+def test_a_share_of_the_run_warms_up_as_that_many_epochs_do() -> None:
+    epochs, share = PartSpec(lr_scale=0.2, warmup_epochs=4), PartSpec(lr_scale=0.2, warmup_share=0.5)
+    spec = OptimSpec(lr=1e-4, weight_decay=0.0, epochs=8)
+    for progress in (0, 0.1, 0.49, 0.5, 0.8, 1.0):
+        assert lr_factor(share, spec, progress) == pytest.approx(lr_factor(epochs, spec, progress))
+    assert lr_factor(share, spec, 0.25) == pytest.approx(0.1)
+    assert lr_factor(share, replace(spec, epochs=80), 0.25) == pytest.approx(0.1), "whatever the length of the run"
+    assert lr_factor(share, spec, 0.5) == pytest.approx(0.2)
+    assert lr_factor(replace(share, warmup_epochs=6), spec, 0.5) == pytest.approx(0.2 * 4 / 6), "the longer of the two counts"
+
+
 def test_official_swin_schedule_moves_by_epochs_and_never_reaches_zero() -> None:
     part = PartSpec(warmup_epochs=0.8, warmup_from=0.1, decay_biases=True)
     spec = OptimSpec(lr=3e-4, weight_decay=0.05, epochs=10, steps_of="epoch", parts={"backbone": part})

@@ -24,6 +24,7 @@ class PartSpec:
         lr_scale: peak learning rate as a multiple of `OptimSpec.lr`.
         lr_cap: upper limit of the scheduled rate, as a multiple of `OptimSpec.lr`.
         warmup_epochs: linear warm-up.
+        warmup_share: the same as a share of the run; the longer of the two counts.
         warmup_from: where it begins, as a share of the rate it leads to.
         frozen_epochs: epochs at rate 0 before anything else.
         frozen_share: the same as a share of the run; the longer of the two counts.
@@ -37,6 +38,7 @@ class PartSpec:
     lr_scale: float = 1.0
     lr_cap: float = math.inf
     warmup_epochs: float = 0.0
+    warmup_share: float = 0.0
     warmup_from: float = 0.0
     frozen_epochs: float = 0.0
     frozen_share: float = 0.0
@@ -90,18 +92,18 @@ def lr_factor(part: PartSpec, spec: OptimSpec, progress: float) -> float:
     if epoch < frozen:
         return 0.0
     since = epoch - frozen
-    warming = since < part.warmup_epochs
+    warmup = max(part.warmup_epochs, part.warmup_share * spec.epochs)
     # After a frozen start, and by epochs, the cosine is the one of the whole run; after a warm-up one of what is left.
     if spec.steps_of == "epoch":
         done = math.floor(epoch) / spec.epochs
     elif frozen:
         done = progress
     else:
-        done = max(since - part.warmup_epochs, 0.0) / max(spec.epochs - part.warmup_epochs, 1e-9)
+        done = max(since - warmup, 0.0) / max(spec.epochs - warmup, 1e-9)
     cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     factor = part.lr_scale * (spec.final_lr + (1 - spec.final_lr) * cosine)
-    if warming:
-        factor *= part.warmup_from + (1 - part.warmup_from) * since / part.warmup_epochs
+    if since < warmup:
+        factor *= part.warmup_from + (1 - part.warmup_from) * since / warmup
     return min(factor, part.lr_cap)
 
 
