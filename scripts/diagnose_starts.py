@@ -47,6 +47,7 @@ WAYS = (
     "STTS, sigma 0.5, faster network",
     "STTS as in the paper",
     "the recipe, the network learns at once",
+    "the recipe, the network stands still for a quarter",
     "recipe=learn_selection",
 )
 """Of the study's methods: they differ in sigma, and in how the network learns while the selectors know nothing."""
