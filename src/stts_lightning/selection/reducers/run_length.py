@@ -84,7 +84,11 @@ class RunLength(Reducer):
         """Tokens `(B, N, C)` -> `(B, N', C)`, in input order; see `Reducer.forward`."""
         assert given.clip is not None
         indices, where, real = self.choose(given.clip)
-        return tokens.take(indices)._replace(real=real), where
+        return self.taken(tokens, indices, where)._replace(real=real), where
+
+    def taken(self, tokens: Tokens, indices: Tensor, where: Tensor) -> Tokens:
+        """The kept tokens `(B, N', C)`, by their indices `(B, N')`; `where` is `Reduction.where`."""
+        return tokens.take(indices)
 
     def mean_tokens(self) -> float | None:
         """See `Reducer.mean_tokens`."""
@@ -122,11 +126,9 @@ class RunLengthEncoded(RunLength):
         following = torch.where(later, time[None, None, :, None], frames).amin(2)
         return (following - time[:, None]).flatten(1)
 
-    def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
-        """Tokens `(B, N, C)` -> `(B, N', C)`, in input order; see `Reducer.forward`."""
-        assert given.clip is not None
-        indices, where, real = self.choose(given.clip)
+    def taken(self, tokens: Tokens, indices: Tensor, where: Tensor) -> Tokens:
+        """The kept tokens, each with the vector of its run length."""
+        kept = super().taken(tokens, indices, where)
         lengths = self.run_lengths(where).gather(1, indices)
-        table = F.pad(self.of_length, (0, 0, 1, 0)).to(tokens.x.dtype)  # Nothing for a run of 1.
-        kept = tokens.take(indices)
-        return kept._replace(x=kept.x + F.embedding(lengths - 1, table), real=real), where
+        table = F.pad(self.of_length, (0, 0, 1, 0)).to(kept.x.dtype)  # Nothing for a run of 1.
+        return kept._replace(x=kept.x + F.embedding(lengths - 1, table))
