@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from stts_lightning import assembly
-from stts_lightning.analysis.paper import FIGURE_3, TABLES, Row, measured, published_curves
+from stts_lightning.analysis.paper import FIGURE_3, TABLES, Row, figure_curves, measured, published_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "conf/experiment/paper").glob("*.yaml"))
@@ -106,7 +106,8 @@ def test_figure_3_has_its_published_points_and_a_random_row_for_each_selection()
 def test_our_accuracies_are_told_apart_by_data_and_model() -> None:
     def result(experiment: str, top1: float | None, data: str, backbone: str = "mvit_b16") -> dict[str, Any]:
         accuracy = {} if top1 is None else {"top1": top1}
-        return {"experiment": experiment, "dataset": {"name": data}, "backbone": backbone, **accuracy}
+        cost = 0.06 if backbone == "mvit_tiny" else 38.3
+        return {"experiment": experiment, "dataset": {"name": data}, "backbone": backbone, "gflops_per_view": cost, **accuracy}
 
     results = [
         result("a", 0.70, "kinetics400"),
@@ -121,6 +122,10 @@ def test_our_accuracies_are_told_apart_by_data_and_model() -> None:
         "90.0 (demo, mvit_tiny)",
     ]
     assert measured(results, "c", "mvit_b16") == []
+    small = "paper/mvit_b16_t0_0.6_s4_0.9"
+    drawn = figure_curves([result(small, 0.9, "demo", "mvit_tiny"), result(small, 0.7, "kinetics400")])
+    assert drawn.keys() - {f"{method} (paper)" for method in published_curves()} == {"STTS (demo, mvit_tiny)", "STTS (kinetics400)"}
+    assert drawn["STTS (demo, mvit_tiny)"] == [(0.06, 90)], "a run lies at its own cost, not at that of the paper's model"
 
 
 @pytest.mark.slow

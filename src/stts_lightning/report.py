@@ -57,23 +57,16 @@ def paper_table(number: int, roots: Sequence[Path], benchmark: Path | None = Non
 
 def paper_figure(number: int, roots: Sequence[Path], plot: str | None) -> tuple[str, Lines]:
     """Title and lines of what Figure 3 draws; the picture, ours beside the published points, where a file is named."""
-    from stts_lightning import assembly, run_config
-    from stts_lightning.analysis.paper import FIGURE_3, measured, published_curves
+    from stts_lightning import run_config
+    from stts_lightning.analysis.paper import FIGURE_3, figure_curves
 
     if number != 3:
         raise run_config.ConfigError(f"paper_figure={number}: allowed is 3")
     if plot:
         from stts_lightning.analysis import charts
 
-        curves = {f"{method} (paper)": points for method, points in published_curves().items()}
-        results = results_below(roots)
-        for row in FIGURE_3.rows:
-            cost = assembly.experiment_cost(str(row.experiment))
-            for found in measured(results, str(row.experiment), cost.backbone):
-                name = f"{dict(row.notes)['method']} ({found.where})"
-                curves.setdefault(name, []).append((cost.gflops, found.top1))
         with charts.style():
-            charts.method_curves(curves, f"Figure 3: {FIGURE_3.title}").savefig(plot, dpi=130)
+            charts.method_curves(figure_curves(results_below(roots)), f"Figure 3: {FIGURE_3.title}").savefig(plot, dpi=130)
     title, lines = beside_paper(FIGURE_3, roots)
     return f"Figure {number}: {title}", lines
 
@@ -110,7 +103,7 @@ def beside_paper(table: "PaperTable", roots: Sequence[Path], benchmark: Path | N
             line |= speeds(row, speed["rows"] if speed else [])
         lines.append({**line, "top-1 %, ours": top1, "experiment": row.experiment or ""})
     # A column without any entry says nothing.
-    named = [name for name in lines[-1] if any(line[name] for line in lines) or name == "top-1 %, ours"]
+    named = [name for name in lines[-1] if any(line.get(name) for line in lines) or name == "top-1 %, ours"]
     title = f"{table.title} ({table.data})"
     if speed:
         title += f"; ours: {speed['device']}, torch {speed['torch']}, {speed['rows'][0]['views']} views a video"

@@ -14,7 +14,7 @@ from PIL import Image
 from warm import LONGEST
 
 from stts_lightning.analysis import charts
-from stts_lightning.analysis.page import latex, named, rows, write_report
+from stts_lightning.analysis.page import latex, lines_of, named, rows, write_report
 from stts_lightning.analysis.points import pareto, points, ratio_curves, sigma_curves
 from stts_lightning.analysis.runs import find_runs
 
@@ -84,15 +84,33 @@ def test_the_front_compares_what_is_comparable_and_each_method_has_its_line(tmp_
     assert front == {("none", "", 5), ("t0_0.25", "learned", 5), ("t0_0.5", "learned", 5), ("t0_0.3", "learned", 1)}
     assert {point.method for point in group} == {"", "learned", "random", "oracle", "uniform + centre"}
     names = named(group)
-    figure = charts.accuracy_against(group, "gflops", names, names, "a title")
+    figure = charts.accuracy_against(group, "gflops", names, lines_of(group), names, "a title")
     drawn = {str(line.get_label()): line for line in figure.axes[0].lines if not str(line.get_label()).startswith("_")}
     assert set(drawn) == {
-        *(f"mvit_tiny, {how}, 5 views" for how in ("unpruned", "learned", "random", "oracle", "uniform + centre")),
-        "mvit_tiny, learned, 1 view", "Pareto front",
+        *(f"mvit_tiny, {how}, T0, 5 views" for how in ("learned", "random", "oracle")), "mvit_tiny, unpruned, 5 views",
+        "mvit_tiny, uniform + centre, T0 S1, 5 views", "mvit_tiny, learned, T0, 1 view", "Pareto front",
     }  # fmt: skip
-    assert drawn["mvit_tiny, learned, 5 views"].get_xydata().tolist() == [[0.6, 70.0], [1.0, 75.0]]
+    assert drawn["mvit_tiny, learned, T0, 5 views"].get_xydata().tolist() == [[0.6, 70.0], [1.0, 75.0]]
     level = [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]
     assert [float(line.get_ydata()[0]) for line in level] == [80.0], "the unpruned model's accuracy"
+
+
+def test_learned_choices_that_differ_in_more_than_ratios_have_lines_of_their_own(tmp_path: Path) -> None:
+    kept = [("t0_0.5", {"t0": "4 of 8 frames"}), ("t0_0.25", {"t0": "2 of 8 frames"})]
+    for number, (selection, slots) in enumerate(kept):
+        write(tmp_path / f"paper{number}", f"a: {number}", selection=selection, slots=slots)
+        write(tmp_path / f"ways{number}", f"b: {number}", selection=selection, slots=slots, ways_to_learn="windows=clip")
+    write(tmp_path / "space", "c: 1", selection="s0_0.5", slots={"s0": "11x11 of 16x16, 4 anchors"})
+    write(tmp_path / "longer", "c: 2", steps=20)
+    write(tmp_path / "plain", selection="none", slots={}, scorer="", estimator="")
+    group = points(find_runs([tmp_path]))
+    lines = lines_of(group)
+    assert len(lines) == len(group) == 7
+    assert sorted(set(lines)) == [
+        "mvit_tiny, learned, S0, 10 steps", "mvit_tiny, learned, T0, 10 steps", "mvit_tiny, learned, T0, 20 steps",
+        "mvit_tiny, learned, T0, windows=clip, 10 steps", "mvit_tiny, unpruned",
+    ]  # fmt: skip
+    assert [lines.count("mvit_tiny, learned, T0, 10 steps"), lines.count("mvit_tiny, learned, T0, windows=clip, 10 steps")] == [2, 2]
 
 
 def test_runs_with_other_pretraining_or_lists_are_separate_points(tmp_path: Path) -> None:
@@ -125,7 +143,7 @@ def test_names_do_not_cover_points_or_each_other(tmp_path: Path) -> None:
               top1=0.5 + 0.01 * number)  # fmt: skip
     group = points(find_runs([tmp_path]))
     names = named(group)
-    figure = charts.accuracy_against(group, "gflops", names, names, "a title")
+    figure = charts.accuracy_against(group, "gflops", names, lines_of(group), names, "a title")
     figure.canvas.draw()
     axes = figure.axes[0]
     boxes = [text.get_window_extent() for text in axes.texts]

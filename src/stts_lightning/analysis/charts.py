@@ -42,8 +42,10 @@ def _axes(title: str, x: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def accuracy_against(points: Sequence[Point], cost: str, names: Sequence[str], anchors: Sequence[str], title: str) -> Figure:
-    """Top-1 of points against GFLOPs or measured clips a second: a line for each backbone and method (paper Figure 3).
+def accuracy_against(
+    points: Sequence[Point], cost: str, names: Sequence[str], lines: Sequence[str], anchors: Sequence[str], title: str
+) -> Figure:
+    """Top-1 of points against GFLOPs or measured clips a second: a line for each method (paper Figure 3).
 
     Unpruned models are diamonds, with their accuracy as a dotted line. The Pareto front is drawn for each number of views.
 
@@ -51,6 +53,7 @@ def accuracy_against(points: Sequence[Point], cost: str, names: Sequence[str], a
         points: of one data set.
         cost: "gflops" or "clips_per_second".
         names: of the points; one of the front carries it.
+        lines: name of the line that each point lies on.
         anchors: where each point links to in an SVG, within its page.
         title: of the figure.
     """
@@ -58,11 +61,9 @@ def accuracy_against(points: Sequence[Point], cost: str, names: Sequence[str], a
     figure, axes = _axes(title, labels[cost])
     front = pareto(points, cost)
     place = {n: x for n, p in enumerate(points) if (x := p.gflops if cost == "gflops" else p.mean(cost)) is not None}
-    several = len({point.views for point in points}) > 1
-    kinds = [(p.backbone, p.method, p.views if several else 0) for p in points]
-    colours = {kind: COLOURS[number % len(COLOURS)] for number, kind in enumerate(dict.fromkeys(kinds))}
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(dict.fromkeys(lines))}
     for number, x in place.items():
-        point, colour = points[number], colours[kinds[number]]
+        point, colour = points[number], colours[lines[number]]
         y, spread = 100 * point.top1, 100 * (point.spread() or 0)
         if spread:
             axes.errorbar(x, y, spread, color=colour, alpha=0.5, capsize=2, lw=1)
@@ -71,13 +72,12 @@ def accuracy_against(points: Sequence[Point], cost: str, names: Sequence[str], a
         mark.set_urls([f"#{anchors[number]}"])
         if not point.method:
             axes.axhline(y, color=colour, lw=0.8, ls=":", zorder=1)
-    for kind_number, (kind, colour) in enumerate(colours.items()):
-        backbone, method, views = kind
-        line = sorted((x, 100 * points[number].top1) for number, x in place.items() if kinds[number] == kind)
-        name = ", ".join([backbone, method or "unpruned", *([f"{views} view" + "s" * (views > 1)] if views else [])])
-        shape = "o" if method else "D"
+    for line_number, (name, colour) in enumerate(colours.items()):
+        members = [number for number in place if lines[number] == name]
+        shape = "o" if any(points[number].method for number in members) else "D"
+        line = sorted((place[number], 100 * points[number].top1) for number in members)
         if line:
-            axes.plot(*zip(*line, strict=True), color=colour, marker=shape, ms=4, label=_plain(name), **_look(kind_number))
+            axes.plot(*zip(*line, strict=True), color=colour, marker=shape, ms=4, label=_plain(name), **_look(line_number))
     for views in dict.fromkeys(points[number].views for number in front):
         line = sorted((place[number], 100 * points[number].top1) for number in front if points[number].views == views)
         axes.plot(*zip(*line, strict=True), color="#868e96", lw=1, ls="--", zorder=1)

@@ -41,6 +41,8 @@ SAID = {
 }  # fmt: skip
 """Settings that are no column where another column tells them."""
 
+OPERATOR = ("scorer", "estimator", "samples", "ways", "sigma")
+"""Traits of a learned choice."""
 LEARNS = ("gumbel", "anchor_features", "tokens")
 
 Row = dict[str, str | float | None]
@@ -53,12 +55,11 @@ def _traits(point: Point, settings: dict[str, str]) -> dict[str, str]:
     # A selector without a learned score of its own has no operator worth a word.
     learns = not how or how[1] in LEARNS
     ways = ", ".join(filter(None, ways))
-    operator = {"scorer": f"{scorer} scorer", "estimator": estimator, "samples": samples, "ways": ways} if learns else {}
+    operator = (f"{scorer} scorer", estimator, samples, ways, f"sigma {point.sigma:g}")
     return {
         "backbone": point.backbone,
         "how": how[1] if how else "",
-        **operator,
-        "sigma": f"sigma {point.sigma:g}",
+        **(dict(zip(OPERATOR, operator, strict=True)) if learns else {}),
         "views": f"{point.views} view" + "s" * (point.views != 1),
         "steps": f"{point.runs[0].result.get('steps')} steps",
         **{f"setting {key}": f"{key}={value}" if value else "" for key, value in settings.items()},
@@ -79,6 +80,24 @@ def named(points: Sequence[Point]) -> list[str]:
                 others = [other for other in others if other.get(key, text) == text]
         names.append(name)
     return unique(names)
+
+
+def lines_of(points: Sequence[Point]) -> list[str]:
+    """The line of each point in a figure of accuracy against cost: backbone and method, and what tells methods apart.
+
+    A line has one backbone, way of choosing, training length and set of slots, so that only ratios change along it. What is
+    the same for all points goes unsaid.
+    """
+    everything = [_traits(point, {}) | {"slots": " ".join(point.ratios).upper()} for point in points]
+    chosen = [traits for point, traits in zip(points, everything, strict=True) if point.method]
+    varied = [key for key in ("slots", *OPERATOR, "steps") if len({traits[key] for traits in chosen if key in traits}) > 1]
+    views = ["views"] if len({point.views for point in points}) > 1 else []
+    names: list[str] = []
+    for point, traits in zip(points, everything, strict=True):
+        more = [*varied, *views] if point.method else views
+        words = (point.backbone, point.method or "unpruned", *(traits.get(key, "") for key in more))
+        names.append(", ".join(filter(None, words)))
+    return names
 
 
 def unique(names: Sequence[str], numbered: str = "{} ({})") -> list[str]:
@@ -213,11 +232,11 @@ def _section(dataset: str, group: Sequence[Point], base: str, left: int) -> tupl
     """What the page shows of a data set, its anchors beginning with a base, and its figures by file name."""
     names = named(group)
     anchors = [f"{base}-{number}" for number in range(len(names))]
-    figures = {"gflops": charts.accuracy_against(group, "gflops", names, anchors, f"{dataset}: accuracy against cost")}
+    figures = {"gflops": charts.accuracy_against(group, "gflops", names, lines_of(group), anchors, f"{dataset}: accuracy against cost")}
     machines = {str(run.result.get("measured_on")) for point in group for run in point.runs if "measured_on" in run.result}
     if len(machines) == 1:  # Speeds of different machines do not compare.
         title = f"{dataset}: accuracy against speed ({machines.pop()})"
-        figures["throughput"] = charts.accuracy_against(group, "clips_per_second", names, anchors, title)
+        figures["throughput"] = charts.accuracy_against(group, "clips_per_second", names, lines_of(group), anchors, title)
     if lines := sigma_curves(group):
         figures["sigma"] = charts.curves(lines, "sigma at the first step", f"{dataset}: over sigma")
     for slot, lines in ratio_curves(group).items():

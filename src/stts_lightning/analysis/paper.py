@@ -6,6 +6,7 @@ the frames and windows that its released files say or, where there is none, that
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 MVIT, SWIN, SWIN_SSV2 = "paper/mvit_b16", "paper/video_swin_b", "paper/video_swin_b_ssv2"
@@ -191,15 +192,13 @@ FIGURE_3 = PaperTable(
         _mvit("T0:0.9 S4:0.9", "t0_0.9_s4_0.9", 78.1, 56.4, method="STTS"),
         _mvit("T0:0.8 S4:0.9", "t0_0.8_s4_0.9", 77.9, 47.2, method="STTS"),
         _mvit("T0:0.6 S4:0.9", "t0_0.6_s4_0.9", 77.5, 38.1, method="STTS"),
-        # The accuracies of the two smallest are those that the release publishes beside its checkpoints.
-        _mvit("T0:0.5 S4:0.7", "t0_0.5_s4_0.7", 76.6, 23.3, method="STTS"),
-        _mvit("T0:0.4 S4:0.6", "t0_0.4_s4_0.6", 75.6, 12.1, method="STTS"),
+        _mvit("T0:0.5 S4:0.7", "t0_0.5_s4_0.7", 76.6, 23.3, method="STTS", remark="published with the checkpoint"),
+        _mvit("T0:0.4 S4:0.6", "t0_0.4_s4_0.6", 75.6, 12.1, method="STTS", remark="published with the checkpoint"),
         _mvit("T0:0.9 S4:0.9", "t0_0.9_s4_0.9", None, how="random", method="Rand."),
         _mvit("T0:0.8 S4:0.9", "t0_0.8_s4_0.9", None, how="random", method="Rand."),
         _mvit("T0:0.6 S4:0.9", "t0_0.6_s4_0.9", 76.4, how="random", method="Rand."),
         _mvit("T0:0.5 S4:0.7", "t0_0.5_s4_0.7", None, how="random", method="Rand."),
-        # The text says 5.7 points less than STTS.
-        _mvit("T0:0.4 S4:0.6", "t0_0.4_s4_0.6", 69.9, how="random", method="Rand."),
+        _mvit("T0:0.4 S4:0.6", "t0_0.4_s4_0.6", 69.9, how="random", method="Rand.", remark="by the text, 5.7 below STTS"),
     ),
 )
 """What Figure 3 draws. Its curves have no numbers in the paper: what text and tables say of them is here."""
@@ -212,6 +211,15 @@ def published_curves() -> dict[str, list[tuple[float, float]]]:
     for row in FIGURE_3.rows:
         if row.top1 is not None and (cost := costs[row.label]):
             curves.setdefault(dict(row.notes)["method"], []).append((cost, row.top1))
+    return curves
+
+
+def figure_curves(results: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Points of Figure 3, published and of runs of its experiments, by method: GFLOPs of a view, and top-1 in per cent."""
+    curves = {f"{method} (paper)": points for method, points in published_curves().items()}
+    for row in FIGURE_3.rows:
+        for found in measured(results, str(row.experiment), MVIT.removeprefix("paper/")):
+            curves.setdefault(f"{dict(row.notes)['method']} ({found.where})", []).append((found.gflops, found.top1))
     return curves
 
 
@@ -276,11 +284,13 @@ class Measured:
 
     Attributes:
         top1: mean, in per cent.
+        gflops: of a view of these runs, mean.
         runs: how many runs it is of.
         where: data set, and backbone where it is not the row's.
     """
 
     top1: float
+    gflops: float
     runs: int
     where: str
 
@@ -291,9 +301,12 @@ class Measured:
 
 def measured(results: Sequence[Mapping[str, Any]], experiment: str, backbone: str) -> list[Measured]:
     """What runs of an experiment reached, apart by data set and backbone; results without an accuracy are left aside."""
-    groups: dict[str, list[float]] = {}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         if result.get("experiment") == experiment and "top1" in result:
             name, model = result["dataset"]["name"], result["backbone"]
-            groups.setdefault(name if model == backbone else f"{name}, {model}", []).append(100 * result["top1"])
-    return [Measured(sum(values) / len(values), len(values), where) for where, values in groups.items()]
+            groups.setdefault(name if model == backbone else f"{name}, {model}", []).append(result)
+    means = {
+        where: [mean(float(one[key]) for one in group) for key in ("top1", "gflops_per_view")] for where, group in groups.items()
+    }
+    return [Measured(100 * top1, gflops, len(groups[where]), where) for where, (top1, gflops) in means.items()]
