@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from stts_lightning.errors import UserError
 from stts_lightning.run_config import ConfigError
-from stts_lightning.run_folders import EXIT_INTERRUPTED, remove_unused
+from stts_lightning.run_folders import EXIT_INTERRUPTED, EXIT_REFUSED, remove_unused
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(f"error: {what_is_wrong(error)}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit(EXIT_REFUSED) from error
     except KeyboardInterrupt as error:
         _remove_unused_folder()
         print("interrupted", file=sys.stderr)

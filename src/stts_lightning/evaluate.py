@@ -1,19 +1,21 @@
 """`python -m stts_lightning.evaluate`: test a run or a checkpoint on all its views; ask again without another pass."""
 
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from stts_lightning import command_line
 from stts_lightning.configuration import conf_dir
 from stts_lightning.doctor import check_installation
 from stts_lightning.overrides import for_run
-from stts_lightning.run_folders import RESULT, let_lightning_launch, lock
+from stts_lightning.run_folders import EXIT_REFUSED, RESULT, let_lightning_launch, lock
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from stts_lightning import assembly, console, run_config
     from stts_lightning.analysis.evaluation import check_question, score
     from stts_lightning.analysis.flops import cost_as_tested
-    from stts_lightning.analysis.running import running_costs
+    from stts_lightning.analysis.running import model_as_tested, running_costs
     from stts_lightning.files import fingerprint
     from stts_lightning.training.callbacks import FailureLog
     from stts_lightning.training.summary import facts, rows, show
@@ -54,8 +56,8 @@ def test(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if predictions is None:  # Not the first process.
         raise SystemExit(0)
     failures = next((c.counts for c in trainer.callbacks if isinstance(c, FailureLog)), {})  # type: ignore[attr-defined]
-    cost = cost_as_tested(model, data.test_views)  # Before it runs on other clips.
-    measured = running_costs(model, trainer.strategy.root_device)
+    cost = cost_as_tested(model, data.test_views)
+    measured = running_costs(model_as_tested(model), trainer.strategy.root_device)
     return {**score(predictions, cfg.views, cfg.missing), **info, **cost, **measured, "undecodable_files": failures}
 
 
@@ -94,18 +96,33 @@ def run(cfg: DictConfig, overrides: list[str]) -> float:
     return result["top1"]
 
 
+refused: list[str] = []
+"""Overrides of the jobs of a sweep that ended with an error."""
+
+
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="evaluate")
 def main(cfg: DictConfig) -> float:
-    """Test one model; returns its top-1."""
+    """Test one model; returns its top-1, not a number where a job of a sweep is refused: the others go on."""
     let_lightning_launch()
     check_installation()
     from stts_lightning import console
 
-    with console.one_line_errors():
-        return run(cfg, list(HydraConfig.get().overrides.task))
+    overrides = list(HydraConfig.get().overrides.task)
+    try:
+        with console.one_line_errors():
+            return run(cfg, overrides)
+    except SystemExit as end:
+        if HydraConfig.get().mode != RunMode.MULTIRUN or end.code != EXIT_REFUSED:
+            raise
+        refused.append(" ".join(overrides))
+        return math.nan
 
 
 if __name__ == "__main__":
     sys.argv[1:] = for_run(sys.argv[1:], "evaluation", by_question=True)
     command_line.check("evaluate", sys.argv[1:])
     main()
+    for job in refused:
+        print(f"not tested: {job}", file=sys.stderr)
+    if refused:
+        raise SystemExit(1)

@@ -50,6 +50,7 @@ def one(cfg: DictConfig) -> list[dict[str, Any]]:
     details = {
         "gflops_by_part": cost.parts,
         "tokens_of_blocks": model.backbone.block_sizes,
+        "tokens_after_reducers": model.slots.tokens_after_reducers(),
         "uncounted_operators": cost.uncounted,
     }
     return [{**facts(cfg, model, cost.gflops), **details}]
@@ -105,6 +106,7 @@ def lines(row: Mapping[str, Any]) -> dict[str, str]:
         text = "x".join(map(str, size))
         if not blocks or not blocks[-1].endswith(text):
             blocks.append(f"from block {number} {text}")
+    blocks += [f"after {name.upper()} {tokens}" for name, tokens in row["tokens_after_reducers"].items()]
     shares = (f"{part} {value:.2f} ({value / row['gflops']:.1%})" for part, value in row["gflops_by_part"].items())
     choices = "".join(f", {name}={value}" for name, value in row["backbone_choices"].items())
     return {

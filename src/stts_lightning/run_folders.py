@@ -36,6 +36,8 @@ CONSOLE = "console.log"
 """What a job of a sweep printed: it tells why the job was refused."""
 EXIT_REQUEUE = os.EX_TEMPFAIL if hasattr(os, "EX_TEMPFAIL") else 75
 """Exit status of a command that was asked to end and can resume: what schedulers requeue on."""
+EXIT_REFUSED = 2
+"""Exit status of a command with an error that is the user's to fix."""
 EXIT_INTERRUPTED = 130
 """Exit status of a command that Ctrl-C ended, as shells have it."""
 _DECISION = "STTS_CAN_RESUME"

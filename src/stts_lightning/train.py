@@ -33,6 +33,7 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
     from stts_lightning.analysis.evaluation import score
     from stts_lightning.analysis.flops import cost_as_tested
     from stts_lightning.analysis.results import commit, versions, write_result
+    from stts_lightning.analysis.running import model_as_tested
     from stts_lightning.analysis.speed import clips_per_second
     from stts_lightning.files import fingerprint
     from stts_lightning.training.callbacks import EarlyStop, FailureLog, check_monitors
@@ -96,7 +97,7 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
         **last_metrics,
         **info,
         **cost_as_tested(model, data.test_views),
-        **(clips_per_second(model, trainer.strategy.root_device) if trainer.is_global_zero else {}),
+        **(clips_per_second(model_as_tested(model), trainer.strategy.root_device) if trainer.is_global_zero else {}),
         "experiment": cfg.get("experiment_name"),  # A run of an earlier version has none.
         "sigma_last": float(model.slots.sigma) if info["sigma"] is not None else None,
         "steps": trainer.global_step,

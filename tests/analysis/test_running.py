@@ -5,7 +5,7 @@ import torch
 
 from stts_lightning import create_model
 from stts_lightning.analysis.flops import cost_as_tested, count_gflops
-from stts_lightning.analysis.running import running_costs
+from stts_lightning.analysis.running import model_as_tested, running_costs
 
 
 def test_time_memory_and_launches_are_told() -> None:
@@ -30,9 +30,22 @@ def test_cost_of_a_threshold_is_that_of_the_tokens_it_kept() -> None:
     expected = count_gflops(create_model("vit_tiny", {"reducer": "rlt", "slots": {"r0": share}}, 4))
     assert cost["gflops_per_view"] == pytest.approx(expected, abs=1e-4) and cost["tokens_kept"] == pytest.approx(share, abs=2e-3)
     assert cost["gflops"] == pytest.approx(3 * expected, abs=2e-4)
+    measured = model_as_tested(model)
+    (reducer,) = measured.slots.reducers.values()
+    assert reducer.out_tokens == pytest.approx(512 * share, abs=1), "clips without motion are no measure"
+    assert running_costs(measured, "cpu", 0.01)["launches"] > 50
+    named = dict(model.named_parameters())
+    assert all(torch.equal(weight, named[name]) for name, weight in measured.named_parameters())
     assert running_costs(model, "cpu", 0.01)["launches"] is None, "it depends on the clip"
     model.slots.forget_seen()
-    assert cost_as_tested(model, 3) == {}
+    assert cost_as_tested(model, 3) == {} and model_as_tested(model) is model
+
+
+def test_a_threshold_in_a_range_of_one_block_costs_the_same() -> None:
+    model = create_model("vit_tiny", {"reducer": "rlt", "slots": {"r0-0": {"threshold": 0.1}}}, 4).eval()
+    with torch.inference_mode():
+        model(torch.zeros(2, 3, 16, 64, 64, dtype=torch.uint8))
+    assert cost_as_tested(model, 3)["tokens_kept"] == pytest.approx(1 / 8)
 
 
 def test_a_model_without_thresholds_costs_what_is_counted() -> None:

@@ -128,6 +128,18 @@ def test_runs_with_other_pretraining_or_lists_are_separate_points(tmp_path: Path
     assert find_runs([tmp_path, tmp_path / "a"]) == find_runs([tmp_path])
 
 
+def test_settings_that_a_model_has_no_use_for_make_no_other_point(tmp_path: Path) -> None:
+    unpruned = {"selection": "none", "slots": {}, "scorer": "", "estimator": ""}
+    merged = {"selection": "r0_0.5", "slots": {"r0": "256 of 512 tokens (tome)"}}
+    for number, reducer in enumerate(("tome", "random")):
+        config = f"selection: {{reducer: {reducer}, sigma: 0.{number}}}"
+        write(tmp_path / f"plain_{reducer}", config, **unpruned)
+        write(tmp_path / f"frames_{reducer}", f"selection: {{reducer: {reducer}}}")
+        write(tmp_path / f"merged_{reducer}", f"selection: {{reducer: {reducer}}}", **merged)
+    group = points(find_runs([tmp_path]))
+    assert sorted(point.selection for point in group) == ["none", "r0_0.5", "r0_0.5", "t0_0.5"]
+
+
 def test_data_sets_of_one_name_and_other_tests_are_kept_apart(tmp_path: Path) -> None:
     write(tmp_path / "a", dataset={"name": "folder", "val_hash": "aaaaaaaaaa"})
     write(tmp_path / "b", dataset={"name": "folder", "val_hash": "bbbbbbbbbb"})

@@ -399,8 +399,8 @@ def test_share_of_the_action_that_is_left() -> None:
 
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
-    (lambda: create_model("mvit_tiny", "r0_0.5"), "convolutions or windows of this backbone need"),
-    (lambda: create_model("video_swin_tiny", "r2_0.5"), "convolutions or windows of this backbone need"),
+    (lambda: create_model("mvit_tiny", "r0_0.5"), "this backbone has no place for a reducer"),
+    (lambda: create_model("video_swin_tiny", "r2_0.5"), "this backbone has no place for a reducer"),
     (lambda: create_model("vit_tiny", "r2_0.5_t3_0.5"), "slots.t3: needs a grid, of which the reducer r2"),
     (lambda: create_model("vit_tiny", "r4-7_0.5"), "no block 7; this backbone has 0 to 5"),
     (lambda: create_model("vit_tiny", "r4-2_0.5"), "slots.r4-2: a slot is called"),
@@ -413,6 +413,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: create_model("vit_tiny", {"slots": {"r1": 0.5}, "reducer": "rlt"}), "before block 0"),
     (lambda: create_model("vit_tiny", {"slots": {"t0": 0.5, "r0": 0.5}, "reducer": "rlt"}), "with no slot before it"),
     (lambda: create_model("vit_tiny", {"slots": {"r0": 0.05}, "reducer": "rlt"}), "keeps all 64 of the first frame"),
+    (lambda: create_model("vit_tiny", {"slots": {"r0": 0.5}, "reducer": "rlt"}, frames=2), "a clip of 2 frames has none"),
+    (lambda: create_model("vit_tiny", "r3_0.3"), "r3.ratio=0.3: the reducer tome merges tokens in pairs and keeps half"),
     (lambda: create_model("vit_tiny", {"slots": {"r1": {"ratio": 0.5, "place": "before"}}}), "this reducer acts inside a block"),
     (lambda: create_model("vit_tiny", {"slots": {"t1": {"ratio": 0.5, "place": "before"}}}), "of slots r alone"),
     (
@@ -432,6 +434,37 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
 def test_what_cannot_be_done_is_refused_by_name(build_it: Callable[[], Any], message: str) -> None:
     with pytest.raises(SelectionError, match=message):
         build_it()
+
+
+def test_a_selector_by_attention_may_stand_before_reducers() -> None:
+    clip = torch.randint(0, 256, (2, 3, 16, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    attention = {"ratio": 0.5, "selector": "attention"}
+    for slots in ({"t2": attention, "r4": 0.5}, {"s2": attention, "r2": 0.7}):
+        torch.manual_seed(0)
+        model = create_model("vit_tiny", {"slots": slots, "reducer": "received"}, 5).eval()
+        torch.manual_seed(0)
+        alone = create_model("vit_tiny", {"slots": {key: slot for key, slot in slots.items() if key[0] != "r"}}, 5).eval()
+        alone.load_state_dict(model.state_dict())
+        with torch.inference_mode():
+            (_, kept), (_, expected) = model(clip, return_selection=True), alone(clip, return_selection=True)
+        first = next(iter(slots))
+        assert torch.equal(kept[first].indices, expected[first].indices) and list(kept)[1] == list(slots)[1]
+
+
+def test_tokens_taken_away_count_the_fused_one() -> None:
+    assert build("evit", 40, {"drop": 1}).out_tokens == 39 and build("received", 40, {"drop": 1}).out_tokens == 39
+    out, where = build("evit", 40, {"drop": 1})(
+        Tokens(draw(2, 40)), Given(received=torch.rand(2, 40, generator=torch.Generator().manual_seed(1))), SIGMA, Noise()
+    )
+    assert out.x.shape[1] == 39 and (where >= 0).sum(1).tolist() == [38, 38]
+
+
+def test_a_range_of_blocks_weighs_its_share_as_single_blocks_do() -> None:
+    models = [create_model("vit_tiny", {"slots": slots, "reducer": "dynamic_vit"}, 5) for slots in (
+        {"r1-3": 0.8}, {"r1": 0.8, "r2": 0.8, "r3": 0.8},
+    )]  # fmt: skip
+    weights = [[reducer.weight for reducer in model.slots.reducers.values()] for model in models]
+    assert weights[0] == weights[1] == [pytest.approx(2 / 3)] * 3
 
 
 def test_notation_of_reducers() -> None:

@@ -50,6 +50,11 @@ def test_decay_spares_norms_biases_and_embeddings() -> None:
     )
     assert {"backbone.cls_token", "backbone.pos_embed_spatial"} <= set(groups["backbone/no_decay"])
     assert all(".slots." in n for kind in ("decay", "no_decay") for n in groups[f"selectors/{kind}"])
+    vit = named(create_model("vit_tiny", "none", 5), PAPER)
+    assert {"backbone.blocks.0.attn.q_bias", "backbone.blocks.0.attn.v_bias"} <= set(vit["backbone/no_decay"])
+    v2 = named(create_model("mvit_v2_tiny", "none", 5), PAPER)
+    tables = {name for name in v2["backbone/decay"] if ".rel_pos_" in name or name == "backbone.cls_token"}
+    assert len(tables) == 1 + 3 * 6, "SlowFast spares one-dimensional weights alone"
     official = named(create_model("mvit_tiny", {"slots": {"t0": 0.6}, "scorer": "official"}, 5, size=64), OFFICIAL)
     assert "selectors/no_decay" not in official
     assert "backbone.cls_token" in official["backbone/decay"]

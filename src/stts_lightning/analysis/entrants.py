@@ -10,6 +10,7 @@ from torch import nn
 from stts_lightning.analysis import peers
 from stts_lightning.analysis.flops import count_gflops
 from stts_lightning.classifier import create_model, load_model
+from stts_lightning.selection.spec import SelectionSpec
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ def entrant(text: str, device: torch.device, compare: bool = True) -> Entrant:
     """Build what a text names.
 
     Args:
-        text: `backbone`, `backbone:selection`, and `:key=value` for each argument of the backbone; after `plain:`, without
-            kernels. Or `torchvision:name`, of which no part may be chosen. Or `run:FOLDER`, the model of a run,
+        text: `backbone`, `backbone:selection`, and `:key=value` for each argument of the backbone, or of the selection where
+            the key is that of the configuration (`selection.reducer`); after `plain:`, without kernels. Or `torchvision:name`, of which no part may be chosen. Or `run:FOLDER`, the model of a run,
             and `unpruned:FOLDER`, the same without selection.
         device: where it is put.
         compare: run a peer and its counterpart once, for `Entrant.difference`.
@@ -66,11 +67,16 @@ def entrant(text: str, device: torch.device, compare: bool = True) -> Entrant:
     kernels = "none" if text.startswith("plain:") else "auto"
     backbone, *parts = text.removeprefix("plain:").split(":")
     arguments = {key: _value(value) for key, _, value in (part.partition("=") for part in parts if "=" in part)}
+    chosen = {key.removeprefix(OF_SELECTION): arguments.pop(key) for key in [*arguments] if key.startswith(OF_SELECTION)}
     selections = [part for part in parts if "=" not in part] or ["none"]
-    model = create_model(backbone, selections[0], kernels=kernels, **arguments).eval()
-    family = ":".join([kernels, backbone, *(part for part in parts if "=" in part)])
+    selection = SelectionSpec.of({**SelectionSpec.of(selections[0]).to_dict(), **chosen})
+    model = create_model(backbone, selection, kernels=kernels, **arguments).eval()
+    family = ":".join([kernels, backbone, *(part for part in parts if "=" in part and not part.startswith(OF_SELECTION))])
     gflops = count_gflops(model)
     return Entrant(text, model.to(device), model.backbone.clip_size, gflops, family, model.slots.empty)
+
+
+OF_SELECTION = "selection."
 
 
 def _value(text: str) -> Any:

@@ -15,11 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from stts_lightning.classifier import VideoClassifier, create_model
 
-PARTS = ("stem", "attention", "pooling", "MLP", "norms", "merging", "selectors", "head")
+PARTS = ("stem", "attention", "pooling", "MLP", "norms", "merging", "selectors", "reducers", "head")
 
 # Which part a module's own operations belong to; the first match wins.
 _PART_OF = (
+    (r"backbone\.slots\.reducers\..*", "reducers"),
     (r"backbone\.slots\..*", "selectors"),
+    (r"backbone", "head"),  # The mean of all tokens.
     (r"head", "head"),
     (r"backbone\.patch_\w+", "stem"),
     (r".*\.pool_[qkv](\..*)?", "pooling"),

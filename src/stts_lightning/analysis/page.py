@@ -43,7 +43,7 @@ SAID = {
 
 OPERATOR = ("scorer", "estimator", "samples", "ways", "sigma")
 """Traits of a learned choice."""
-LEARNS = ("gumbel", "anchor_features", "tokens")
+LEARNS = ("gumbel", "anchor_features", "tokens", "topk")
 
 Row = dict[str, str | float | None]
 

@@ -87,7 +87,7 @@ def points(runs: Sequence[Run]) -> list[Point]:
     names = _data_sets(runs)
     for run in runs:
         groups[_point(run, names)].append(run)
-    merged = [replace(point, runs=_distinct(group)) for point, group in groups.items()]
+    merged = [replace(point, settings=group[0].settings, runs=_distinct(group)) for point, group in groups.items()]
     return sorted(merged, key=lambda p: (p.dataset, -p.gflops, p.selection, p.sigma))
 
 
@@ -115,7 +115,15 @@ def _point(run: Run, names: Mapping[tuple[str, str], str]) -> Point:
     operator = ", ".join(filter(None, (r["scorer"], r["estimator"], r.get("ways_to_learn", "")))) if r["slots"] else ""
     sigma = float(r["sigma"]) if r["slots"] and r["scorer"] else 0.0
     name, gflops, views = names[_tested(run)], r["gflops_per_view"], r["views"]
-    return Point(name, r["backbone"] + choices, r["selection"], keeps, operator, sigma, gflops, views, run.settings, ())
+    settings = _effective(run.settings, r["slots"])
+    return Point(name, r["backbone"] + choices, r["selection"], keeps, operator, sigma, gflops, views, settings, ())
+
+
+def _effective(settings: Iterable[tuple[str, str]], slots: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Settings without those of selectors or reducers that the model does not have: they change nothing."""
+    axes = {slot[0] for slot in slots}
+    idle = r"selection\.(reducer|proportional_\w+)" if axes else r"(selection|callbacks\.sigma)\..*"
+    return tuple((key, value) for key, value in settings if "r" in axes or not re.fullmatch(idle, key))
 
 
 def _distinct(group: Sequence[Run]) -> tuple[Run, ...]:

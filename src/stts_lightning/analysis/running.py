@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from stts_lightning.analysis.launches import count_forward
 from stts_lightning.analysis.speed import Work, clips_per_second, in_turns, peak_memory
-from stts_lightning.classifier import VideoClassifier
+from stts_lightning.classifier import VideoClassifier, create_model
 from stts_lightning.kernels import prepacked_weights
 
 BATCHES = (1, 8)
@@ -18,6 +18,19 @@ BATCHES = (1, 8)
 def _forward(model: VideoClassifier, device: torch.device, batch: int) -> Work:
     clip = torch.zeros(batch, 3, *model.backbone.clip_size, dtype=torch.uint8, device=device)
     return lambda: model(clip)
+
+
+def model_as_tested(model: VideoClassifier) -> VideoClassifier:
+    """The model whose time tells that of a test: where thresholds decide what is kept, one that keeps its mean over the test.
+
+    Time is measured on clips in which nothing moves; a threshold would keep hardly anything of them.
+    """
+    seen = model.slots.as_seen()
+    if seen is None:
+        return model
+    alike = create_model(**{**model.recipe, "selection": seen})
+    alike.load_state_dict(model.state_dict())
+    return alike
 
 
 def launches(model: VideoClassifier) -> int | None:

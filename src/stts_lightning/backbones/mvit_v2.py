@@ -289,14 +289,15 @@ class MViTv2(Backbone):
     def _init_weights(self, gain: float | None) -> None:
         if self.cls_token.is_meta:
             return
-        for name in self.no_weight_decay():
-            trunc_normal_(self.get_parameter(name), std=0.02)
+        for name, table in self.named_parameters():
+            if name == "cls_token" or ".rel_pos_" in name:
+                trunc_normal_(table, std=0.02)
         for module in self.modules():
             start_linear(module, gain)
 
     def no_weight_decay(self) -> set[str]:
-        """See `Backbone.no_weight_decay`: the class token and the tables of positions."""
-        return {name for name, _ in self.named_parameters() if name == "cls_token" or ".rel_pos_" in name}
+        """See `Backbone.no_weight_decay`: none. The published training decays the class token and the tables of positions."""
+        return set()
 
     def variant(self) -> dict[str, str]:
         """See `Backbone.variant`."""

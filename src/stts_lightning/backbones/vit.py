@@ -240,10 +240,11 @@ class ViT(Backbone):
                 size = self.block_sizes[i]
             tokens = self.slots.reduce(i, tokens, clip, kept)
             bias, reducing = tokens.bias(selection.proportional_attention), self.slots.reducer(i)
-            tokens, weights, where = self.run(block, tokens.x, tokens, bias, reducing, self.slots.wants_attention(i + 1))
+            wanted = self.slots.wants_attention(i + 1)  # By a selector, which stands before all reducers: tokens are a grid.
+            tokens, weights, where = self.run(block, tokens.x, tokens, bias, reducing, wanted)
             if kept is not None and reducing is not None:
                 kept.append(Reduction(reducing.reducer.name, where))
-            attention = None if weights is None or self.slots.reducers else weights.unflatten(1, size)
+            attention = weights.unflatten(1, size) if wanted and weights is not None else None
         if self.slots.keeps_final:
             self.slots.leave_final(tokens._replace(x=self.norm(tokens.x)))
         return self.norm(tokens.mean(selection.proportional_pooling))

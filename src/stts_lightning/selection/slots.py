@@ -104,8 +104,8 @@ class SlotBank(nn.Module):
                 )
             if slot.axis == "r" and f"r{slot.block}" not in self.reducers:
                 raise SelectionError(
-                    f"selection.slots.{slot.name}: a reducer leaves no grid, which the convolutions or windows of this backbone "
-                    "need; reducers are for plain ViTs (vit_s, vit_b, vit_l)"
+                    f"selection.slots.{slot.name}: this backbone has no place for a reducer; those whose convolutions or windows "
+                    "need a grid cannot have one. Reducers are for plain ViTs (vit_s, vit_b, vit_l)"
                 )
 
     def start_scorers(self) -> None:
@@ -243,6 +243,11 @@ class SlotBank(nn.Module):
         share = math.prod(math.prod(selector.out_size) / math.prod(selector.in_size) for selector in selectors)
         return share * math.prod(reducer.out_tokens / reducer.in_tokens for _, reducer in self._reducers())
 
+    def tokens_after_reducers(self) -> dict[str, int]:
+        """How many tokens come out of each slot r, by name; of a slot in several blocks, after the last."""
+        out = {name: reducer.out_tokens for name, reducer in self._reducers()}
+        return {slot.name: out[f"r{slot.blocks[-1]}"] for slot in self.selection.slots if slot.axis == "r"}
+
     def without_effect(self) -> list[str]:
         """Slots that keep everything although less was asked for: their grid is too small for the ratio."""
         names = [slot.name for slot in self.selection.slots if slot.axis != "r" and slot.ratio is not None and slot.ratio < 1]
@@ -260,7 +265,8 @@ class SlotBank(nn.Module):
         if not means:
             return None
         slots = (
-            replace(slot, threshold=None, ratio=means[slot.name]) if slot.name in means else slot for slot in self.selection.slots
+            replace(slot, threshold=None, ratio=means[name]) if (name := f"r{slot.block}") in means and slot.axis == "r" else slot
+            for slot in self.selection.slots
         )
         return replace(self.selection, slots=tuple(slots))
 

@@ -173,7 +173,7 @@ def parameter_groups(model: VideoClassifier, spec: OptimSpec) -> list[dict[str, 
     """
     parts = {id(p): part for part, parameters in part_parameters(model).items() for p in parameters}
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
-    biases = {id(p) for name, p in model.named_parameters() if name.endswith(".bias")}
+    biases = {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
     named = dict(model.backbone.named_parameters())
     embeddings = {id(named[name]) for name in model.backbone.no_weight_decay()}
 

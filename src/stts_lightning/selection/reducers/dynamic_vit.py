@@ -37,7 +37,7 @@ class DynamicViT(Reducer):
                 "selection.proportional_attention and selection.proportional_pooling must be true"
             )
         dim = context.dim
-        stages = sum(slot.axis == "r" for slot in context.selection.slots)
+        stages = sum(len(slot.blocks) for slot in context.selection.slots if slot.axis == "r")
         self.weight = self.ratio_weight / stages
         self.features = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
         self.score = nn.Sequential(

@@ -42,8 +42,9 @@ class EViT(Received):
     """
 
     def count(self, context: ReducerContext) -> int:
-        """One more than `Received`, unless all are kept."""
-        return min(super().count(context) + 1, context.tokens)
+        """Where a share is given, one more than `Received`, unless all are kept; else all but as many as are to be taken away."""
+        more = 0 if context.slot.drop is not None else 1
+        return min(super().count(context) + more, context.tokens)
 
     def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
         """Tokens `(B, N, C)` -> `(B, N', C)`, the fused token last; see `Reducer.forward`."""

@@ -36,6 +36,11 @@ class RunLength(Reducer):
                 f"selection.slots.{context.slot.name}: the reducer rlt compares the pixels of all tokens of a clip; it stands "
                 "before block 0 (r0), with no slot before it"
             )
+        if context.grid[0] < 2:
+            raise SelectionError(
+                f"selection.slots.{context.slot.name}: the reducer rlt compares a token with that of two frames before; a clip "
+                f"of {context.clip_size[0]} frames has none"
+            )
         super().__init__(context)
         self.threshold = threshold
         self.alone = self.threshold is not None

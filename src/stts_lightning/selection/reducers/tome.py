@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.reducer import Given, Reducer, ReducerContext, Tokens
+from stts_lightning.selection.spec import SelectionError
 
 
 class ToMe(Reducer):
@@ -19,7 +20,12 @@ class ToMe(Reducer):
     needs = frozenset({"keys"})
 
     def count(self, context: ReducerContext) -> int:
-        """See `Reducer.count`; where more than half would go, half go, as in the published code."""
+        """See `Reducer.count`; where more tokens than half are to be taken away, half go, as in the published code."""
+        if context.slot.ratio is not None and context.slot.ratio < 0.5:
+            raise SelectionError(
+                f"selection.slots.{context.slot.name}.ratio={context.slot.ratio}: the reducer tome merges tokens in pairs and keeps "
+                "half of them or more; merge in several blocks, as in r3_0.5_r4_0.6"
+            )
         return max(super().count(context), context.tokens - context.tokens // 2)
 
     def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
