@@ -110,7 +110,7 @@ def test_learned_choices_that_differ_in_more_than_ratios_have_lines_of_their_own
         "mvit_tiny, learned, S0, 10 steps", "mvit_tiny, learned, T0, 10 steps", "mvit_tiny, learned, T0, 20 steps",
         "mvit_tiny, learned, T0, windows=clip, 10 steps", "mvit_tiny, unpruned",
     ]  # fmt: skip
-    assert [lines.count("mvit_tiny, learned, T0, 10 steps"), lines.count("mvit_tiny, learned, T0, windows=clip, 10 steps")] == [2, 2]
+    assert all(lines.count(f"mvit_tiny, learned, T0, {more}10 steps") == 2 for more in ("", "windows=clip, "))
 
 
 def test_runs_with_other_pretraining_or_lists_are_separate_points(tmp_path: Path) -> None:

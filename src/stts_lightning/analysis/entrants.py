@@ -41,8 +41,9 @@ def entrant(text: str, device: torch.device, compare: bool = True) -> Entrant:
 
     Args:
         text: `backbone`, `backbone:selection`, and `:key=value` for each argument of the backbone, or of the selection where
-            the key is that of the configuration (`selection.reducer`); after `plain:`, without kernels. Or `torchvision:name`, of which no part may be chosen. Or `run:FOLDER`, the model of a run,
-            and `unpruned:FOLDER`, the same without selection.
+            the key is that of the configuration (`selection.reducer`); after `plain:`, without kernels. Or
+            `torchvision:name`, of which no part may be chosen. Or `run:FOLDER`, the model of a run, and `unpruned:FOLDER`, the
+            same without selection.
         device: where it is put.
         compare: run a peer and its counterpart once, for `Entrant.difference`.
 

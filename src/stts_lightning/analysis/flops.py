@@ -19,7 +19,7 @@ PARTS = ("stem", "attention", "pooling", "MLP", "norms", "merging", "selectors",
 
 # Which part a module's own operations belong to; the first match wins.
 _PART_OF = (
-    (r"backbone\.slots\.reducers\..*", "reducers"),
+    (r"backbone\.(slots\.reducers|blocks\.\d+\.reducer)(\..*)?", "reducers"),
     (r"backbone\.slots\..*", "selectors"),
     (r"backbone", "head"),  # The mean of all tokens.
     (r"head", "head"),
@@ -89,6 +89,14 @@ def _parent(name: str, names: Mapping[str, object]) -> str:
     return name
 
 
+def _caller(name: str, model: VideoClassifier) -> str:
+    """A module's name, below the module that runs it: a reducer is kept beside the blocks, and may be run by one of them."""
+    found = re.fullmatch(r"backbone\.slots\.reducers\.r(\d+)(.*)", name)
+    if found is None or model.slots.reducer(int(found[1])) is None:
+        return name
+    return f"backbone.blocks.{found[1]}.reducer{found[2]}"
+
+
 def count(model: VideoClassifier) -> Cost:
     """Cost of one clip (one view) in evaluation, with hard selection and scorers.
 
@@ -107,7 +115,7 @@ def count(model: VideoClassifier) -> Cost:
         model.train(training)
     counted = counter.get_flop_counts()
     # By module, the operations of the modules in it included; the whole model is counted under the name "Global".
-    costs = {name.partition(".")[2]: sum(counts.values()) for name, counts in counted.items() if name != "Global"}
+    costs = {_caller(name.partition(".")[2], model): sum(of.values()) for name, of in counted.items() if name != "Global"}
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for name, cost in costs.items():
         # What the module does itself: less what the modules right below it do (lists and dictionaries of modules never run).

@@ -232,11 +232,12 @@ def _section(dataset: str, group: Sequence[Point], base: str, left: int) -> tupl
     """What the page shows of a data set, its anchors beginning with a base, and its figures by file name."""
     names = named(group)
     anchors = [f"{base}-{number}" for number in range(len(names))]
-    figures = {"gflops": charts.accuracy_against(group, "gflops", names, lines_of(group), anchors, f"{dataset}: accuracy against cost")}
+    drawn, title = lines_of(group), f"{dataset}: accuracy against cost"
+    figures = {"gflops": charts.accuracy_against(group, "gflops", names, drawn, anchors, title)}
     machines = {str(run.result.get("measured_on")) for point in group for run in point.runs if "measured_on" in run.result}
     if len(machines) == 1:  # Speeds of different machines do not compare.
         title = f"{dataset}: accuracy against speed ({machines.pop()})"
-        figures["throughput"] = charts.accuracy_against(group, "clips_per_second", names, lines_of(group), anchors, title)
+        figures["throughput"] = charts.accuracy_against(group, "clips_per_second", names, drawn, anchors, title)
     if lines := sigma_curves(group):
         figures["sigma"] = charts.curves(lines, "sigma at the first step", f"{dataset}: over sigma")
     for slot, lines in ratio_curves(group).items():

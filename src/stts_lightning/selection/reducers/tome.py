@@ -23,8 +23,8 @@ class ToMe(Reducer):
         """See `Reducer.count`; where more tokens than half are to be taken away, half go, as in the published code."""
         if context.slot.ratio is not None and context.slot.ratio < 0.5:
             raise SelectionError(
-                f"selection.slots.{context.slot.name}.ratio={context.slot.ratio}: the reducer tome merges tokens in pairs and keeps "
-                "half of them or more; merge in several blocks, as in r3_0.5_r4_0.6"
+                f"selection.slots.{context.slot.name}.ratio={context.slot.ratio}: the reducer tome merges tokens in pairs and "
+                "keeps half of them or more; merge in several blocks, as in r3_0.5_r4_0.6"
             )
         return max(super().count(context), context.tokens - context.tokens // 2)
 
