@@ -142,7 +142,7 @@ def folders(runs: object) -> list[Path]:
 def compare(roots: Sequence[Path], out: Path) -> None:
     """Write the comparison of all runs below folders, and print its tables."""
     from stts_lightning import console, run_config
-    from stts_lightning.analysis.page import named, rows, write_report
+    from stts_lightning.analysis.page import RUNNING, named, rows, write_report
     from stts_lightning.analysis.points import notes, pareto, points
     from stts_lightning.analysis.results import printable
     from stts_lightning.analysis.runs import find_runs, left_out
@@ -158,12 +158,12 @@ def compare(roots: Sequence[Path], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     page = write_report(runs, out, failures)
     everything = points(runs)
-    short = ("name", "GFLOPs a view", "tokens kept, %", "top-1, %", "deviation", "seeds", "clips/s")
+    short = ("name", "GFLOPs a view", "tokens kept, %", "top-1, %", "deviation", "seeds", "clips/s", *RUNNING)
     for dataset in dict.fromkeys(point.dataset for point in everything):
         group = [point for point in everything if point.dataset == dataset]
         table = rows(group, named(group))
         front = pareto(group)
-        lines = [{key: "" if row[key] is None else f"{row[key]}" for key in short} for row in table]
+        lines = [{key: "" if row[key] is None else f"{row[key]}" for key in short if key in row} for row in table]
         for number, line in enumerate(lines):
             line["name"] = f"{'*' if number in front else ' '} {line['name']}"
             line["seeds"] = f"{table[number]['seeds']:g}"

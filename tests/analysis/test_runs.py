@@ -171,6 +171,7 @@ def test_tables_in_markdown_and_latex(folder: Path) -> None:
         table = {row["name"]: row for row in csv.DictReader(file)}
     assert table["t0_0.5 sigma 0.1"]["top-1, %"] == "65.0" and table["t0_0.5 sigma 0.1"]["seeds"] == "2.0"
     text = (folder / "report" / "demo.tex").read_text()
+    assert "launches" not in text, "nobody measured them here"
     assert r"t0\_0.5 sigma 0.1 & 1 &" in text and r"\textbf{plain}" in text
     assert text.count("{") == text.count("}")
     assert "| plain | 2 | 80 |" in (folder / "report" / "demo.md").read_text()
@@ -181,6 +182,14 @@ def test_tables_in_markdown_and_latex(folder: Path) -> None:
     assert "job_7: error: out of memory" in html
     assert not re.search(r"""(src|href)=["'](https?:)?//""", html), "nothing is fetched"
     assert "data:image/jpeg;base64," in html
+
+
+def test_what_a_test_measured_is_in_the_table_in_latex(tmp_path: Path) -> None:
+    write(tmp_path / "a", latency_ms=8.5, clips_per_second_of_8=120.0, peak_megabytes=26.7, launches=91)
+    group = points(find_runs([tmp_path]))
+    text = latex(rows(group, named(group)), "a table")
+    assert "ms of a clip & clips/s, 8 at a time & peak MB of 8 & launches" in text
+    assert all(figure in text for figure in ("8.5", "120", "26.7", "91"))
 
 
 def test_latex_escapes() -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from warm import python_m, run_command
 
-from stts_lightning import load_model
+from stts_lightning import create_model, load_model
+from stts_lightning.backbones.checkpoints import save_weights
 from stts_lightning.data.decode import open_video
 
 FAST = [
@@ -83,7 +84,6 @@ def test_result_json_holds_all_facts(finished: Path) -> None:
 
 
 def test_checkpoint_holds_plain_containers_and_rebuilds_the_model(finished: Path) -> None:
-    from stts_lightning import create_model
 
     content = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
     model = create_model(**content["model"], pretrained=finished / "checkpoints" / "last.ckpt")
@@ -365,8 +365,6 @@ def test_list_with_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_a_converted_swin_is_tested_by_name_alone(place: Path, finished: Path) -> None:
-    from stts_lightning import create_model
-    from stts_lightning.backbones.checkpoints import save_weights
 
     model = create_model("video_swin_t", "t0_0.5", 8, dim=8, depths=(1, 1), heads=(1, 1), frames=8, size=48)
     save_weights(model, model.recipe, place / "swin.safetensors")
@@ -447,6 +445,24 @@ def test_report_sets_our_runs_beside_the_paper(tmp_path: Path) -> None:
     ):
         failed = door("report", tmp_path, *arguments, check=False)
         assert failed.stderr.strip().splitlines()[-1] == message
+
+
+def test_one_command_tests_a_checkpoint_under_all_reducers(tmp_path: Path) -> None:
+    model = create_model("vit_tiny", num_classes=8)
+    save_weights(model, model.recipe, tmp_path / "vit.safetensors")
+    data = ["dataset=demo", "dataset.val=1", "callbacks.progress=null", "trainer.accelerator=cpu"]
+    sweep = ["-m", "checkpoint=vit.safetensors", "selection=none,r1_0.7", "selection.reducer=rlt,random", *data]
+    done = door("evaluate", tmp_path, *sweep, "hydra.sweep.dir=many", check=False)
+    assert done.returncode == 1
+    assert "stands before block 0 (r0)" in done.stderr, "rlt reads the pixels of a whole clip"
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("not tested: ") and "selection=r1_0.7 ++selection.reducer=rlt" in last
+    found = [json.loads(file.read_text()) for file in sorted((tmp_path / "many").glob("*/evaluation.json"))]
+    kept = sorted("; ".join(result["slots"].values()) for result in found)
+    assert kept == ["", "", "358 of 512 tokens (random)"]
+    door("report", tmp_path, "runs=many", "out=compared")
+    with (tmp_path / "compared/report/demo_when.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2, "a reducer changes nothing of the unpruned model"
 
 
 def test_recipe_none_tests_without_training(tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ def latex(rows: Sequence[Row], caption: str) -> str:
     """A table in LaTeX, for the package booktabs."""
     settings = [key for key in rows[0] if key not in FIXED]
     columns = ["name", *settings, "GFLOPs a view", "tokens kept, %", "top-1, %", "deviation", "seeds", "top-5, %", "clips/s"]
+    columns += RUNNING
     columns = [name for name in columns if name in rows[0]]
     lines = [
         r"\begin{table}",
