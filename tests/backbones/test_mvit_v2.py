@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from torchvision.models.video import mvit as torchvision_mvit
 
 from stts_lightning import create_model
+from stts_lightning.backbones.checkpoints import read_checkpoint
 from stts_lightning.backbones.mvit import pooled
 from stts_lightning.backbones.mvit_v2 import Places, RelativeAttention, rows_at
 from stts_lightning.selection.selector import Selection
+from stts_lightning.selection.spec import SelectionSpec
 
 
 def noisy(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -82,6 +84,9 @@ def test_logits_match_torchvisions_model(name: str, tmp_path: Path) -> None:
     torch.save(theirs.state_dict(), tmp_path / "file.pth")
     ours = create_model(name, pretrained=tmp_path / "file.pth").eval()
     assert ours.weights.count("torchvision mvit_v2_s layout")
+    weights = ours.state_dict()
+    for key, value in read_checkpoint(tmp_path / "file.pth").translated(SelectionSpec()).items():
+        assert torch.equal(weights[key].flatten(), value.flatten()), "bit for bit"
     clip = torch.randn(1, 3, *ours.backbone.clip_size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         wanted, found = theirs(clip), ours(clip)

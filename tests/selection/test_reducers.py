@@ -13,6 +13,7 @@ from torch import Tensor
 from stts_lightning import create_model, load_model
 from stts_lightning.analysis.flops import count_gflops
 from stts_lightning.analysis.kept import trace
+from stts_lightning.analysis.overlay import merged
 from stts_lightning.backbones.vit import Block
 from stts_lightning.classifier import VideoClassifier
 from stts_lightning.selection.noise import Noise
@@ -386,6 +387,15 @@ def test_what_was_dropped_is_dark_in_pictures() -> None:
     assert row.slot == "r1-3" and sum(row.scores) == pytest.approx(128 / 64)
     after = kept["r3"].after(kept["r1"].where)[1]
     assert np.array_equal(traced.mask.ravel(), (after >= 0).numpy())
+
+
+def test_merged_tokens_have_the_mean_colour_of_all_that_became_one() -> None:
+    pictures = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    # A frame of 2x2 tokens: the first two became one, the third is alone, the last was dropped.
+    drawn = merged(pictures, np.array([[[0, 0], [1, -1]]]))
+    both = pictures[:, :2].reshape(-1, 3).mean(0).round()
+    assert (drawn[:, :2] == both).all() and np.array_equal(drawn[:, 2:], pictures[:, 2:])
+    assert merged(pictures, None) is pictures
 
 
 def test_share_of_the_action_that_is_left() -> None:
