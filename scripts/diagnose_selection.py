@@ -5,7 +5,7 @@
 For the demo's setting `both`, the unpruned model of the study's first seed, and five new scorers for each way: how many
 candidates a kept one is mixed of in training (the exponential of the entropy of its weights), the largest of these weights, how
 far the scores of a row lie apart, the share of the action that is kept at first (mean, and the least of the scorers), the loss,
-and the gradients that reach scorers and the rest. Written into docs/study.md.
+and the gradients that reach scorers and the rest. Written into docs/study_details.md.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from study_plan import METHODS, OPTIONS, PAGE, Method
+from study_plan import DETAILS, METHODS, OPTIONS, Method, fill
 from torch.nn.functional import cross_entropy
 
 from stts_lightning import assembly
@@ -26,8 +26,8 @@ from stts_lightning.training.optim import part_parameters
 
 MARKS = ("<!-- diagnosis: written by scripts/diagnose_selection.py -->", "<!-- end of diagnosis -->")
 SLOTS = ("+selection.slots.t0.ratio=0.5", "+selection.slots.s0.ratio=0.25")
-PAPER = Method("the paper's way, sigma 0.5", ("selection.sigma=0.5",))
-LATER = ("backbone frozen at first", "sigma until 0.6", "distilled")
+PAPER = tuple(Method(f"the paper's way, sigma {sigma}", (f"selection.sigma={sigma}",)) for sigma in (0.1, 0.5))
+LATER = ("network frozen for the first half", "sigma until 0.6", "distilled")
 """Options that change nothing before the first step."""
 RECIPE = next(method for method in METHODS if method.label == "recipe=learn_selection")
 
@@ -80,7 +80,7 @@ def looked_at(method: Method, plain: Path, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the table, and write it into docs/study.md."""
+    """Print the table, and write it into docs/study_details.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder of the study's runs")
     parser.add_argument("--seeds", type=int, default=5, help="new scorers for each way")
@@ -88,7 +88,7 @@ def main() -> None:
     plain = options.root.resolve() / "demo_both" / "plain_seed0" / "checkpoints" / "last.ckpt"
     lines: list[str] = []
     with initialize_config_dir(conf_dir(), version_base="1.3"):
-        for method in (PAPER, *(option for option in OPTIONS if option.label not in LATER), RECIPE):
+        for method in (*PAPER, *(option for option in OPTIONS if option.label not in LATER), RECIPE):
             runs = [looked_at(method, plain, seed) for seed in range(options.seeds)]
             if not lines:
                 lines = ["| " + " | ".join(["way", *runs[0]]) + " |", "|" + "---|" * (len(runs[0]) + 1)]
@@ -99,9 +99,7 @@ def main() -> None:
                 cells.append(f"{text} (least {min(values):.3g})" if key.endswith("found") else text)
             lines.append("| " + " | ".join([method.label, *cells]) + " |")
             print(lines[-1], flush=True)
-    page = PAGE.read_text()
-    head, _, rest = page.partition(MARKS[0])
-    PAGE.write_text("\n".join([f"{head}{MARKS[0]}", "", *lines, "", f"{MARKS[1]}{rest.partition(MARKS[1])[2]}"]))
+    fill(DETAILS, MARKS, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
 
 The first fifth of a tuning of the study, with ten new selectors for each way to learn. The unpruned model, the data and the rates
 are those of the study; the weights of the selectors and the order of the clips are drawn anew each time. A start counts as lost
-if a slot then keeps less of the action than chance. Written into docs/study.md.
+if a slot then keeps less of the action than chance. Written into docs/study_details.md.
 
-    python scripts/diagnose_starts.py runs/study --seed 3 --share 1 --ways "STTS as in the paper" --settings when
+    python scripts/diagnose_starts.py runs/study --seed 3 --share 1 --ways "STTS, sigma 0.1, the paper's rates" --settings when
 
 does so at the end of the tuning, and for some ways alone; other settings than those of the page are printed, not written.
 """
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from study_plan import COMMON, METHODS, PAGE, Method, Row, data_sets, job
+from study_plan import COMMON, DETAILS, METHODS, Method, Row, data_sets, fill, job
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
@@ -43,11 +43,11 @@ SHARE = 0.2
 SETTINGS = ("when", "both")
 """In `where` no training of the study failed."""
 WAYS = (
-    "STTS, sigma 0.1, faster network",
-    "STTS, sigma 0.5, faster network",
-    "STTS as in the paper",
-    "the recipe, the network learns at once",
-    "the recipe, the network stands still for a quarter",
+    "STTS, sigma 0.1",
+    "STTS, sigma 0.5",
+    "STTS, sigma 0.1, the paper's rates",
+    "recipe, rate x2, network learns at once",
+    "recipe, rate x2, network frozen for a quarter",
     "recipe=learn_selection",
 )
 """Of the study's methods: they differ in sigma, and in how the network learns while the selectors know nothing."""
@@ -133,7 +133,7 @@ def told(case: Case, outcomes: list[dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Print the table, and write it into docs/study.md."""
+    """Print the table, and write it into docs/study_details.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder of the study's runs")
     parser.add_argument("--seed", type=int, default=0, help="whose unpruned models")
@@ -160,9 +160,7 @@ def main() -> None:
             print(lines[-1], flush=True)
     if tuple(options.ways) != WAYS or options.share != SHARE or tuple(options.settings) != SETTINGS:
         return
-    page = PAGE.read_text()
-    head, _, rest = page.partition(MARKS[0])
-    PAGE.write_text("\n".join([f"{head}{MARKS[0]}", "", *lines, "", f"{MARKS[1]}{rest.partition(MARKS[1])[2]}"]))
+    fill(DETAILS, MARKS, "\n".join(lines))
 
 
 if __name__ == "__main__":

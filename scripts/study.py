@@ -9,7 +9,8 @@
 Each seed trains one unpruned model a data set; every method starts from it and is tuned for the same number of steps. A run is a
 `stts_lightning.train` in a process and a folder of its own; what is finished is not run again, what fails is named and the rest
 goes on. At the end docs/study_runs.jsonl has a line for each run (what it cost, and which test videos it has right), and the
-tables in docs/study.md are written anew from these lines. Lines of a seed that was run elsewhere stay until it is run here.
+summary in docs/study.md and the tables in docs/study_details.md are written anew from these lines. Lines of a seed that was run
+elsewhere stay until it is run here.
 """
 
 import argparse
@@ -23,9 +24,10 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
-from study_plan import COMMON, LABELS, OWN_BUDGETS, PAGE, Job, data_sets, job, plain, rows
-from study_results import RUNS, collect, tables
+from study_plan import COMMON, DETAILS, LABELS, OWN_BUDGETS, PAGE, Job, data_sets, fill, job, plain, rows
+from study_results import RUNS, collect, summary, tables
 
+SUMMARY = ("<!-- summary: written by scripts/study.py -->", "<!-- end of summary -->")
 MARKS = ("<!-- tables: written by scripts/study.py -->", "<!-- end of tables -->")
 
 
@@ -101,10 +103,8 @@ def main() -> None:
                     progress.advance(task)
     runs = collect(root, found, seeds)
     RUNS.write_text("".join(json.dumps(asdict(run), separators=(",", ":")) + "\n" for run in runs))
-    page = PAGE.read_text()
-    head, _, rest = page.partition(MARKS[0])
-    tail = rest.partition(MARKS[1])[2]
-    PAGE.write_text(f"{head}{MARKS[0]}\n\n{tables(runs)}\n\n{MARKS[1]}{tail}")
+    fill(PAGE, SUMMARY, summary(runs))
+    fill(DETAILS, MARKS, tables(runs))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,13 +135,19 @@ class Outcome:
         self.runs = {run.seed: run for run in runs if run.key[:3] == (data, kept, label)}
         self.right = {seed: torch.tensor(run.right, dtype=torch.float64) for seed, run in self.runs.items()}
 
+    def pairs(self, other: "Outcome") -> list[Tensor]:
+        """The difference to another row, video by video, of each seed that both have."""
+        return [self.right[seed] - other.right[seed] for seed in self.runs if seed in other.runs]
+
     def minus(self, other: "Outcome") -> str:
-        """Interval of the difference to another row, over the videos, paired, as a mean over the seeds that both have."""
-        both = [seed for seed in self.runs if seed in other.runs]
-        if not both:
-            return ""
-        pairs = [self.right[seed] - other.right[seed] for seed in both]
-        return percent(*interval(torch.stack(pairs).mean(0)), sign=True)
+        """Interval of the difference to another row, over the videos, as a mean over the seeds that both have."""
+        pairs = self.pairs(other)
+        return percent(*interval(torch.stack(pairs).mean(0)), sign=True) if pairs else ""
+
+    def mean(self, seeds: Collection[int]) -> str:
+        """Mean accuracy of those of these seeds that it has; empty for none."""
+        top1 = [100 * run.top1 for seed, run in self.runs.items() if seed in seeds]
+        return f"{np.mean(top1):.1f}" if top1 else ""
 
     def found(self) -> str:
         """How much of the action was kept, of each slot, in percent."""
@@ -169,6 +175,47 @@ def table(runs: Sequence[Run], data: str, kept: str, labels: Sequence[str]) -> l
         against = {RANDOM: [None, None], FIXED_CHOICE: [random, None]}.get(label, [random, fixed])
         lines.append("| " + " | ".join([label, *outcome.cells(against)]) + " |")
     return lines
+
+
+RECIPE, ORACLE = "recipe=learn_selection", "oracle"
+
+
+def summary(runs: Sequence[Run]) -> str:
+    """The recipe beside what it must beat, a line a data set, and one for all sets of real videos; in Markdown."""
+    head = ("data", "kept", "unpruned", "oracle", "random", "fixed", "recipe, each seed", "recipe - random", "recipe - fixed",
+            "oracle - recipe")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    found = sorted({(run.data, run.kept) for run in runs if run.method == RECIPE}, key=lambda one: (one[0][:5] != "demo_", one))
+    for data, kept in found:
+        plain = Outcome(runs, data, "none", PLAIN)
+        oracle, random, fixed, recipe = (Outcome(runs, data, kept, label) for label in (ORACLE, RANDOM, FIXED_CHOICE, RECIPE))
+        means = [one.mean(recipe.runs) for one in (plain, oracle, random, fixed)]
+        each = ", ".join(f"{100 * run.top1:.1f}" for run in recipe.runs.values())
+        lines.append(f"| {' | '.join([data, kept, *means, each, *differences([(oracle, random, fixed, recipe)])])} |")
+    real = [one for one in found if not one[0].startswith("demo_")]
+    if len(real) > 1:
+        outcomes = [tuple(Outcome(runs, *one, label) for label in (ORACLE, RANDOM, FIXED_CHOICE, RECIPE)) for one in real]
+        cells = ["all real videos", "", "", "", "", "", "", *differences(outcomes, [data.partition("_")[0] for data, _ in real])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def differences(sets: Sequence[tuple["Outcome", ...]], sources: Sequence[str] = ("",)) -> list[str]:
+    """Recipe less random, recipe less fixed, and oracle less recipe, over the test videos of one or several data sets.
+
+    Args:
+        sets: oracle, random, fixed and recipe of each data set.
+        sources: of which videos each set was made; those of the same videos are averaged video by video.
+    """
+    cells: list[str] = []
+    for better, worse in ((3, 1), (3, 2), (0, 3)):
+        of_source: dict[str, list[Tensor]] = {}
+        for outcomes, source in zip(sets, sources, strict=True):
+            of_source.setdefault(source, []).extend(outcomes[better].pairs(outcomes[worse]))
+        pairs = [torch.stack(found).mean(0) for found in of_source.values() if found]
+        values = torch.cat(pairs) if pairs else None
+        cells.append("" if values is None else f"{100 * float(values.mean()):+.1f} ({percent(*interval(values), sign=True)})")
+    return cells
 
 
 def tables(runs: Sequence[Run]) -> str:
