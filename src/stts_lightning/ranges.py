@@ -86,6 +86,7 @@ RANGES: dict[str, Range] = {
     "callbacks.early_stopping.patience": COUNT,
     "callbacks.sigma.sigma": NOT_NEGATIVE,
     "callbacks.sigma.until": PORTION,
+    "callbacks.ratio.until": SHARE,
     "class_weights*": Range(0, above=True, words=True),
     "clip.decode_timeout": POSITIVE,
     "clip.short_side": Range(1, whole=True, words=True),

@@ -18,6 +18,7 @@ ALLOWED = frozenset(
         f"{_OURS}.sweeps.SweepEnd",
         f"{_OURS}.training.callbacks.EarlyStop",
         f"{_OURS}.training.callbacks.FailureLog",
+        f"{_OURS}.training.callbacks.RatioAnnealing",
         f"{_OURS}.training.callbacks.SigmaAnnealing",
         f"{_OURS}.training.loading.LoadingWatch",
         f"{_OURS}.training.loggers.wandb_logger",

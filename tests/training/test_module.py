@@ -28,7 +28,7 @@ from stts_lightning.run_folders import EXIT_REQUEUE
 from stts_lightning.selection.reducer import Tokens
 from stts_lightning.training import callbacks
 from stts_lightning.training import module as training_module
-from stts_lightning.training.callbacks import FailureLog, SigmaAnnealing
+from stts_lightning.training.callbacks import FailureLog, RatioAnnealing, SigmaAnnealing
 from stts_lightning.training.distillation import Teacher
 from stts_lightning.training.metrics import MeanClassAccuracy
 from stts_lightning.training.module import ClassificationModule, TrainingError
@@ -173,6 +173,44 @@ def test_a_checkpoint_every_step_is_written_once_a_step(tmp_path: Path, monkeypa
     monkeypatch.setattr(pl.Trainer, "save_checkpoint", note)
     run(tmp_path, max_epochs=1)
     assert written == [(1, 3), (2, 6), (3, 7)]
+
+
+class Arrived(pl.Callback):
+    """Notes how many tokens come out of a reducer in each training step."""
+
+    def __init__(self) -> None:
+        self.out: list[int] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        def note(_: Any, __: Any, output: Any) -> None:
+            if pl_module.training:
+                self.out.append(output[0].x.shape[1])
+
+        assert isinstance(pl_module, ClassificationModule)
+        pl_module.model.slots.reducers["r1"].register_forward_hook(note)
+
+
+def test_a_ratio_falls_by_a_cosine_and_a_test_keeps_the_last_one() -> None:
+    torch.manual_seed(0)
+    selection = {"slots": {"r1": 0.5}, "reducer": "evit"}
+    model = create_model("vit_tiny", selection, 4, frames=4, size=32, depth=3)
+    trained, seen = ClassificationModule(model, OptimSpec(lr=1e-3, weight_decay=0.05, epochs=2), 4), Arrived()
+    trainer(RatioAnnealing(0.5), seen, limit_val_batches=0).fit(trained, Data())
+    steps, tokens = 2 * BATCHES, 2 * 4 * 4
+    shares = [0.5 + 0.5 * (1 + math.cos(math.pi * min(step / (0.5 * steps), 1))) / 2 for step in range(steps)]
+    assert seen.out == [min(math.ceil(share * tokens) + 1, tokens) for share in shares]
+    assert seen.out[0] == tokens and seen.out[-1] == tokens // 2 + 1, "half, and the fused token"
+    # What is tested keeps its ratio, even where the training broke off before.
+    model.slots.keep_more(1.0)
+    with torch.inference_mode():
+        _, kept = model.eval()(torch.zeros(1, 3, 4, 32, 32, dtype=torch.uint8), return_selection=True)
+    assert int((kept["r1"].where >= 0).sum()) == tokens // 2
+
+
+def test_a_ratio_that_nothing_follows_is_refused() -> None:
+    with pytest.raises(UserError, match=r"callbacks.ratio.until=0.5: no reducer of this model falls to its ratio"):
+        trainer(RatioAnnealing(0.5), limit_val_batches=0).fit(module(), Data())
+    trainer(RatioAnnealing(0.0), limit_val_batches=0, max_steps=1).fit(module(), Data())
 
 
 def test_sigma_of_a_run_that_is_done_is_the_last_one(tmp_path: Path, whole: ClassificationModule) -> None:

@@ -130,12 +130,16 @@ class Reducer(nn.Module, ABC):
         needs: names of `Given` that it reads.
         alone: whether other kinds of reducers cannot stand beside it: how many tokens come out is not always the same.
         masks: whether in training it drops tokens by their size alone, and removes none.
+        falls: whether it can keep more than its ratio in training.
+        more: how much more it then keeps: 1 is all, 0 its ratio; see `RatioAnnealing`.
     """
 
     places: ClassVar[tuple[str, ...]] = ("inside",)
     needs: ClassVar[frozenset[str]] = frozenset()
     alone: bool = False
     masks: ClassVar[bool] = False
+    falls: bool = False
+    more: float = 0.0
 
     def __init__(self, context: ReducerContext) -> None:
         super().__init__()

@@ -190,6 +190,13 @@ class SlotBank(nn.Module):
         # Selectors' salts are twice the block, or one more.
         return Reducing(reducer, self.sigma, Noise(self._seeds, 1000 + block)) if reducer.place == place else None
 
+    def keep_more(self, share: float) -> bool:
+        """Let reducers keep more than their ratio in training, 1 is all of it; False if none of them can."""
+        falling = [reducer for _, reducer in self._reducers() if reducer.falls]
+        for reducer in falling:
+            reducer.more = share
+        return bool(falling)
+
     def loss(self) -> Tensor | None:
         """What reducers add to the loss of a training step, after its forward pass, 0-d; None for nothing."""
         losses = [loss for _, reducer in self._reducers() if (loss := reducer.loss()) is not None]

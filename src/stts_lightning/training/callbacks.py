@@ -1,6 +1,7 @@
 """Callbacks: the annealing of sigma, and the count of files that do not decode."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,40 @@ class SigmaAnnealing(pl.Callback):
         total = int(trainer.estimated_stepping_batches)
         sigma = annealed_sigma(self.sigma, trainer.global_step, total, self.until) if self.decay else self.sigma
         module.model.slots.sigma.fill_(sigma)
+
+
+class RatioAnnealing(pl.Callback):
+    """Lets the reducers `evit` and `received` fall to their ratio from 1, by a cosine, as EViT (ICLR 2022) is trained.
+
+    The share of tokens that they keep before optimiser step s of S is ratio + (1 - ratio) (1 + cos(pi s / (until S))) / 2. Like
+    sigma it follows from the step's number alone.
+
+    Args:
+        until: share of the run after which they keep their ratio; 0: from the first step on.
+    """
+
+    def __init__(self, until: float = 0.0) -> None:
+        self.until = until
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse to do nothing.
+
+        Raises:
+            UserError: if no reducer of the model can fall to its ratio.
+        """
+        assert isinstance(pl_module, ClassificationModule)
+        if self.until and not pl_module.model.slots.keep_more(1.0):
+            raise UserError(
+                f"callbacks.ratio.until={self.until}: no reducer of this model falls to its ratio; evit and received do, with a "
+                "ratio (selection=r3_0.7 selection.reducer=evit)"
+            )
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set how much more than their ratio they keep."""
+        assert isinstance(pl_module, ClassificationModule)
+        if self.until:
+            done = min(trainer.global_step / (int(trainer.estimated_stepping_batches) * self.until), 1.0)
+            pl_module.model.slots.keep_more((1 + math.cos(math.pi * done)) / 2)
 
 
 class EarlyStop(EarlyStopping):

@@ -5,6 +5,7 @@ receive from all tokens, the mean over heads and queries, as EVAD does.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,42 +18,56 @@ class Received(Reducer):
     """Keeps the tokens that receive most attention, ceil(ratio * N) of them, in order of falling attention (EVAD)."""
 
     needs = frozenset({"received"})
+    fused: ClassVar[int] = 0
+    """Tokens that come out beside those that are kept."""
+
+    def __init__(self, context: ReducerContext) -> None:
+        super().__init__(context)
+        self.ratio = context.slot.ratio
+        self.falls = self.ratio is not None
 
     def count(self, context: ReducerContext) -> int:
-        """A share is rounded up, as in the published codes."""
-        return super().count(context) if context.slot.ratio is None else math.ceil(context.slot.ratio * context.tokens)
+        """A share is rounded up, as in the published codes, and does not count the fused token."""
+        return super().count(context) if context.slot.ratio is None else self.of(context.slot.ratio, context.tokens)
 
-    def ranked(self, tokens: Tokens, given: Given, keep: int) -> tuple[Tokens, Tensor, Tensor]:
-        """The best tokens, their indices `(B, keep)`, and those of all others."""
-        assert given.received is not None
-        order = given.received.argsort(-1, descending=True)
-        return tokens.take(order[:, :keep]), order[:, :keep], order[:, keep:]
+    def of(self, ratio: float, tokens: int) -> int:
+        """How many come out of `tokens`."""
+        return min(math.ceil(ratio * tokens) + self.fused, tokens)
+
+    def comes_out(self, tokens: int) -> int:
+        """How many come out now of those that arrive: more than in evaluation while the ratio falls, see `RatioAnnealing`."""
+        if not (self.training and self.more and self.ratio is not None):
+            return self.out_tokens
+        return self.of(self.ratio + (1 - self.ratio) * self.more, tokens)
 
     def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
         """Tokens `(B, N, C)` -> `(B, N', C)`; see `Reducer.forward`."""
-        kept, indices, _ = self.ranked(tokens, given, self.out_tokens)
-        return kept, where_kept(indices, self.in_tokens)
+        assert given.received is not None
+        arrived = tokens.x.shape[1]
+        out = self.comes_out(arrived)
+        if out == arrived and self.fused:
+            return tokens, torch.arange(arrived, device=tokens.x.device).expand(tokens.x.shape[0], -1)
+        order = given.received.argsort(-1, descending=True)
+        indices, others = order[:, : out - self.fused], order[:, out - self.fused :]
+        return self.joined(tokens.take(indices), tokens, others, given.received), where_kept(indices, arrived)
+
+    def joined(self, kept: Tokens, tokens: Tokens, others: Tensor, received: Tensor) -> Tokens:
+        """What comes out: the kept tokens alone. `others` are the indices of the rest, `(B, N - K)`."""
+        return kept
 
 
 class EViT(Received):
     """The same, and one token more: the sum of all others, weighted by their attention (EViT, Sec. 3.2).
 
-    The weights are not divided by their sum, as in the published code. Later blocks treat it as any token. Differs from the
-    published code: there the ratio falls from 1 during training.
+    The weights are not divided by their sum, as in the published code. Later blocks treat it as any token. With
+    `callbacks.ratio.until` the ratio falls from 1 during training, as there.
     """
 
-    def count(self, context: ReducerContext) -> int:
-        """Where a share is given, one more than `Received`, unless all are kept; else all but as many as are to be taken away."""
-        more = 0 if context.slot.drop is not None else 1
-        return min(super().count(context) + more, context.tokens)
+    fused = 1
 
-    def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
-        """Tokens `(B, N, C)` -> `(B, N', C)`, the fused token last; see `Reducer.forward`."""
-        if self.out_tokens == self.in_tokens:
-            return tokens, torch.arange(self.in_tokens, device=tokens.x.device).expand(tokens.x.shape[0], -1)
-        assert given.received is not None
-        kept, indices, others = self.ranked(tokens, given, self.out_tokens - 1)
-        weights = given.received.gather(1, others).to(tokens.x.dtype)
+    def joined(self, kept: Tokens, tokens: Tokens, others: Tensor, received: Tensor) -> Tokens:
+        """The kept tokens `(B, K, C)` and the fused one, last: `(B, K + 1, C)`."""
+        weights = received.gather(1, others).to(tokens.x.dtype)
         fused = torch.einsum("bn,bnc->bc", weights, tokens.take(others).x)
         sizes = kept.sizes if kept.sizes is None else torch.cat((kept.sizes, torch.ones_like(kept.sizes[:, :1])), 1)
-        return Tokens(torch.cat((kept.x, fused.unsqueeze(1)), 1), sizes), where_kept(indices, self.in_tokens)
+        return Tokens(torch.cat((kept.x, fused.unsqueeze(1)), 1), sizes)
