@@ -4,7 +4,7 @@
     python scripts/study.py runs/study --data NAME=FOLDER --start FILE
                                                                   # also a data set made by prepare_data task=embed, whose
                                                                   # unpruned models begin with the weights of a file
-    python scripts/study.py runs/study --small                    # two seeds and what matters: an hour
+    python scripts/study.py runs/study --small                    # one seed and what matters: an hour on two cores
 
 Each seed trains one unpruned model a data set; every method starts from it and is tuned for the same number of steps. A run is a
 `stts_lightning.train` in a process and a folder of its own; what is finished is not run again, what fails is named and the rest
@@ -73,8 +73,8 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=OWN_BUDGETS, metavar="KEPT", help="of --data, the smallest last")
     parser.add_argument("--only", nargs="*", help="these data sets alone")
     parser.add_argument("--rows", nargs="*", metavar="LABEL", help="these rows alone, by what the tables call them")
-    parser.add_argument("--small", action="store_true", help="two seeds, the smallest budgets and the methods that matter")
-    parser.add_argument("--seeds", type=int, help="how many; 5, or 2 with --small")
+    parser.add_argument("--small", action="store_true", help="one seed, the smallest budgets and the methods that matter")
+    parser.add_argument("--seeds", type=int, help="how many; 5, or 1 with --small")
     parser.add_argument("--first-seed", type=int, default=0, help="where they begin")
     parser.add_argument("--parallel", type=int, default=max((os.cpu_count() or 2) // 2, 1), help="runs at a time")
     parser.add_argument("--threads", type=int, default=2, help="threads a run")
@@ -84,7 +84,7 @@ def main() -> None:
         parser.error(f"--rows: no row is called {', '.join(sorted(unknown))}; there are: {'; '.join(sorted(LABELS))}")
     PROCESSES.set_forkserver_preload(["stts_lightning.train", "stts_lightning.assembly"])
     root, first = options.root.resolve(), options.first_seed
-    seeds = range(first, first + (options.seeds or (2 if options.small else 5)))
+    seeds = range(first, first + (options.seeds or (1 if options.small else 5)))
     found = data_sets(options.data, options.start, options.backbone, options.budgets)
     if not options.tables:
         picked = {name: data for name, data in found.items() if not options.only or name in options.only}

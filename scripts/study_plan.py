@@ -83,7 +83,7 @@ METHODS = (
     Method("STTS, sigma 0.1, the paper's rates", (*PAPER, *SLOW), main=True),
     Method("STTS as released", ("selection.scorer=official", "selection.estimator=official", *PAPER)),
     Method("recipe, rate x3, network learns at once", FASTER, recipe="learn_selection"),
-    Method("recipe, rate x2, network learns at once", LEARNING, recipe="learn_selection", main=True),
+    Method("recipe, rate x2, network learns at once", LEARNING, recipe="learn_selection"),
     Method("recipe, rate x2, network frozen for a quarter", STANDING, recipe="learn_selection"),
     Method("recipe, even start, network learns at once", EVEN, recipe="learn_selection"),
     Method("recipe, even start, paper's scorer, network learns at once", EVEN_MEAN, recipe="learn_selection"),
