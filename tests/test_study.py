@@ -81,6 +81,26 @@ def test_tables_are_of_runs_that_are_paired_by_seed() -> None:
     assert "demo_when" not in "".join(lines) and results.tables([]) == ""
 
 
+def test_the_summary_averages_videos_of_one_source_over_their_data_sets() -> None:
+    labels = (results.RECIPE, "random", plan.FIXED_CHOICE, "oracle")
+    right = {"ut_a": ([1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]), "ut_b": ([1, 0, 0, 0],) * 4, "wei": ([1, 1],) * 4}
+    runs = [
+        made(0, label, [float(value) for value in of], data=data, kept="t0_0.5")
+        for data, rows in right.items()
+        for label, of in zip(labels, rows, strict=True)
+    ]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.summary(runs).splitlines()]
+    head, by_name = lines[0], {line[0]: line for line in lines[2:]}
+    assert list(by_name) == ["ut_a", "ut_b", "wei", "all real videos"] and all(len(line) == len(head) for line in lines)
+    cell = dict(zip(head, by_name["ut_a"], strict=True))
+    assert (cell["random"], cell["fixed"], cell["oracle"], cell["recipe, each seed"]) == ("0.0", "25.0", "100.0", "50.0")
+    assert cell["unpruned"] == "" and cell["recipe - fixed"].startswith("+25.0 (")
+    # Four sources of ut, of which two gain half a point in the mean of both sets, and two of wei, which gain nothing.
+    assert dict(zip(head, by_name["all real videos"], strict=True))["recipe - random"].startswith(
+        f"+{100 * (0.5 + 0.5) / 6:.1f} ("
+    )
+
+
 def test_a_seed_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was stored stays until the seed is run here: runs of two places do not start from the same model."""
     stored = [made(0, "random", [1.0]), made(1, "random", [1.0]), made(0, "random", [1.0], data="other")]
