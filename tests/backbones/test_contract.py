@@ -1,6 +1,8 @@
 """What every registered backbone must do."""
 
+import copy
 import hashlib
+import pickle
 import re
 
 import pytest
@@ -142,6 +144,16 @@ def test_state_dict_keys_are_pinned(name: str) -> None:
         state = create_model(name, "t0_0.5_s1_0.5", 7).state_dict()
     text = "\n".join(f"{key} {tuple(value.shape)}" for key, value in sorted(state.items()))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == KEYS[name], f"now {text}"
+
+
+@pytest.mark.parametrize("name", list_backbones())
+def test_a_model_can_be_copied_and_sent_to_another_process(name: str) -> None:
+    """At full size: `evaluate` copies it to count launches."""
+    with torch.device("meta"):
+        model = create_model(name, "t0_0.5_s1_0.5", 7)
+    copied, sent = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert list(copied.state_dict()) == list(sent.state_dict()) == list(model.state_dict())
+    assert copied.backbone.reading == sent.backbone.reading == model.backbone.reading
 
 
 @pytest.mark.parametrize("axis", ["t", "s"])

@@ -13,7 +13,6 @@ the grid that the unpruned model would have there.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -353,7 +352,7 @@ def mvit_v2_s(**kwargs: Any) -> MViTv2:
 def mvit_v2_b(**kwargs: Any) -> MViTv2:
     """MViTv2-B, 32x3: 32x224x224, 51.2 M parameters, 225.2 GFLOPs a view without selection."""
     model = MViTv2(**(dict[str, Any](frames=32, depth=24, stages=(2, 5, 21)) | kwargs))
-    model.reading = MappingProxyType({"stride": 3})
+    model.reading = {"stride": 3}
     return model
 
 
