@@ -12,9 +12,12 @@ DETAILS = PAGE.with_name("study_details.md")
 
 
 def fill(page: Path, marks: tuple[str, str], text: str) -> None:
-    """Put a text between two lines of a page."""
-    head, _, rest = page.read_text().partition(marks[0])
-    page.write_text(f"{head}{marks[0]}\n\n{text}\n\n{marks[1]}{rest.partition(marks[1])[2]}")
+    """Put a text between two lines of a page. Raises SystemExit where they are not there."""
+    head, begin, rest = page.read_text().partition(marks[0])
+    _, end, tail = rest.partition(marks[1])
+    if not (begin and end):
+        raise SystemExit(f"{page}: lacks the lines {marks[0]} and {marks[1]}")
+    page.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}")
 
 
 QUICK = ("clip.decoder=pyav", "clip.decode_timeout=null")

@@ -1,5 +1,7 @@
 """What a model costs where it runs, and what a threshold costs on the clips of a test."""
 
+import copy
+
 import pytest
 import torch
 
@@ -34,6 +36,7 @@ def test_cost_of_a_threshold_is_that_of_the_tokens_it_kept() -> None:
     (reducer,) = measured.slots.reducers.values()
     assert reducer.out_tokens == pytest.approx(512 * share, abs=1), "clips without motion are no measure"
     assert running_costs(measured, "cpu", 0.01)["launches"] > 50
+    assert model_as_tested(copy.deepcopy(model).cast_weights(torch.bfloat16)).weight_dtype == torch.bfloat16
     named = dict(model.named_parameters())
     assert all(torch.equal(weight, named[name]) for name, weight in measured.named_parameters())
     assert running_costs(model, "cpu", 0.01)["launches"] is None, "it depends on the clip"

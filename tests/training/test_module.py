@@ -207,6 +207,17 @@ def test_a_ratio_falls_by_a_cosine_and_a_test_keeps_the_last_one() -> None:
     assert int((kept["r1"].where >= 0).sum()) == tokens // 2
 
 
+def test_behind_a_ratio_that_falls_no_number_is_fixed() -> None:
+    slots = {"r1": {"ratio": 0.5, "selector": "evit"}, "r2": {"ratio": 0.5, "selector": "random"}}
+    model = create_model("vit_tiny", {"slots": slots}, 4, frames=4, size=32, depth=3)
+    trained = ClassificationModule(model, OptimSpec(lr=1e-3, weight_decay=0.05, epochs=2), 4)
+    with pytest.raises(UserError, match="more tokens would reach r2 than it was built for"):
+        trainer(RatioAnnealing(0.5), limit_val_batches=0).fit(trained, Data())
+    both = create_model("vit_tiny", {"slots": {"r1": 0.5, "r2": 0.5}, "reducer": "evit"}, 4, frames=4, size=32, depth=3)
+    trained = ClassificationModule(both, OptimSpec(lr=1e-3, weight_decay=0.05, epochs=2), 4)
+    trainer(RatioAnnealing(1.0), limit_val_batches=0, max_steps=4).fit(trained, Data())
+
+
 def test_a_ratio_that_nothing_follows_is_refused() -> None:
     with pytest.raises(UserError, match=r"callbacks.ratio.until=0.5: no reducer of this model falls to its ratio"):
         trainer(RatioAnnealing(0.5), limit_val_batches=0).fit(module(), Data())

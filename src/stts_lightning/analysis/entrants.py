@@ -10,7 +10,7 @@ from torch import nn
 from stts_lightning.analysis import peers
 from stts_lightning.analysis.flops import count_gflops
 from stts_lightning.classifier import create_model, load_model
-from stts_lightning.selection.spec import SelectionSpec
+from stts_lightning.selection.spec import SelectionError, SelectionSpec
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ def entrant(text: str, device: torch.device, compare: bool = True) -> Entrant:
     backbone, *parts = text.removeprefix("plain:").split(":")
     arguments = {key: _value(value) for key, _, value in (part.partition("=") for part in parts if "=" in part)}
     chosen = {key.removeprefix(OF_SELECTION): arguments.pop(key) for key in [*arguments] if key.startswith(OF_SELECTION)}
+    if OF_SELECTION + "slots" in text:
+        raise SelectionError(f"{text}: give slots in the paper's notation, as in vit_b:r0_0.5")
     selections = [part for part in parts if "=" not in part] or ["none"]
     selection = SelectionSpec.of({**SelectionSpec.of(selections[0]).to_dict(), **chosen})
     model = create_model(backbone, selection, kernels=kernels, **arguments).eval()

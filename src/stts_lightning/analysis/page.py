@@ -85,8 +85,8 @@ def named(points: Sequence[Point]) -> list[str]:
 def lines_of(points: Sequence[Point]) -> list[str]:
     """The line of each point in a figure of accuracy against cost: backbone and method, and what tells methods apart.
 
-    A line has one backbone, way of choosing, training length and set of slots, so that only ratios change along it. What is
-    the same for all points goes unsaid.
+    A line has one backbone, way of choosing, training length and set of slots. Other settings may differ along it. What is the
+    same for all points goes unsaid.
     """
     everything = [_traits(point, {}) | {"slots": " ".join(point.ratios).upper()} for point in points]
     chosen = [traits for point, traits in zip(points, everything, strict=True) if point.method]

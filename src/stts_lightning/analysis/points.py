@@ -122,7 +122,9 @@ def _point(run: Run, names: Mapping[tuple[str, str], str]) -> Point:
 def _effective(settings: Iterable[tuple[str, str]], slots: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """Settings without those of selectors or reducers that the model does not have: they change nothing."""
     axes = {slot[0] for slot in slots}
-    idle = r"selection\.(reducer|proportional_\w+)" if axes else r"(selection|callbacks\.sigma)\..*"
+    idle = r"selection\.(reducer|proportional_\w+)|callbacks\.ratio\..*"
+    if not axes:
+        idle = r"(selection|callbacks\.(sigma|ratio)|optim\.parts\.selectors)\..*"
     return tuple((key, value) for key, value in settings if "r" in axes or not re.fullmatch(idle, key))
 
 

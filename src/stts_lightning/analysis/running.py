@@ -28,9 +28,10 @@ def model_as_tested(model: VideoClassifier) -> VideoClassifier:
     seen = model.slots.as_seen()
     if seen is None:
         return model
-    alike = create_model(**{**model.recipe, "selection": seen})
+    kernels = "none" if model.backbone.kernels is None else "auto"
+    alike = create_model(**{**model.recipe, "selection": seen, "kernels": kernels})
     alike.load_state_dict(model.state_dict())
-    return alike
+    return alike.cast_weights(model.weight_dtype)
 
 
 def launches(model: VideoClassifier) -> int | None:

@@ -102,6 +102,8 @@ class SlotBank(nn.Module):
                 raise SelectionError(
                     f"selection.slots.{slot.name}: no block {slot.blocks[-1]}; this backbone has 0 to {blocks - 1}"
                 )
+            if slot.axis != "r" and slot.name not in self.selectors:
+                raise SelectionError(f"selection.slots.{slot.name}: this backbone has no place for a selector, only for reducers")
             if slot.axis == "r" and f"r{slot.block}" not in self.reducers:
                 raise SelectionError(
                     f"selection.slots.{slot.name}: this backbone has no place for a reducer; those whose convolutions or windows "
@@ -197,6 +199,12 @@ class SlotBank(nn.Module):
             reducer.more = share
         return bool(falling)
 
+    def fixed_behind_falling(self) -> list[str]:
+        """Reducers whose number of tokens is fixed, and that stand behind one which can keep more than its ratio."""
+        found = list(self._reducers())
+        first = next((number for number, (_, reducer) in enumerate(found) if reducer.falls), len(found))
+        return [name for name, reducer in found[first:] if not reducer.falls]
+
     def loss(self) -> Tensor | None:
         """What reducers add to the loss of a training step, after its forward pass, 0-d; None for nothing."""
         losses = [loss for _, reducer in self._reducers() if (loss := reducer.loss()) is not None]
@@ -251,9 +259,10 @@ class SlotBank(nn.Module):
         return share * math.prod(reducer.out_tokens / reducer.in_tokens for _, reducer in self._reducers())
 
     def tokens_after_reducers(self) -> dict[str, int]:
-        """How many tokens come out of each slot r, by name; of a slot in several blocks, after the last."""
+        """How many tokens come out of each slot r with a fixed number, by name; of a slot in several blocks, after the last."""
         out = {name: reducer.out_tokens for name, reducer in self._reducers()}
-        return {slot.name: out[f"r{slot.blocks[-1]}"] for slot in self.selection.slots if slot.axis == "r"}
+        fixed = [slot for slot in self.selection.slots if slot.axis == "r" and slot.threshold is None]
+        return {slot.name: out[f"r{slot.blocks[-1]}"] for slot in fixed}
 
     def without_effect(self) -> list[str]:
         """Slots that keep everything although less was asked for: their grid is too small for the ratio."""

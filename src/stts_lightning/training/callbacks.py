@@ -60,7 +60,9 @@ class SigmaAnnealing(pl.Callback):
 
 
 class RatioAnnealing(pl.Callback):
-    """Lets the reducers `evit` and `received` fall to their ratio from 1, by a cosine, as EViT (ICLR 2022) is trained.
+    """Lets the reducers `evit` and `received` fall to their ratio from 1, by the cosine of EViT (ICLR 2022).
+
+    EViT does so where it trains from the start, over a third of the run, and not where it fine-tunes.
 
     The share of tokens that they keep before optimiser step s of S is ratio + (1 - ratio) (1 + cos(pi s / (until S))) / 2. Like
     sigma it follows from the step's number alone.
@@ -73,16 +75,24 @@ class RatioAnnealing(pl.Callback):
         self.until = until
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse to do nothing.
+        """Refuse what cannot be.
 
         Raises:
-            UserError: if no reducer of the model can fall to its ratio.
+            UserError: if no reducer of the model can fall to its ratio, or one behind it was built for a fixed number of tokens.
         """
         assert isinstance(pl_module, ClassificationModule)
-        if self.until and not pl_module.model.slots.keep_more(1.0):
+        if not self.until:
+            return
+        slots = pl_module.model.slots
+        if not slots.keep_more(1.0):
             raise UserError(
                 f"callbacks.ratio.until={self.until}: no reducer of this model falls to its ratio; evit and received do, with a "
                 "ratio (selection=r3_0.7 selection.reducer=evit)"
+            )
+        if behind := slots.fixed_behind_falling():
+            raise UserError(
+                f"callbacks.ratio.until={self.until}: more tokens would reach {', '.join(behind)} than it was built for; behind "
+                "evit and received only these two may stand, each with a ratio"
             )
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:

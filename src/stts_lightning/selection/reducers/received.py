@@ -42,7 +42,7 @@ class Received(Reducer):
 
     def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
         """Tokens `(B, N, C)` -> `(B, N', C)`; see `Reducer.forward`."""
-        assert given.received is not None
+        assert given.received is not None, "the backbone does not tell the attention received, which this reducer needs"
         arrived = tokens.x.shape[1]
         out = self.comes_out(arrived)
         if out == arrived and self.fused:
@@ -60,7 +60,7 @@ class EViT(Received):
     """The same, and one token more: the sum of all others, weighted by their attention (EViT, Sec. 3.2).
 
     The weights are not divided by their sum, as in the published code. Later blocks treat it as any token. With
-    `callbacks.ratio.until` the ratio falls from 1 during training, as there.
+    `callbacks.ratio.until` the ratio falls from 1 during training.
     """
 
     fused = 1

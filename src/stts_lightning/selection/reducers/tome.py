@@ -30,7 +30,7 @@ class ToMe(Reducer):
 
     def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
         """Tokens `(B, N, C)` -> `(B, N', C)`; see `Reducer.forward`."""
-        assert given.keys is not None
+        assert given.keys is not None, "the backbone gives no keys, which the reducer tome needs"
         x = tokens.x
         merged, left = self.in_tokens - self.out_tokens, (self.in_tokens + 1) // 2
         with torch.no_grad():
