@@ -46,8 +46,8 @@ WAYS = (
     "STTS, sigma 0.1",
     "STTS, sigma 0.5",
     "STTS, sigma 0.1, the paper's rates",
-    "recipe, rate x2, network learns at once",
-    "recipe, rate x2, network frozen for a quarter",
+    "recipe, network learns at once",
+    "recipe, network frozen for a quarter",
     "recipe=learn_selection",
 )
 """Of the study's methods: they differ in sigma, and in how the network learns while the selectors know nothing."""
