@@ -27,7 +27,7 @@ SHOWN = ("oracle", "random", "fixed (uniform, centre)", "STTS, sigma 0.1, the pa
 
 def video(of: DataSet, number: int) -> tuple[Batch, list[str]]:
     """A test video of a data set, as a batch of one, and the names of the classes."""
-    cfg = compose("train", [*COMMON, *of.data, "loader.num_workers=0", "loader.batch_size=1", "run_dir=."])
+    cfg = compose("train", [*COMMON, *of.data, "selection=none", "loader.num_workers=0", "loader.batch_size=1", "run_dir=."])
     data = assembly.build_data(cfg, assembly.build_body(cfg).backbone.clip_size)
     data.prepare_data()
     data.setup("fit")
