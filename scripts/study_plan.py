@@ -65,13 +65,14 @@ HALF = ("optim.parts.selectors.lr_scale=1.0",)
 """Half of the recipe's rate for the selectors."""
 LEARNING = ("optim.parts.backbone.warmup_share=0", "optim.parts.head.warmup_share=0")
 """The network learns at its full rate from the first step on."""
-STANDING = (*LEARNING, "+optim.parts.backbone.frozen_share=0.25", "+optim.parts.head.frozen_share=0.25")
+FROZEN_QUARTER = (*LEARNING, "+optim.parts.backbone.frozen_share=0.25", "+optim.parts.head.frozen_share=0.25")
 """The network does not learn in the first quarter of the run."""
 FASTER = (*LEARNING, "optim.parts.selectors.lr_scale=3.0")
 """One and a half times the recipe's rate for the selectors."""
 EVEN = (*LEARNING, "selection.start=even", "selection.sigma=0.3", "optim.parts.selectors.lr_scale=1.0")
 """As the recipe was at first: no preference, more noise, a lower rate."""
 EVEN_MEAN = (*EVEN, "selection.scorer=paper")
+"""The same, and frames are described by their mean alone."""
 FROZEN = ("+optim.parts.backbone.frozen_share=0.5", "+optim.parts.head.frozen_share=0.5")
 """Backbone and head learn in the second half alone."""
 METHODS = (
@@ -87,7 +88,7 @@ METHODS = (
     Method("STTS as released", ("selection.scorer=official", "selection.estimator=official", *PAPER)),
     Method("recipe, rate x1.5, network learns at once", FASTER, recipe="learn_selection"),
     Method("recipe, network learns at once", LEARNING, recipe="learn_selection"),
-    Method("recipe, network frozen for a quarter", STANDING, recipe="learn_selection"),
+    Method("recipe, network frozen for a quarter", FROZEN_QUARTER, recipe="learn_selection"),
     Method("recipe, even start, network learns at once", EVEN, recipe="learn_selection"),
     Method("recipe, even start, paper's scorer, network learns at once", EVEN_MEAN, recipe="learn_selection"),
     Method("recipe, rate x0.5", HALF, recipe="learn_selection"),
@@ -118,7 +119,7 @@ OPTIONS = (
     Method("scorer=context", (*WIDE, "selection.scorer=context")),
     Method("distilled", (*WIDE, "distill.teacher={plain}")),
 )
-"""Each option alone, on top of sigma 0.5 and a faster network, where both time and place matter."""
+"""Each option alone, on top of "STTS, sigma 0.5", where both time and place matter."""
 
 ON_REAL_VIDEOS = ("difference to the frame before", "STTS as released")
 """What a small study compares there too: motion is seen in the differences, not in the mean of a frame."""

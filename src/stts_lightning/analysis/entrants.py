@@ -12,6 +12,9 @@ from stts_lightning.analysis.flops import count_gflops
 from stts_lightning.classifier import create_model, load_model
 from stts_lightning.selection.spec import SelectionError, SelectionSpec
 
+OF_SELECTION = "selection."
+"""Begins the keys of a text that are the selection's; others are the backbone's."""
+
 
 @dataclass(frozen=True)
 class Entrant:
@@ -69,7 +72,7 @@ def entrant(text: str, device: torch.device, compare: bool = True) -> Entrant:
     backbone, *parts = text.removeprefix("plain:").split(":")
     arguments = {key: _value(value) for key, _, value in (part.partition("=") for part in parts if "=" in part)}
     chosen = {key.removeprefix(OF_SELECTION): arguments.pop(key) for key in [*arguments] if key.startswith(OF_SELECTION)}
-    if OF_SELECTION + "slots" in text:
+    if "slots" in chosen:
         raise SelectionError(f"{text}: give slots in the paper's notation, as in vit_b:r0_0.5")
     selections = [part for part in parts if "=" not in part] or ["none"]
     selection = SelectionSpec.of({**SelectionSpec.of(selections[0]).to_dict(), **chosen})
@@ -77,9 +80,6 @@ def entrant(text: str, device: torch.device, compare: bool = True) -> Entrant:
     family = ":".join([kernels, backbone, *(part for part in parts if "=" in part and not part.startswith(OF_SELECTION))])
     gflops = count_gflops(model)
     return Entrant(text, model.to(device), model.backbone.clip_size, gflops, family, model.slots.empty)
-
-
-OF_SELECTION = "selection."
 
 
 def _value(text: str) -> Any:
