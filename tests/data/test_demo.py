@@ -8,7 +8,7 @@ import pytest
 from stts_lightning.data.annotations import read_list
 from stts_lightning.data.decode import open_video
 from stts_lightning.data.demo import MOTIONS, SETTINGS, SPAN, DemoSpec, direction, make_demo, render
-from stts_lightning.selection.baselines import UniformFrames
+from stts_lightning.selection.baselines import CentreFrames, GivenFrames, UniformFrames
 from stts_lightning.selection.selector import SlotContext
 from stts_lightning.selection.spec import SelectionSpec, SlotSpec
 
@@ -68,17 +68,17 @@ def test_the_disk_moves_as_its_class_says(label: int) -> None:
     assert {word for word, holds in named.items() if holds} == set(MOTIONS[label].split("_"))
 
 
-def covered(setting: str, ratio: float) -> tuple[float, float]:
-    """What the fixed choices see: the share of actions with half of their frames, and of frames with the middle of the disk."""
+def covered(setting: str, ratio: float, fixed: type[GivenFrames] = UniformFrames) -> tuple[float, float]:
+    """What fixed choices see: the share of actions with half of their frames, and of frames with the middle of the disk."""
     spec = DemoSpec(setting=setting)
-    frames = UniformFrames(SlotContext(SlotSpec("t0", ratio=ratio), (8, 16, 16), 4, SelectionSpec())).chosen
+    chosen = fixed(SlotContext(SlotSpec("t0", ratio=ratio), (8, 16, 16), 4, SelectionSpec())).chosen.tolist()
     half = math.sqrt(ratio) / 2
     in_time, in_space = [], []
     for number in range(96):
         truth = render(spec, "val", number % 8, number)[1]
         first, end = truth["frames"]
         # A clip takes every second frame, and a frame of its grid is two of the clip.
-        shown = [bool(frames[min((frame - 2) // 4, 7)]) for frame in range(first, end) if frame >= 2]
+        shown = [min((frame - 2) // 4, 7) in chosen for frame in range(first, end) if frame >= 2]
         in_time.append(np.mean(shown) >= 0.5)
         boxes = np.array(truth["boxes"]) / spec.side
         middle = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -88,6 +88,7 @@ def covered(setting: str, ratio: float) -> tuple[float, float]:
 
 def test_fixed_choices_miss_the_action_by_construction() -> None:
     assert covered("when", 0.25)[0] < 0.6
+    assert covered("when", 0.25, CentreFrames)[0] < 0.6
     assert covered("where", 0.25)[1] < 0.65
     assert covered("where", 1.0) == (1.0, 1.0)
 

@@ -15,9 +15,9 @@ SIZE = (6, 8, 10)
 EACH = [(axis, name) for axis, names in SELECTORS.items() for name in names]
 
 
-def build(axis: str, name: str, **slot: object) -> torch.nn.Module:
+def build(axis: str, name: str, options: dict[str, str] | None = None, **slot: object) -> torch.nn.Module:
     spec = SlotSpec(f"{axis}1", selector=name, **({"ratio": 0.5} | slot))  # type: ignore[arg-type]
-    selection = SelectionSpec((spec,))
+    selection = SelectionSpec((spec,), **(options or {}))  # type: ignore[arg-type]
     torch.manual_seed(0)
     return find_selector(spec, selection)(SlotContext(spec, SIZE, 16, selection, ""))
 
@@ -28,8 +28,9 @@ def grid_of(batch: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize(("axis", "name"), EACH)
 @pytest.mark.parametrize("training", [True, False])
-def test_sizes_are_those_of_the_learned_one(axis: str, name: str, training: bool) -> None:
-    selector = build(axis, name).train(training)
+@pytest.mark.parametrize("options", [{}, {"frames": "segment", "windows": "clip"}])
+def test_sizes_are_those_of_the_learned_one(axis: str, name: str, training: bool, options: dict[str, str]) -> None:
+    selector = build(axis, name, options).train(training)
     grid = grid_of().requires_grad_()
     kept, selection = selector(grid, torch.tensor(0.1), Noise.of([0, 1]), torch.rand(2, *SIZE))
     assert kept.shape == (2, *build(axis, "learned").out_size, 16) == (2, *selector.out_size, 16)
@@ -73,9 +74,48 @@ def test_uniform_and_centre() -> None:
     indices = build("t", "uniform", ratio=None, keep=3)(grid_of(), torch.tensor(0.1), Noise())[1].indices
     assert indices.tolist() == [[1, 3, 5]] * 2
     grid = grid_of()
+    for keep, middle in ((4, [1, 2, 3, 4]), (3, [1, 2, 3]), (6, [0, 1, 2, 3, 4, 5])):
+        kept, selection = build("t", "centre", ratio=None, keep=keep)(grid, torch.tensor(0.1), Noise())
+        assert selection.indices.tolist() == [middle] * 2
+        assert torch.equal(kept, grid[:, middle])
     kept, selection = build("s", "centre", ratio=None, side=4)(grid, torch.tensor(0.1), Noise())
     assert torch.equal(kept, grid[:, :, 2:6, 3:7])
     assert selection.windows.tolist() == [[[2, 3, 4, 4]] * 6] * 2
+
+
+@pytest.mark.parametrize("name", ["learned", "random", "norm", "difference", "attention", "gumbel", "centre", "oracle"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_segment_is_frames_that_follow_one_another(name: str, training: bool) -> None:
+    selector = build("t", name, {"frames": "segment"}, ratio=None, keep=3).train(training)
+    grid, attention = grid_of(8), torch.rand(8, *SIZE)
+    kept, selection = selector(grid, torch.tensor(0.1), Noise.of(range(8)), attention)
+    assert (selection.indices.diff(dim=1) == 1).all()
+    assert selection.scores.shape == (8, 6)
+    if not training:
+        assert torch.equal(kept, grid[torch.arange(8)[:, None], selection.indices])
+
+
+def test_the_segment_has_the_highest_mean_though_it_may_lack_the_best_frame() -> None:
+    grid = torch.zeros(1, *SIZE, 16)
+    for frame, size in enumerate((5.0, 0.0, 3.5, 4.0, 3.0, 0.0)):
+        grid[0, frame] = size
+    assert build("t", "norm", ratio=None, keep=3)(grid, torch.tensor(0.1), Noise())[1].indices.tolist() == [[0, 2, 3]]
+    segment = build("t", "norm", {"frames": "segment"}, ratio=None, keep=3)
+    assert segment(grid, torch.tensor(0.1), Noise())[1].indices.tolist() == [[2, 3, 4]]
+
+
+def test_random_segments_begin_anywhere_equally_often() -> None:
+    selector = build("t", "random", {"frames": "segment"}, ratio=None, keep=3).train()
+    _, selection = selector(grid_of(1).expand(2000, *SIZE, 16), torch.tensor(0.1), Noise.of(range(2000)))
+    counts = selection.indices[:, 0].bincount(minlength=4) / 2000
+    torch.testing.assert_close(counts, torch.full((4,), 0.25), atol=0.04, rtol=0)
+
+
+def test_hard_choices_may_have_one_window_for_the_clip() -> None:
+    for name in ("random", "norm", "difference", "attention"):
+        windows = build("s", name, {"windows": "clip"})(grid_of(8), torch.tensor(0.1), Noise(), torch.rand(8, *SIZE))[1].windows
+        assert (windows == windows[:, :1]).all(), name
+        assert len(windows[:, 0].unique(dim=0)) > 1, "clips differ"
 
 
 def test_norm_difference_and_attention_find_what_they_look_for() -> None:

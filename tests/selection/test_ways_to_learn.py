@@ -64,6 +64,22 @@ def test_windows_of_a_clip_are_one_and_smooth_ones_move_less(grid: Tensor) -> No
     assert torch.allclose(windows["smooth"].scores[:, 1], three, atol=1e-6)
 
 
+def test_a_segment_is_mixed_of_segments_in_their_order(grid: Tensor) -> None:
+    """By enumeration: a frame that comes out is the mean of the frames at its place in all segments, by their weights."""
+    selector = temporal(frames="segment", estimator="exact").train()
+    kept, selection = selector(grid, SIGMA, Noise.of(range(2)))
+    raw = selector.scorer(selector.scorer.describe_frames(grid))
+    means = torch.stack([(raw[:, first] + raw[:, first + 1]) / 2 for first in range(3)], 1)
+    low, high = means.amin(-1, keepdim=True), means.amax(-1, keepdim=True)
+    weights = selector.soft_topk((means - low) / (high - low), 1, SIGMA, Noise.of(range(2)))[:, 0]
+    expected = torch.stack([sum(weights[:, s, None, None, None] * grid[:, s + k] for s in range(3)) for k in range(2)], 1)
+    torch.testing.assert_close(kept, expected)
+    assert selection.indicator.shape == (2, 2, 4)
+    torch.testing.assert_close(selection.indicator.sum(-1), torch.ones(2, 2))
+    assert torch.equal(selection.indices, selector.eval()(grid, SIGMA, Noise())[1].indices)
+    assert torch.equal(selection.indices[:, 0], means.argmax(-1))
+
+
 @pytest.mark.parametrize("make", [spatial, temporal])
 def test_hard_training_sees_what_evaluation_sees_with_the_gradients_of_the_soft_one(make: Any, grid: Tensor) -> None:
     hard, soft = make(forward="hard").train(), make().train()

@@ -38,7 +38,7 @@ def content_noise(slot: str, training: bool, shape: tuple[int, int], tokens: Ten
 
 
 class HardFrames(FrameSelector):
-    """Keeps the K frames with the highest of some scores, in training and evaluation alike; nothing is learned."""
+    """Keeps the best K frames, or the best K in a row, by some scores, in training and evaluation alike; nothing is learned."""
 
     @abstractmethod
     def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
@@ -47,30 +47,58 @@ class HardFrames(FrameSelector):
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
         scores = self.scores(grid.detach(), noise, attention).float()
-        return self.take(grid, scores, hard_topk(scores, self.keep))
+        return self.take(grid, scores, self.best(self.candidates(scores)))
 
 
-class RandomFrames(HardFrames):
-    """Random frames (Table 1, Rand.)."""
+class RandomFrames(FrameSelector):
+    """Random frames (Table 1, Rand.), or a random segment."""
 
-    def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
-        """Noise."""
-        return content_noise(self.slot, self.training, (grid.shape[0], grid.shape[1]), grid, noise)
+    def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
+        """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
+        batch, frames = grid.shape[:2]
+        candidates = frames - self.keep + 1 if self.of_segments else frames
+        drawn = content_noise(self.slot, self.training, (batch, candidates), grid.detach(), noise)
+        indices = self.best(drawn)
+        kept = torch.zeros(batch, frames, device=grid.device).scatter_(1, indices, 1.0)
+        return self.take(grid, kept if self.of_segments else drawn, indices)
 
 
-class UniformFrames(HardFrames):
-    """The middles of K equal parts of the clip."""
+class GivenFrames(FrameSelector):
+    """Always the same frames."""
 
     def __init__(self, context: SlotContext) -> None:
         super().__init__(context)
-        parts = context.size[0] / self.keep
-        chosen = torch.tensor([int(i * parts + parts / 2) for i in range(self.keep)])
-        self.register_buffer("chosen", one_hot(chosen, context.size[0], torch.float32).sum(0), persistent=False)
+        chosen = torch.tensor(self.numbers(context.size[0]))
+        self.register_buffer("chosen", chosen, persistent=False)
         self.chosen: Tensor
 
-    def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
-        """1 for the frames to keep."""
-        return self.chosen.expand(grid.shape[0], -1)
+    @abstractmethod
+    def numbers(self, frames: int) -> list[int]:
+        """Which of a number of frames."""
+
+    def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
+        """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
+        indices = self.chosen.expand(grid.shape[0], -1)
+        scores = torch.zeros(grid.shape[:2], device=grid.device).scatter_(1, indices, 1.0)
+        return self.take(grid, scores, indices)
+
+
+class UniformFrames(GivenFrames):
+    """The middles of K equal parts of the clip."""
+
+    def numbers(self, frames: int) -> list[int]:
+        """See `GivenFrames.numbers`."""
+        parts = frames / self.keep
+        return [int(i * parts + parts / 2) for i in range(self.keep)]
+
+
+class CentreFrames(GivenFrames):
+    """The K frames in the middle of the clip."""
+
+    def numbers(self, frames: int) -> list[int]:
+        """See `GivenFrames.numbers`."""
+        first = (frames - self.keep) // 2
+        return list(range(first, first + self.keep))
 
 
 class NormFrames(HardFrames):
@@ -111,26 +139,28 @@ class GumbelFrames(TemporalSelector):
 
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
-        raw = self.scorer(self.scorer.describe_frames(grid)).float()
+        scores = self.scorer(self.scorer.describe_frames(grid)).float()
+        raw = self.candidates(scores)
         if not self.training:
-            return self.take(grid, raw, hard_topk(raw, self.keep))
+            return self.take(grid, scores, self.best(raw))
         uniform = noise.uniform(raw.shape, raw.device).clamp(1e-9, 1 - 1e-7)
         left = raw - torch.log(-torch.log(uniform))
-        order = left.detach().topk(self.keep, dim=-1).indices
+        drawn = left.detach()
+        order = drawn.topk(self.picks, dim=-1).indices
         draws: list[Tensor] = []
-        for _ in range(self.keep):
+        for _ in range(self.picks):
             draws.append((left / self.temperature).softmax(-1))
             left = left + torch.log1p(-draws[-1].clamp_max(1 - 1e-6))
         # Frames keep the order of the input: the draw of the earliest frame comes first.
         ranks = order.argsort(-1)
         soft = torch.stack(draws, 1).gather(1, ranks.unsqueeze(-1).expand(-1, -1, raw.shape[1]))
         hard = one_hot(order.sort(-1).values, raw.shape[1], soft.dtype)
-        kept, selection = self.mix(grid, raw, hard + soft - soft.detach())
-        return kept, selection._replace(indices=order.sort(-1).values)
+        kept, selection = self.mix(grid, scores, hard + soft - soft.detach())
+        return kept, selection._replace(indices=self.best(drawn))
 
 
 class HardWindows(WindowSelector):
-    """Keeps of each frame the window with the highest of some scores; nothing is learned."""
+    """Keeps of each frame, or of all frames of a clip, the window with the highest of some scores; nothing is learned."""
 
     @abstractmethod
     def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
@@ -143,7 +173,7 @@ class HardWindows(WindowSelector):
 
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""
-        scores = self.scores(grid.detach(), noise, attention)
+        scores = self.over_time(self.scores(grid.detach(), noise, attention)).expand(-1, grid.shape[1], -1)
         best = scores.argmax(-1)
         return self.take(grid, scores, self.windows_of(best), best)
 
@@ -300,6 +330,7 @@ SELECTORS: dict[str, dict[str, type[Selector]]] = {
         "learned": TemporalSelector,
         "random": RandomFrames,
         "uniform": UniformFrames,
+        "centre": CentreFrames,
         "norm": NormFrames,
         "difference": DifferenceFrames,
         "attention": AttentionFrames,

@@ -64,6 +64,7 @@ class WindowSelector(Selector):
         self.corners = tuple(
             (top, left) for top in anchor_starts(height, self.window[0]) for left in anchor_starts(width, self.window[1])
         )
+        self.moving = context.selection.windows
 
     @property
     def out_size(self) -> GridSize:
@@ -73,6 +74,14 @@ class WindowSelector(Selector):
     def anchor_means(self, maps: Tensor) -> Tensor:
         """Mean over each anchor: `(B T, C, H, W)` -> `(B T, C, G)`."""
         return F.avg_pool2d(maps, self.window, self.strides).flatten(2)
+
+    def over_time(self, scores: Tensor) -> Tensor:
+        """Scores of windows `(B, T, G)`, averaged over time as `selection.windows` says: `(B, T, G)`, or `(B, 1, G)`."""
+        if self.moving == "clip":
+            return scores.mean(1, keepdim=True)
+        if self.moving == "smooth":
+            return F.avg_pool2d(scores, (3, 1), (1, 1), (1, 0), count_include_pad=False)
+        return scores
 
     def windows_of(self, best: Tensor) -> Tensor:
         """Top, left, height and width of anchors `(B, T)`, in tokens: `(B, T, 4)`."""
@@ -111,21 +120,13 @@ class SpatialSelector(WindowSelector):
         self.scorer = build_scorer(selection, context.dim, "s")
         self.soft_topk = SoftTopK(selection)
         self.of_tokens = self.scorer.normalizes_tokens if selection.normalize == "scorer" else selection.normalize == "tokens"
-        self.scope, self.moving = selection.scope, selection.windows
+        self.scope = selection.scope
 
     def normalized(self, scores: Tensor) -> Tensor:
         """Scores `(B, T, N)` in [0, 1]: of each frame, or of all frames of a clip."""
         if self.scope == "clip":
             return self.scorer.normalize(scores.flatten(1)).view_as(scores)
         return self.scorer.normalize(scores.flatten(0, 1)).view_as(scores)
-
-    def over_time(self, scores: Tensor) -> Tensor:
-        """Scores of windows `(B, T, G)`, averaged over time as `selection.windows` says: `(B, T, G)`, or `(B, 1, G)`."""
-        if self.moving == "clip":
-            return scores.mean(1, keepdim=True)
-        if self.moving == "smooth":
-            return F.avg_pool2d(scores, (3, 1), (1, 1), (1, 0), count_include_pad=False)
-        return scores
 
     def window_scores(self, grid: Tensor) -> Tensor:
         """Mean score of each anchor: `(B, T, H, W, C)` -> `(B, T, G)`; `(B, 1, G)` where a clip has one window."""

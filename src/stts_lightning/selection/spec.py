@@ -28,6 +28,7 @@ PAPER_SELECTIONS = (
 CHOICES = {
     "normalize": ("scorer", "tokens", "windows"),
     "scope": ("frame", "clip"),
+    "frames": ("each", "segment"),
     "windows": ("frame", "clip", "smooth"),
     "forward": ("soft", "hard"),
     "sigma_of": ("scores", "spread"),
@@ -177,6 +178,7 @@ class SelectionSpec:
         normalize: spatial: bring scores to [0, 1] as `tokens`, before they are averaged in windows, or as `windows`, after
             that; `scorer`: as its family does (the paper: tokens, the official code: windows).
         scope: spatial: scores are brought to [0, 1] in each `frame`, or over all frames of a `clip`.
+        frames: temporal: the best frames, `each` for itself, or the `segment` of consecutive frames with the highest mean score.
         windows: spatial: a window of each `frame`, one window of the `clip`, or windows that move little from frame to frame
             (`smooth`: scores are averaged over three frames).
         forward: what the network sees in training: `soft`, the weighted sum of Eq. 9, or `hard`, the best frames or windows
@@ -198,6 +200,7 @@ class SelectionSpec:
     selector: str = "learned"
     normalize: str = "scorer"
     scope: str = "frame"
+    frames: str = "each"
     windows: str = "frame"
     forward: str = "soft"
     sigma_of: str = "scores"
