@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from study_plan import DETAILS, METHODS, OPTIONS, Method, fill
+from pages import fill
+from study_plan import DETAILS, METHODS, OPTIONS, Method
 from torch.nn.functional import cross_entropy
 
 from stts_lightning import assembly

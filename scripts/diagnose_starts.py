@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from study_plan import COMMON, DETAILS, METHODS, Method, Row, data_sets, fill, job
+from pages import fill
+from study_plan import COMMON, DETAILS, METHODS, Method, Row, data_sets, job
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
@@ -46,8 +47,8 @@ WAYS = (
     "STTS, sigma 0.1",
     "STTS, sigma 0.5",
     "STTS, sigma 0.1, the paper's rates",
-    "recipe, network learns at once",
-    "recipe, network frozen for a quarter",
+    "recipe, frames=each, network learns at once",
+    "recipe, frames=each, network frozen for a quarter",
     "recipe=learn_selection",
 )
 """Of the study's methods: they differ in sigma, and in how the network learns while the selectors know nothing."""

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pages import fill
+
 from stts_lightning.analysis.page import markdown
 from stts_lightning.benchmark import COLUMNS, table
-from stts_lightning.files import write_text
 
-BEGIN, END = "<!-- benchmark_gpu: begin -->", "<!-- benchmark_gpu: end -->"
+MARKS = "<!-- benchmark_gpu: begin -->", "<!-- benchmark_gpu: end -->"
 
 TITLES = {
     "table7": "Table 7 of the paper",
@@ -44,21 +45,12 @@ def sections(folder: Path) -> str:
     return "\n".join(section(content) for content in contents if content.get("rows"))
 
 
-def fill(page: Path, text: str) -> None:
-    """Put a text between the two markers of a page. Raises SystemExit where they are not there."""
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{page}: lacks the lines {BEGIN} and {END}")
-    write_text(page, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
-
-
 def main(folder: str, page: str = "docs/performance.md") -> None:
     """Fill the page."""
     text = sections(Path(folder))
     if not text:
         raise SystemExit(f"{folder}: no benchmark left a row there")
-    fill(Path(page), text)
+    fill(Path(page), MARKS, text)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from pages import fill
 from rich.progress import Progress
-from study_plan import COMMON, DETAILS, LABELS, OWN_BUDGETS, PAGE, Job, data_sets, fill, job, plain, rows
+from study_plan import COMMON, DETAILS, LABELS, OWN_BUDGETS, PAGE, Job, data_sets, job, plain, rows
 from study_results import RUNS, collect, summary, tables
 
 SUMMARY = ("<!-- summary: written by scripts/study.py -->", "<!-- end of summary -->")

@@ -11,15 +11,6 @@ DETAILS = PAGE.with_name("study_details.md")
 """The page with all tables."""
 
 
-def fill(page: Path, marks: tuple[str, str], text: str) -> None:
-    """Put a text between two lines of a page. Raises SystemExit where they are not there."""
-    head, begin, rest = page.read_text().partition(marks[0])
-    _, end, tail = rest.partition(marks[1])
-    if not (begin and end):
-        raise SystemExit(f"{page}: lacks the lines {marks[0]} and {marks[1]}")
-    page.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}")
-
-
 QUICK = ("clip.decoder=pyav", "clip.decode_timeout=null")
 """Twice as fast for small files that are known to decode."""
 COMMON = ["backbone=mvit_tiny", "callbacks.progress=null", "callbacks.best=null", "callbacks.loading=null"]
@@ -61,9 +52,14 @@ PAPER = ("selection.sigma=0.1",)
 WIDE = ("selection.sigma=0.5",)
 SLOW = ("optim.parts.backbone.lr_scale=0.01", "optim.parts.head.lr_scale=0.01")
 """The network's rate as a share of the selectors' (paper Sec. 4.1); of other methods it is 0.2, as 300 steps are few."""
-HALF = ("optim.parts.selectors.lr_scale=1.0",)
+EACH = ("selection.frames=each",)
+"""The recipe before it had segments: it was found with it."""
+HALF = (
+    *EACH,
+    "optim.parts.selectors.lr_scale=1.0",
+)
 """Half of the recipe's rate for the selectors."""
-LEARNING = ("optim.parts.backbone.warmup_share=0", "optim.parts.head.warmup_share=0")
+LEARNING = (*EACH, "optim.parts.backbone.warmup_share=0", "optim.parts.head.warmup_share=0")
 """The network learns at its full rate from the first step on."""
 FROZEN_QUARTER = (*LEARNING, "+optim.parts.backbone.frozen_share=0.25", "+optim.parts.head.frozen_share=0.25")
 """The network does not learn in the first quarter of the run."""
@@ -75,23 +71,28 @@ EVEN_MEAN = (*EVEN, "selection.scorer=paper")
 """The same, and frames are described by their mean alone."""
 FROZEN = ("+optim.parts.backbone.frozen_share=0.5", "+optim.parts.head.frozen_share=0.5")
 """Backbone and head learn in the second half alone."""
+TOGETHER = ("selection.frames=segment", "selection.windows=clip")
+"""Frames that follow one another, and one window for the clip."""
 METHODS = (
     Method("oracle", chosen("oracle"), main=True),
     Method("oracle, one window a clip", (*chosen("oracle"), "selection.windows=clip"), axes=("s", "ts"), main=True),
     Method("random", chosen("random"), main=True),
+    Method("random segment, one window", (*chosen("random"), *TOGETHER), main=True),
     Method("fixed (uniform, centre)", slots=FIXED, main=True),
+    Method("fixed (middle, centre)", chosen("centre"), axes=("t", "ts"), main=True),
     Method("difference to the frame before", chosen("difference")),
     Method("Gumbel-Softmax", slots={"t": "gumbel"}, axes=("t",)),
     Method("STTS, sigma 0.1", PAPER, main=True),
     Method("STTS, sigma 0.5", WIDE, main=True),
     Method("STTS, sigma 0.1, the paper's rates", (*PAPER, *SLOW), main=True),
     Method("STTS as released", ("selection.scorer=official", "selection.estimator=official", *PAPER)),
-    Method("recipe, rate x1.5, network learns at once", FASTER, recipe="learn_selection"),
-    Method("recipe, network learns at once", LEARNING, recipe="learn_selection"),
-    Method("recipe, network frozen for a quarter", FROZEN_QUARTER, recipe="learn_selection"),
-    Method("recipe, even start, network learns at once", EVEN, recipe="learn_selection"),
-    Method("recipe, even start, paper's scorer, network learns at once", EVEN_MEAN, recipe="learn_selection"),
-    Method("recipe, rate x0.5", HALF, recipe="learn_selection"),
+    Method("recipe, frames=each, rate x1.5, network learns at once", FASTER, recipe="learn_selection"),
+    Method("recipe, frames=each, network learns at once", LEARNING, recipe="learn_selection"),
+    Method("recipe, frames=each, network frozen for a quarter", FROZEN_QUARTER, recipe="learn_selection"),
+    Method("recipe, frames=each, even start, network learns at once", EVEN, recipe="learn_selection"),
+    Method("recipe, frames=each, even start, paper's scorer, network learns at once", EVEN_MEAN, recipe="learn_selection"),
+    Method("recipe, frames=each, rate x0.5", HALF, recipe="learn_selection"),
+    Method("recipe, frames=each", EACH, recipe="learn_selection", axes=("t", "ts")),
     Method("recipe=learn_selection", recipe="learn_selection", main=True),
 )
 """Rows of the main tables."""
@@ -111,6 +112,7 @@ OPTIONS = (
     Method("network frozen for the first half", (*WIDE, *FROZEN)),
     Method("normalize=windows", (*WIDE, "selection.normalize=windows")),
     Method("scope=clip", (*WIDE, "selection.scope=clip")),
+    Method("frames=segment", (*WIDE, "selection.frames=segment")),
     Method("windows=clip", (*WIDE, "selection.windows=clip")),
     Method("windows=smooth", (*WIDE, "selection.windows=smooth")),
     Method("forward=hard", (*WIDE, "selection.forward=hard")),
@@ -127,10 +129,12 @@ ON_REAL_VIDEOS = ("difference to the frame before", "STTS as released")
 ATTENTION = Method("attention of the class token", chosen("attention"))
 """Chooses what the block before attended to; needs a block before it."""
 
-RANDOM, FIXED_CHOICE = "random", "fixed (uniform, centre)"
-BASES = (RANDOM, FIXED_CHOICE, "STTS, sigma 0.5", "recipe=learn_selection")
+RANDOM_CHOICES = ("random", "random segment, one window")
+FIXED_CHOICES = ("fixed (uniform, centre)", "fixed (middle, centre)")
+"""What needs no learning. A difference is one to the better of two."""
+BASES = (*RANDOM_CHOICES, *FIXED_CHOICES, "STTS, sigma 0.5", "recipe=learn_selection")
 """Rows that each option alone is compared with."""
-BESIDE_ATTENTION = ("oracle", RANDOM, FIXED_CHOICE, "STTS, sigma 0.1", "recipe=learn_selection")
+BESIDE_ATTENTION = ("oracle", *RANDOM_CHOICES, *FIXED_CHOICES, "STTS, sigma 0.1", "recipe=learn_selection")
 """Rows that attention is compared with."""
 
 

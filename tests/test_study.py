@@ -45,7 +45,9 @@ def test_every_row_is_a_run_of_its_own_that_can_be_built(backbone: str | None) -
 def test_the_small_study_has_the_rows_that_the_others_are_compared_with() -> None:
     for name, data in plan.data_sets(()).items():
         small = {row.method.label for row in plan.rows(name, data, small=True)}
-        assert {plan.RANDOM, plan.FIXED_CHOICE, "oracle", "recipe=learn_selection"} < small
+        against = {*plan.RANDOM_CHOICES, plan.FIXED_CHOICES[0], "oracle"}
+        assert {*against, "recipe=learn_selection"} < small
+        assert (plan.FIXED_CHOICES[1] in small) == ("t" in plan.axes(data.budgets[-1])), "the middle is a choice of frames"
         everything = {row.folder(Path(), 0) for row in plan.rows(name, data, small=False)}
         assert {row.folder(Path(), 0) for row in plan.rows(name, data, small=True)} < everything
 
@@ -81,8 +83,21 @@ def test_tables_are_of_runs_that_are_paired_by_seed() -> None:
     assert "demo_when" not in "".join(lines) and results.tables([]) == ""
 
 
+def test_a_choice_is_compared_with_the_better_of_two() -> None:
+    runs = [made(seed, "oracle", [1.0] * 50) for seed in (0, 1)]
+    for label, shares in (("random", (0, 1)), ("random segment, one window", (1, 1)), ("fixed (uniform, centre)", (1,))):
+        runs += [made(seed, label, [float(share), 0.0] * 25) for seed, share in enumerate(shares)]
+    lines = {line.split(" | ")[0][2:]: line.split(" | ") for line in results.tables(runs).splitlines() if " | " in line}
+    # The better random choice is half wrong; of fixed choices there is one, with one seed.
+    assert all(cell.startswith("+3") for cell in lines["oracle"][5:])
+    assert [cell.strip(" |") for cell in lines["random"][5:]] == ["", ""]
+    assert lines["fixed (uniform, centre)"][5] != "" and lines["fixed (uniform, centre)"][6].strip(" |") == ""
+    found = [results.better(runs, "demo_both", "t0_0.5_s0_0.25", plan.RANDOM_CHOICES, seeds) for seeds in ([0, 1], [7])]
+    assert found[0].mean([0, 1]) == 50.0 and found[1].runs
+
+
 def test_the_summary_averages_videos_of_one_source_over_their_data_sets() -> None:
-    labels = (results.RECIPE, "random", plan.FIXED_CHOICE, "oracle")
+    labels = (results.RECIPE, "random", plan.FIXED_CHOICES[0], "oracle")
     right = {"ut_a": ([1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]), "ut_b": ([1, 0, 0, 0],) * 4, "wei": ([1, 1],) * 4}
     runs = [
         made(0, label, [float(value) for value in of], data=data, kept="t0_0.5")

@@ -80,6 +80,20 @@ def test_a_segment_is_mixed_of_segments_in_their_order(grid: Tensor) -> None:
     assert torch.equal(selection.indices[:, 0], means.argmax(-1))
 
 
+def test_the_first_frame_may_be_scored_as_the_next(grid: Tensor) -> None:
+    odd = torch.cat((20 * torch.ones_like(grid[:, :1]), grid[:, 1:]), 1)
+    own, following = (temporal(first_frame=how, scorer="official").eval() for how in CHOICES["first_frame"])
+    scores = [[selector(given, SIGMA, Noise())[1].scores for given in (grid, odd)] for selector in (own, following)]
+    assert not torch.equal(*scores[0]) and torch.equal(*scores[1]), "what it shows has no effect"
+    assert torch.equal(scores[1][0][:, 0], scores[1][0][:, 1])
+    raw = own.raw_scores(grid)
+    assert torch.equal(following.raw_scores(grid)[:, 1:], raw[:, 1:]), "the others are scored as before"
+    kept, chosen = following(odd, SIGMA, Noise())
+    assert torch.equal(kept, odd[torch.arange(2)[:, None], chosen.indices]), "what is kept are its own tokens"
+    alone = TemporalSelector(SlotContext(SlotSpec("t0", keep=1), (1, 8, 8), 6, SelectionSpec(first_frame="next"))).eval()
+    assert alone(grid[:, :1], SIGMA, Noise())[1].indices.tolist() == [[0], [0]]
+
+
 @pytest.mark.parametrize("make", [spatial, temporal])
 def test_hard_training_sees_what_evaluation_sees_with_the_gradients_of_the_soft_one(make: Any, grid: Tensor) -> None:
     hard, soft = make(forward="hard").train(), make().train()

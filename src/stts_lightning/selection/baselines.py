@@ -139,7 +139,7 @@ class GumbelFrames(TemporalSelector):
 
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
-        scores = self.scorer(self.scorer.describe_frames(grid)).float()
+        scores = self.raw_scores(grid)
         raw = self.candidates(scores)
         if not self.training:
             return self.take(grid, scores, self.best(raw))

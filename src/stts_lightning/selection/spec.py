@@ -29,6 +29,7 @@ CHOICES = {
     "normalize": ("scorer", "tokens", "windows"),
     "scope": ("frame", "clip"),
     "frames": ("each", "segment"),
+    "first_frame": ("own", "next"),
     "windows": ("frame", "clip", "smooth"),
     "forward": ("soft", "hard"),
     "sigma_of": ("scores", "spread"),
@@ -179,6 +180,8 @@ class SelectionSpec:
             that; `scorer`: as its family does (the paper: tokens, the official code: windows).
         scope: spatial: scores are brought to [0, 1] in each `frame`, or over all frames of a `clip`.
         frames: temporal: the best frames, `each` for itself, or the `segment` of consecutive frames with the highest mean score.
+        first_frame: temporal, learned: the first frame is scored by its `own` tokens, or as the `next` one. Before block 0 of an
+            MViT it has seen the zeros that its patch embedding pads a clip with, and looks like no other, whatever it shows.
         windows: spatial: a window of each `frame`, one window of the `clip`, or windows that move little from frame to frame
             (`smooth`: scores are averaged over three frames).
         forward: what the network sees in training: `soft`, the weighted sum of Eq. 9, or `hard`, the best frames or windows
@@ -201,6 +204,7 @@ class SelectionSpec:
     normalize: str = "scorer"
     scope: str = "frame"
     frames: str = "each"
+    first_frame: str = "own"
     windows: str = "frame"
     forward: str = "soft"
     sigma_of: str = "scores"

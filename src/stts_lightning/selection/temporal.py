@@ -76,10 +76,18 @@ class TemporalSelector(FrameSelector):
         super().__init__(context)
         self.scorer = build_scorer(context.selection, context.dim, "t")
         self.soft_topk = SoftTopK(context.selection)
+        self.first_as_next = context.selection.first_frame == "next" and context.size[0] > 1
+
+    def raw_scores(self, grid: Tensor) -> Tensor:
+        """Score of each frame, not normalised: `(B, T, H, W, C)` -> `(B, T)`."""
+        described = self.scorer.describe_frames(grid)
+        if self.first_as_next:
+            described = torch.cat((described[:, 1:2], described[:, 1:]), 1)
+        return self.scorer(described).float()
 
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
-        raw = self.scorer(self.scorer.describe_frames(grid)).float()
+        raw = self.raw_scores(grid)
         scores = self.scorer.normalize(raw)
         if not self.training:
             return self.take(grid, scores, self.best(self.candidates(scores)))
