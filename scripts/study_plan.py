@@ -81,6 +81,7 @@ METHODS = (
     Method("fixed (uniform, centre)", slots=FIXED, main=True),
     Method("fixed (middle, centre)", chosen("centre"), axes=("t", "ts"), main=True),
     Method("difference to the frame before", chosen("difference")),
+    Method("difference, segment, one window", (*chosen("difference"), *TOGETHER, "selection.first_frame=next")),
     Method("Gumbel-Softmax", slots={"t": "gumbel"}, axes=("t",)),
     Method("STTS, sigma 0.1", PAPER, main=True),
     Method("STTS, sigma 0.5", WIDE, main=True),
@@ -123,7 +124,7 @@ OPTIONS = (
 )
 """Each option alone, on top of "STTS, sigma 0.5", where both time and place matter."""
 
-ON_REAL_VIDEOS = ("difference to the frame before", "STTS as released")
+ON_REAL_VIDEOS = ("difference, segment, one window", "STTS as released")
 """What a small study compares there too: motion is seen in the differences, not in the mean of a frame."""
 
 ATTENTION = Method("attention of the class token", chosen("attention"))

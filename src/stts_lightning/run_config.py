@@ -107,8 +107,8 @@ def _lasting(overrides: Sequence[str]) -> list[str]:
 
 FIXED = (
     "backbone.", "selection.slots", "selection.scorer", "selection.selector", "selection.reducer",
-    "selection.normalize", "selection.scope", "selection.frames",
-    "selection.first_frame", "selection.windows",
+    "selection.normalize", "selection.scope", "selection.frames", "selection.first_frame",
+    "selection.windows",
 )  # fmt: skip
 """Keys that a run cannot change when it is resumed: its checkpoint holds that model."""
 

@@ -86,10 +86,12 @@ def test_the_first_frame_may_be_scored_as_the_next(grid: Tensor) -> None:
     scores = [[selector(given, SIGMA, Noise())[1].scores for given in (grid, odd)] for selector in (own, following)]
     assert not torch.equal(*scores[0]) and torch.equal(*scores[1]), "what it shows has no effect"
     assert torch.equal(scores[1][0][:, 0], scores[1][0][:, 1])
-    raw = own.raw_scores(grid)
-    assert torch.equal(following.raw_scores(grid)[:, 1:], raw[:, 1:]), "the others are scored as before"
+    second = torch.cat((grid[:, 1:2], grid[:, 1:]), 1)
+    assert torch.equal(following.raw_scores(grid), own.raw_scores(second))
     kept, chosen = following(odd, SIGMA, Noise())
     assert torch.equal(kept, odd[torch.arange(2)[:, None], chosen.indices]), "what is kept are its own tokens"
+    later = TemporalSelector(SlotContext(SlotSpec("t1", keep=2), SIZE, 6, SelectionSpec(first_frame="next"))).eval()
+    assert not torch.equal(*(later(given, SIGMA, Noise())[1].scores for given in (grid, odd))), "before block 0 alone"
     alone = TemporalSelector(SlotContext(SlotSpec("t0", keep=1), (1, 8, 8), 6, SelectionSpec(first_frame="next"))).eval()
     assert alone(grid[:, :1], SIGMA, Noise())[1].indices.tolist() == [[0], [0]]
 

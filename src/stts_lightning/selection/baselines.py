@@ -46,7 +46,8 @@ class HardFrames(FrameSelector):
 
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
-        scores = self.scores(grid.detach(), noise, attention).float()
+        judged = self.scores(self.judged(grid.detach()), noise, None if attention is None else self.judged(attention))
+        scores = self.with_first(judged.float())
         return self.take(grid, scores, self.best(self.candidates(scores)))
 
 
@@ -59,8 +60,8 @@ class RandomFrames(FrameSelector):
         candidates = frames - self.keep + 1 if self.of_segments else frames
         drawn = content_noise(self.slot, self.training, (batch, candidates), grid.detach(), noise)
         indices = self.best(drawn)
-        kept = torch.zeros(batch, frames, device=grid.device).scatter_(1, indices, 1.0)
-        return self.take(grid, kept if self.of_segments else drawn, indices)
+        scores = one_hot(indices, frames, drawn.dtype).sum(1) if self.of_segments else drawn
+        return self.take(grid, scores, indices)
 
 
 class GivenFrames(FrameSelector):
@@ -70,7 +71,9 @@ class GivenFrames(FrameSelector):
         super().__init__(context)
         chosen = torch.tensor(self.numbers(context.size[0]))
         self.register_buffer("chosen", chosen, persistent=False)
+        self.register_buffer("marks", one_hot(chosen, context.size[0], torch.float32).sum(0), persistent=False)
         self.chosen: Tensor
+        self.marks: Tensor
 
     @abstractmethod
     def numbers(self, frames: int) -> list[int]:
@@ -78,9 +81,8 @@ class GivenFrames(FrameSelector):
 
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
-        indices = self.chosen.expand(grid.shape[0], -1)
-        scores = torch.zeros(grid.shape[:2], device=grid.device).scatter_(1, indices, 1.0)
-        return self.take(grid, scores, indices)
+        batch = grid.shape[0]
+        return self.take(grid, self.marks.expand(batch, -1), self.chosen.expand(batch, -1))
 
 
 class UniformFrames(GivenFrames):

@@ -180,8 +180,8 @@ class SelectionSpec:
             that; `scorer`: as its family does (the paper: tokens, the official code: windows).
         scope: spatial: scores are brought to [0, 1] in each `frame`, or over all frames of a `clip`.
         frames: temporal: the best frames, `each` for itself, or the `segment` of consecutive frames with the highest mean score.
-        first_frame: temporal, learned: the first frame is scored by its `own` tokens, or as the `next` one. Before block 0 of an
-            MViT it has seen the zeros that its patch embedding pads a clip with, and looks like no other, whatever it shows.
+        first_frame: temporal, before block 0: the first frame is scored by its `own` tokens, or as the `next` one. In an
+            MViT they have seen the zeros that its patch embedding pads a clip with, and look like no others, whatever is shown.
         windows: spatial: a window of each `frame`, one window of the `clip`, or windows that move little from frame to frame
             (`smooth`: scores are averaged over three frames).
         forward: what the network sees in training: `soft`, the weighted sum of Eq. 9, or `hard`, the best frames or windows
