@@ -94,7 +94,7 @@ def table(root: Path, name: str, own: Sequence[str]) -> list[str]:
     train, test = (grids(model, data, split) for split in ("train", "val"))
     lines = ["| scorer | " + " | ".join(f"block {block}" for block in BLOCKS) + " |", "|" + "---|" * (len(BLOCKS) + 1)]
     for axis, what in (("t", "frames"), ("s", "tokens of a frame")):
-        for scorer in ("paper", "official"):
+        for scorer in ("paper", "official", "deviation"):
             cells = [f"{100 * area(train, test, block, scorer, axis):.0f}" for block in BLOCKS]
             lines.append(f"| {what}, {scorer} | " + " | ".join(cells) + " |")
     return lines

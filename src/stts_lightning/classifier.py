@@ -241,7 +241,7 @@ def create_model(
     find_backbone(backbone)  # Its file may register a layout of checkpoints.
     checkpoint = read_checkpoint(pretrained, trust) if pretrained else None
     if checkpoint:
-        spec = spec.with_scorer(checkpoint.scorer() or spec.scorer)
+        spec = spec.with_scorer(checkpoint.scorer(spec.scorer))
         backbone_kwargs = {**checkpoint.backbone(), **backbone_kwargs}
     if num_classes is None:
         num_classes = (checkpoint.num_classes if checkpoint else None) or DEFAULT_CLASSES

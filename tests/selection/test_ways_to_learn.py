@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stts_lightning import create_model
 from stts_lightning.selection.noise import Noise
-from stts_lightning.selection.scorer import ContextScorer, PaperScorer
+from stts_lightning.selection.scorer import SCORERS, ContextScorer, DeviationScorer, PaperScorer
 from stts_lightning.selection.selector import SlotContext
 from stts_lightning.selection.spatial import SpatialSelector
 from stts_lightning.selection.spec import CHOICES, SelectionError, SelectionSpec, SlotSpec
@@ -96,6 +96,31 @@ def test_the_first_frame_may_be_scored_as_the_next(grid: Tensor) -> None:
     assert alone(grid[:, :1], SIGMA, Noise())[1].indices.tolist() == [[0], [0]]
 
 
+def test_deviation_sees_what_stands_out_of_a_frame_and_no_place_in_time(grid: Tensor) -> None:
+    described = DeviationScorer.describe_frames(grid)
+    torch.testing.assert_close(described, grid.std(dim=(2, 3), correction=0))
+    of_place = torch.arange(4.0).view(1, 4, 1, 1, 1) * torch.ones(6)
+    torch.testing.assert_close(DeviationScorer.describe_frames(grid + of_place), described, atol=1e-4, rtol=0)
+    moved = grid.clone()
+    moved[:, 2, 3, 3] += 10.0
+    more = DeviationScorer.describe_frames(moved) > described + 0.1
+    assert more[:, 2].all() and not more[:, [0, 1, 3]].any()
+    flat = torch.ones(1, 2, 1, 1, 3, requires_grad=True)
+    DeviationScorer.describe_frames(flat).sum().backward()
+    assert torch.equal(flat.grad, torch.zeros_like(flat)), "finite where nothing deviates"
+    assert DeviationScorer.describe_frames(grid.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_file_of_a_deviation_scorer_is_read_as_one(stated: bool, tmp_path: Path) -> None:
+    asked = {"slots": {"t0": 0.5, "s1": 0.5}, "scorer": "deviation"}
+    model = create_model("mvit_tiny", asked, 3, size=64).eval()
+    clip = torch.randint(0, 256, (1, 3, 16, 64, 64), dtype=torch.uint8)
+    torch.save({"state_dict": model.state_dict(), "model": model.recipe} if stated else model.state_dict(), tmp_path / "file.pt")
+    given = {**asked, "scorer": "paper"} if stated else asked
+    assert torch.equal(create_model("mvit_tiny", given, 3, pretrained=tmp_path / "file.pt", size=64).eval()(clip), model(clip))
+
+
 @pytest.mark.parametrize("make", [spatial, temporal])
 def test_hard_training_sees_what_evaluation_sees_with_the_gradients_of_the_soft_one(make: Any, grid: Tensor) -> None:
     hard, soft = make(forward="hard").train(), make().train()
@@ -140,7 +165,7 @@ def test_the_context_decides_in_the_context_scorer_and_cancels_in_the_papers() -
         assert torch.allclose(*differences, atol=1e-6) == cancels, kind
 
 
-@pytest.mark.parametrize("scorer", ["paper", "context", "official"])
+@pytest.mark.parametrize("scorer", list(SCORERS))
 @pytest.mark.parametrize("make", [spatial, temporal])
 def test_an_even_start_prefers_nothing_and_learns(make: Any, scorer: str, grid: Tensor) -> None:
     selector = make(start="even", scorer=scorer, estimator="exact").train()
@@ -163,7 +188,7 @@ def test_an_even_start_prefers_nothing_and_learns(make: Any, scorer: str, grid: 
     assert 0 < float(scores.max() - scores.min()) < 0.1, "a small step is a small preference"
 
 
-@pytest.mark.parametrize("scorer", ["paper", "context", "official"])
+@pytest.mark.parametrize("scorer", list(SCORERS))
 @pytest.mark.parametrize("make", [spatial, temporal])
 def test_a_small_start_prefers_little_and_all_layers_learn_at_once(make: Any, scorer: str, grid: Tensor) -> None:
     torch.manual_seed(5)
@@ -179,7 +204,7 @@ def test_a_small_start_prefers_little_and_all_layers_learn_at_once(make: Any, sc
     assert all(float(gradient.abs().max()) > 0 for gradient in layers), "an even start holds back all layers but the last"
 
 
-@pytest.mark.parametrize("scorer", ["paper", "context", "official"])
+@pytest.mark.parametrize("scorer", list(SCORERS))
 @pytest.mark.parametrize("backbone", ["mvit_tiny", "video_swin_tiny"])
 def test_an_even_start_outlasts_the_backbones_own_initialisation(backbone: str, scorer: str, tmp_path: Path) -> None:
     asked = {"slots": {"t0": 0.5, "s1": 0.5}, "scorer": scorer, "start": "even"}

@@ -69,14 +69,19 @@ class Checkpoint:
             return {key: value for key, value in (self.model or {}).items() if key in settled}
         return {**self.layout.backbone, **(self.layout.tuned if self.selector_keys else {})}
 
-    def scorer(self) -> str | None:
-        """The scorer that this file's selectors have, if it holds any."""
+    def scorer(self, asked: str) -> str:
+        """The scorer of this file's selectors: the one that is asked for, if the weights may be its or there are none."""
         if not self.selector_keys:
-            return None
-        if self.layout is OWN:
-            parts = {"official": ".scorer.features.", "context": ".scorer.score.0."}  # The official code's has both.
-            return next((name for name, part in parts.items() if any(part in key for key in self.selector_keys)), "paper")
-        return self.layout.scorer
+            return asked
+        if self.layout is not OWN:
+            return self.layout.scorer or asked
+        stated = (self.model or {}).get("selection")
+        if isinstance(stated, Mapping) and "scorer" in stated:
+            return str(stated["scorer"])
+        # The first that fits: the official code's has the other's layers as well.
+        parts = {".scorer.features.": ("official", "deviation"), ".scorer.score.0.": ("context",), "": ("paper",)}
+        fits = next(names for part, names in parts.items() if any(part in key for key in self.selector_keys))
+        return asked if asked in fits else fits[0]
 
     def translated(self, selection: SelectionSpec) -> State:
         """The weights under our keys. Keys that no rule maps keep their name, so that a load reports them."""

@@ -171,7 +171,8 @@ class SelectionSpec:
     Attributes:
         slots: the slots; an empty tuple is the unpruned model.
         sigma: standard deviation of the noise of Eq. 7, on scores that lie in [0, 1].
-        scorer: `paper` (Eq. 2-3) or `official` (the released code's, which published checkpoints hold).
+        scorer: `paper` (Eq. 2-3), `official` (the released code's, which published checkpoints hold), `context` or `deviation`
+            (see `SCORERS`).
         estimator: `monte_carlo` (Eq. 7-8), `exact` (the expectation that it estimates) or `official` (Eq. 7 with only the
             diagonal of the Jacobian of Eq. 8).
         samples: number n of noise samples; `exact` needs none.
