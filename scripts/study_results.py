@@ -166,13 +166,11 @@ class Outcome:
 
 
 def better(runs: Sequence[Run], data: str, kept: str, labels: Sequence[str], seeds: Collection[int]) -> Outcome:
-    """Of some rows the one with most of these seeds, and of these the highest mean."""
-
-    def rank(one: Outcome) -> tuple[int, float]:
-        shared = one.runs.keys() & set(seeds)
-        return len(shared), one.mean(shared) if shared else 0.0
-
-    return max((Outcome(runs, data, kept, label) for label in labels), key=rank)
+    """Of some rows the one with the highest mean over those of these seeds that all have; rows that have none are left out."""
+    outcomes = [Outcome(runs, data, kept, label) for label in labels]
+    known = [one for one in outcomes if one.runs.keys() & set(seeds)] or outcomes
+    shared = set(seeds).intersection(*(one.runs for one in known)) or set(seeds)
+    return max(known, key=lambda one: np.nan_to_num(one.mean(shared)))
 
 
 def table(runs: Sequence[Run], data: str, kept: str, labels: Sequence[str]) -> list[str]:
