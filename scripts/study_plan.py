@@ -52,9 +52,9 @@ PAPER = ("selection.sigma=0.1",)
 WIDE = ("selection.sigma=0.5",)
 SLOW = ("optim.parts.backbone.lr_scale=0.01", "optim.parts.head.lr_scale=0.01")
 """The network's rate as a share of the selectors' (paper Sec. 4.1); of other methods it is 0.2, as 300 steps are few."""
-OFFICIAL = ("selection.scorer=official",)
+OFFICIAL = ("selection.scorer=official", "selection.sigma=0.1")
 EACH = (*OFFICIAL, "selection.frames=each", "selection.first_frame=own")
-"""As the recipe was before it had segments and the scorer of today."""
+"""As the recipe was before it had segments, and the scorer and sigma of today."""
 HALF = (
     *EACH,
     "optim.parts.selectors.lr_scale=1.0",
@@ -94,6 +94,7 @@ METHODS = (
     Method("recipe, frames=each, even start, network learns at once", EVEN, recipe="learn_selection"),
     Method("recipe, frames=each, even start, paper's scorer, network learns at once", EVEN_MEAN, recipe="learn_selection"),
     Method("recipe, frames=each, rate x0.5", HALF, recipe="learn_selection"),
+    Method("recipe, sigma 0.1", PAPER, recipe="learn_selection"),
     Method("recipe, scorer=official", OFFICIAL, recipe="learn_selection", axes=("t", "ts")),
     Method("recipe, frames=each", EACH, recipe="learn_selection", axes=("t", "ts")),
     Method("recipe=learn_selection", recipe="learn_selection", main=True),
