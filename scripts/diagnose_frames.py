@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-from study_plan import COMMON, LABELS, METHODS, DataSet, Row, data_sets
+from study_plan import COMMON, METHODS, DataSet, Row, data_sets
 
 from stts_lightning import assembly, load_model
 from stts_lightning.classifier import VideoClassifier
@@ -118,7 +118,13 @@ def main() -> None:
     parser.add_argument("name", help="of the data set")
     parser.add_argument("--data", action="append", default=[], metavar="NAME=FOLDER", help="as in study.py")
     parser.add_argument("--seed", type=int, default=0, help="of the runs")
-    parser.add_argument("--row", default=RECIPE, choices=sorted(LABELS), metavar="LABEL", help="of the study")
+    parser.add_argument(
+        "--row",
+        default=RECIPE,
+        choices=[method.label for method in METHODS if method.label != ORACLE],
+        metavar="LABEL",
+        help="of the study",
+    )
     options = parser.parse_args()
     of = data_sets(options.data)[options.name]
     models: dict[str, VideoClassifier] = {}

@@ -51,7 +51,7 @@ WAYS = (
     "recipe, frames=each, network frozen for a quarter",
     "recipe=learn_selection",
 )
-"""Of the study's methods: they differ in sigma, and in how the network learns while the selectors know nothing."""
+"""Of the study's methods: the paper's, two by how the network learns while the selectors know nothing, and the recipe."""
 
 
 class Case(NamedTuple):

@@ -28,6 +28,7 @@ def test_every_row_is_a_run_of_its_own_that_can_be_built(backbone: str | None) -
     found = [row for name, data in sets.items() for row in plan.rows(name, data, small=False)]
     assert len({row.folder(Path("root"), 0) for row in found}) == len(found)
     once = {(row.method.label, plan.axes(row.kept) if row.kept != "none" else ""): row for row in found}
+    assert all(row.kept == "none" or plan.axes(row.kept) in row.method.axes for row in found)
     assert len(once) > (10 if backbone else 30)
     assert any(row.kept == plan.REDUCED for row in found) == (backbone == "vit_tiny")
     with initialize_config_dir(conf_dir(), version_base="1.3"):

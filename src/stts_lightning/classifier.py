@@ -213,7 +213,7 @@ def create_model(
 ) -> VideoClassifier:
     """Build a model, with token selection and published weights if wanted.
 
-    A file that holds the official code's selectors sets `scorer="official"`, whatever the selection says; one of this
+    A file that holds selectors settles their scorer, whatever the selection says: the official code's is `official`. One of this
     project's files may also be all there is: `load_model`.
 
     Args:

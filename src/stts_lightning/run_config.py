@@ -78,9 +78,10 @@ def resumed_config(run: str | Path, overrides: Sequence[str], typed: DictConfig 
     cfg = _load(file, trust, typed)
     OmegaConf.set_struct(cfg, True)
     for key, value in _changes(run, overrides).items():
-        if key.startswith(FIXED) and OmegaConf.select(cfg, key) != value:
+        was = OmegaConf.select(cfg, key)
+        if key.startswith(FIXED) and was != value:
             raise ConfigError(
-                f"resume={run}: {key} was {OmegaConf.select(cfg, key)} and would be {value}; a run keeps its model. "
+                f"resume={run}: {key} was {was} and would be {value}; a run keeps its model. "
                 f"A new run can start from this one's weights: pretrained={checkpoint}"
             )
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)

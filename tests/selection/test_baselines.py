@@ -104,19 +104,28 @@ def test_the_segment_has_the_highest_mean_though_it_may_lack_the_best_frame() ->
     assert segment(grid, torch.tensor(0.1), Noise())[1].indices.tolist() == [[2, 3, 4]]
 
 
-@pytest.mark.parametrize("name", ["norm", "difference", "attention"])
+@pytest.mark.parametrize("name", ["norm", "difference"])
 def test_a_first_frame_that_is_like_no_other_may_be_left_out_of_the_judgement(name: str) -> None:
-    grid, attention = torch.zeros(1, *SIZE, 16), torch.zeros(1, *SIZE)
-    grid[0, 0], attention[0, 0] = 50.0, 50.0  # What the zeros before a clip do to its first frame.
-    grid[0, 4], attention[0, 4] = 3.0, 3.0
+    grid = torch.zeros(1, *SIZE, 16)
+    grid[0, 0] = 50.0  # What the zeros before a clip do to its first frame.
+    grid[0, 4] = 3.0
     found = {}
     for how in ("own", "next"):
         spec = SlotSpec("t0", keep=2, selector=name)
         selection = SelectionSpec((spec,), first_frame=how)
         selector = find_selector(spec, selection)(SlotContext(spec, SIZE, 16, selection, ""))
-        found[how] = selector(grid, torch.tensor(0.1), Noise(), attention)[1].indices[0].tolist()
+        found[how] = selector(grid, torch.tensor(0.1), Noise())[1].indices[0].tolist()
     assert 0 in found["own"]
     assert 4 in found["next"] and 0 not in found["next"]
+
+
+def test_of_equal_scores_the_earlier_frame_is_kept() -> None:
+    spec = SlotSpec("t0", keep=1, selector="norm")
+    selection = SelectionSpec((spec,), first_frame="next")
+    selector = find_selector(spec, selection)(SlotContext(spec, SIZE, 16, selection))
+    grid = torch.zeros(4, *SIZE, 16)
+    grid[:, 1] = 1.0
+    assert selector(grid, torch.tensor(0.1), Noise())[1].indices.tolist() == [[0]] * 4
 
 
 def test_random_segments_begin_anywhere_equally_often() -> None:

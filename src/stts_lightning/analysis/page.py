@@ -51,15 +51,18 @@ Row = dict[str, str | float | None]
 def _traits(point: Point, settings: dict[str, str]) -> dict[str, str]:
     """What may tell a point from others of its selection, in words; what it has none of is left out."""
     how = re.search(r"\((\w+)\)", point.keeps)
-    scorer, estimator, samples, *ways = [*point.estimator.split(", "), "", ""]
-    # A selector without a learned score of its own has no operator worth a word.
+    words = point.estimator.split(", ")
+    ways = ", ".join(word for word in words if "=" in word)
+    scorer, estimator, samples, *_ = [*(word for word in words if "=" not in word), "", "", ""]
+    # A selector without a learned score of its own has no operator worth a word, but may keep segments.
     learns = not how or how[1] in LEARNS
-    ways = ", ".join(filter(None, ways))
-    operator = (f"{scorer} scorer", estimator, samples, ways, f"sigma {point.sigma:g}")
+    operator: dict[str, str] = {"ways": ways} if ways else {}
+    if learns:
+        operator = dict(zip(OPERATOR, (f"{scorer} scorer", estimator, samples, ways, f"sigma {point.sigma:g}"), strict=True))
     return {
         "backbone": point.backbone,
         "how": how[1] if how else "",
-        **(dict(zip(OPERATOR, operator, strict=True)) if learns else {}),
+        **operator,
         "views": f"{point.views} view" + "s" * (point.views != 1),
         "steps": f"{point.runs[0].result.get('steps')} steps",
         **{f"setting {key}": f"{key}={value}" if value else "" for key, value in settings.items()},

@@ -42,12 +42,12 @@ class HardFrames(FrameSelector):
 
     @abstractmethod
     def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
-        """Score of each frame, `(B, T)`."""
+        """Score of each frame, `(B, T)`, of a grid that with `selection.first_frame=next` lacks the first one."""
 
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, K, H, W, C)`; see `Selector.forward`."""
-        judged = self.scores(self.judged(grid.detach()), noise, None if attention is None else self.judged(attention))
-        scores = self.with_first(judged.float())
+        # Attention needs a block before it, where the first frame is judged as all others.
+        scores = self.with_first(self.scores(self.judged(grid.detach()), noise, attention).float())
         return self.take(grid, scores, self.best(self.candidates(scores)))
 
 

@@ -24,7 +24,8 @@ class Selection(NamedTuple):
         slot: name of the slot, as `t0`.
         indices: temporal: kept frames `(B, K)`, ascending; spatial: kept anchor `(B, T)`, or tokens `(B, T, K)`.
         windows: spatial: `(B, T, 4)` top, left, height, width of the kept window in tokens; temporal: None.
-        scores: normalised scores, temporal `(B, T)`, spatial `(B, T, G)` for G anchors.
+        scores: normalised scores, temporal `(B, T)`, of single frames also where segments are kept; spatial `(B, T, G)` for G
+            anchors.
         indicator: in training the soft indicator of Eq. 7, `(B, K, T)` or `(B, T, G)`; in evaluation None.
     """
 
@@ -103,7 +104,7 @@ class SoftTopK(nn.Module):
     def forward(self, scores: Tensor, k: int, sigma: Tensor, noise: Noise) -> Tensor:
         """Indicator of Eq. 7, `(B, K, N)`, from scores `(B, N)`."""
         spread = scores
-        if self.of_spread:
+        if self.of_spread and scores.shape[-1] > 1:  # One candidate has no spread, and is kept whatever the noise.
             # Noise on scores in units of their own deviation: the choice stays the same if all is divided by it.
             spread = scores / scores.detach().std(-1, keepdim=True).clamp_min(1e-5)
         indicator = self.estimate(spread, k, sigma, noise)

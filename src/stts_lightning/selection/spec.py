@@ -6,7 +6,7 @@ takes 65 tokens away in each of the blocks 0 to 11.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from typing import Any, Self, TypeVar
@@ -181,6 +181,7 @@ class SelectionSpec:
             that; `scorer`: as its family does (the paper: tokens, the official code: windows).
         scope: spatial: scores are brought to [0, 1] in each `frame`, or over all frames of a `clip`.
         frames: temporal: the best frames, `each` for itself, or the `segment` of consecutive frames with the highest mean score.
+            `random` draws a segment; `uniform` keeps what it keeps.
         first_frame: temporal, before block 0: the first frame is scored by its `own` tokens, or as the `next` one. In an
             MViT they have seen the zeros that its patch embedding pads a clip with, and look like no others, whatever is shown.
         windows: spatial: a window of each `frame`, one window of the `clip`, or windows that move little from frame to frame
@@ -261,9 +262,10 @@ class SelectionSpec:
         shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "slots"}
         return {**shared, "slots": {slot.name: slot.to_dict() for slot in self.slots}}
 
-    def ways(self) -> str:
-        """What is learned otherwise than in the paper, as in "normalize=windows, windows=clip"; empty for nothing."""
-        return ", ".join(f"{key}={value}" for key, values in CHOICES.items() if (value := getattr(self, key)) != values[0])
+    def ways(self, keys: Collection[str] = tuple(CHOICES)) -> str:
+        """What is done otherwise than in the paper, of some keys, as in "normalize=windows, windows=clip"; empty for nothing."""
+        changed = (key for key, values in CHOICES.items() if key in keys and getattr(self, key) != values[0])
+        return ", ".join(f"{key}={getattr(self, key)}" for key in changed)
 
     def __str__(self) -> str:
         # A number of frames or tokens is no ratio: t0=5, s0=45x45.

@@ -46,7 +46,11 @@ class FrameSelector(Selector):
 
     def best(self, scores: Tensor) -> Tensor:
         """Kept frames of the best candidates: `(B, N)` -> `(B, K)`, ascending."""
-        picked = hard_topk(scores, self.picks)
+        if self.first_as_next:
+            # The first two frames have the same score: of equal ones the earlier is kept, on every device.
+            picked = scores.sort(dim=-1, descending=True, stable=True).indices[:, : self.picks].sort(dim=-1).values
+        else:
+            picked = hard_topk(scores, self.picks)
         return picked + torch.arange(self.keep, device=picked.device) if self.of_segments else picked
 
     def of_frames(self, indicator: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ def facts(trainer: pl.Trainer, module: ClassificationModule, data: VideoDataModu
         # Null where nothing is learned.
         "scorer": spec.scorer if model.slots.learns else None,
         "estimator": f"{spec.estimator}, {spec.samples} samples" if model.slots.learns else None,
-        "ways_to_learn": spec.ways() if model.slots.learns else "",
+        # Choices that learn nothing may keep segments, or one window for the clip, too.
+        "ways_to_learn": spec.ways() if model.slots.learns else spec.ways(("frames", "first_frame", "windows")),
         "sigma": spec.sigma if model.slots.learns else None,
         "parameters": sum(p.numel() for p in model.parameters()),
         "gflops_per_view": round(gflops, 4),
@@ -58,8 +59,9 @@ def rows(info: Mapping[str, Any]) -> dict[str, str]:
     """Facts as lines of a table."""
     dataset = info["dataset"]
     slots = "; ".join(f"{name.upper()}: {text}" for name, text in info["slots"].items())
-    ways = f", {info['ways_to_learn']}" if info["ways_to_learn"] else ""
-    how = f" ({info['scorer']} scorer, {info['estimator']}{ways})" if info["scorer"] else ""
+    learned = [f"{info['scorer']} scorer", info["estimator"]] if info["scorer"] else []
+    told = ", ".join(filter(None, [*learned, info["ways_to_learn"]]))
+    how = f" ({told})" if told else ""
     size = "x".join(map(str, info["clip"]))
     videos = [str(dataset[key]) for key in ("train_videos", "val_videos", "test_videos") if key in dataset]
     # Said of a training alone: a test has the one list.
