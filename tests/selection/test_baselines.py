@@ -108,7 +108,7 @@ def test_the_segment_has_the_highest_mean_though_it_may_lack_the_best_frame() ->
 def test_a_first_frame_that_is_like_no_other_may_be_left_out_of_the_judgement(name: str) -> None:
     grid = torch.zeros(1, *SIZE, 16)
     grid[0, 0] = 50.0  # What the zeros before a clip do to its first frame.
-    grid[0, 4] = 3.0
+    grid[0, 2], grid[0, 4] = 1.0, 3.0
     found = {}
     for how in ("own", "next"):
         spec = SlotSpec("t0", keep=2, selector=name)
