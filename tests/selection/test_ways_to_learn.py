@@ -96,6 +96,17 @@ def test_the_first_frame_may_be_scored_as_the_next(grid: Tensor) -> None:
     assert alone(grid[:, :1], SIGMA, Noise())[1].indices.tolist() == [[0], [0]]
 
 
+@pytest.mark.parametrize("sigma_of", CHOICES["sigma_of"])
+def test_a_segment_of_all_frames_is_kept_with_finite_gradients(sigma_of: str, grid: Tensor) -> None:
+    whole = SlotContext(SlotSpec("t0", keep=4), SIZE, 6, SelectionSpec(frames="segment", sigma_of=sigma_of))
+    selector = TemporalSelector(whole).train()
+    kept, selection = selector(grid, SIGMA, Noise.of(range(2)))
+    torch.testing.assert_close(kept, grid)
+    assert selection.indices.tolist() == [[0, 1, 2, 3]] * 2
+    kept.square().sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in selector.parameters())
+
+
 def test_deviation_sees_what_stands_out_of_a_frame_and_no_place_in_time(grid: Tensor) -> None:
     described = DeviationScorer.describe_frames(grid)
     torch.testing.assert_close(described, grid.std(dim=(2, 3), correction=0))

@@ -47,10 +47,12 @@ class FrameSelector(Selector):
     def best(self, scores: Tensor) -> Tensor:
         """Kept frames of the best candidates: `(B, N)` -> `(B, K)`, ascending."""
         if self.first_as_next:
-            # The first two frames have the same score: of equal ones the earlier is kept, on every device.
-            picked = scores.sort(dim=-1, descending=True, stable=True).indices[:, : self.picks].sort(dim=-1).values
-        else:
-            picked = hard_topk(scores, self.picks)
+            # The first two frames have the same score: of equal ones the earlier is kept, on every device and in exported files.
+            at = torch.arange(scores.shape[-1], device=scores.device)
+            this, other = scores.unsqueeze(2), scores.unsqueeze(1)
+            before = (other > this) | ((other == this) & (at < at.unsqueeze(1)))
+            scores = -before.sum(-1).float()
+        picked = hard_topk(scores, self.picks)
         return picked + torch.arange(self.keep, device=picked.device) if self.of_segments else picked
 
     def of_frames(self, indicator: Tensor) -> Tensor:
