@@ -181,7 +181,7 @@ class SelectionSpec:
             that; `scorer`: as its family does (the paper: tokens, the official code: windows).
         scope: spatial: scores are brought to [0, 1] in each `frame`, or over all frames of a `clip`.
         frames: temporal: the best frames, `each` for itself, or the `segment` of consecutive frames with the highest mean score.
-            `random` draws a segment; `uniform` keeps what it keeps.
+            `random` draws a segment; `uniform` and `centre` do not follow it.
         first_frame: temporal, before block 0: the first frame is scored by its `own` tokens, or as the `next` one. In an
             MViT they have seen the zeros that its patch embedding pads a clip with, and look like no others, whatever is shown.
         windows: spatial: a window of each `frame`, one window of the `clip`, or windows that move little from frame to frame
