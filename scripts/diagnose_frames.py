@@ -1,18 +1,20 @@
-"""Tell whether the choice or the network falls short of the oracle, and which frames are chosen wrongly.
+"""Tell whether the choice or the network falls short of the oracle, and which frames and windows are chosen wrongly.
 
     python scripts/diagnose_frames.py runs/study NAME --data NAME=FOLDER --seed 1
     python scripts/diagnose_frames.py runs/study demo_both --row "recipe, frames=each"
 
-Of a run of the study and of the oracle's with the same seed, both tables are of test videos:
+Of a run of the study and of the oracle's with the same seed, all tables are of test videos:
 
 1. Each network with each selection of frames and of windows, exchanged after training: top-1, the share of the action that is
    kept, and the share of clips in which the kept frames follow one another.
 2. For each place of a frame in the clip: how often it is kept where it shows the action and where it does not, and the mean norm
    of the tokens that reach the selector, by which it can be told apart.
+3. How often each window is kept, by either: a choice that hardly depends on the clip has learned a place.
 """
 
 import argparse
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,8 +113,31 @@ def place_table(model: VideoClassifier, batches: Sequence[Batch]) -> list[str]:
     return [*lines, *(f"| {name} | {' | '.join(values)} |" for name, values in cells.items())]
 
 
+@torch.inference_mode()
+def window_table(models: dict[str, VideoClassifier], batches: Sequence[Batch]) -> list[str]:
+    """How often each window is kept by each model, in Markdown; empty without a choice of windows."""
+    slot = next((name for name in next(iter(models.values())).slots.selectors if name.startswith("s")), None)
+    if slot is None:
+        return []
+    kept: dict[str, Counter[tuple[int, int]]] = {name: Counter() for name in models}
+    for name, model in models.items():
+        for batch in batches:
+            assert batch.truth is not None
+            model.slots.tell_truth(batch.truth[:, 0])
+            windows = model(batch.clip[:, 0], return_selection=True)[1][slot].windows
+            assert windows is not None
+            kept[name].update((top, left) for top, left, *_ in windows.flatten(0, 1).tolist())
+    places = sorted({place for counts in kept.values() for place in counts})
+    head = ["first row, column of the window", *(f"{top}, {left}" for top, left in places)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, counts in kept.items():
+        shares = (f"{100 * counts[place] / counts.total():.0f}" for place in places)
+        lines.append("| " + " | ".join([f"{name}, %", *shares]) + " |")
+    return lines
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder of the study's runs")
     parser.add_argument("name", help="of the data set")
@@ -134,6 +159,7 @@ def main() -> None:
         models[label] = load_model(folder / "checkpoints" / "last.ckpt").eval()
     batches = test_batches(of)
     print("\n".join([*exchange_table(models, batches), "", *place_table(models[options.row], batches)]))
+    print("\n".join(["", *window_table(models, batches)]))
 
 
 if __name__ == "__main__":

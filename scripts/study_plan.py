@@ -52,9 +52,11 @@ PAPER = ("selection.sigma=0.1",)
 WIDE = ("selection.sigma=0.5",)
 SLOW = ("optim.parts.backbone.lr_scale=0.01", "optim.parts.head.lr_scale=0.01")
 """The network's rate as a share of the selectors' (paper Sec. 4.1); of other methods it is 0.2, as 300 steps are few."""
-EACH = ("selection.frames=each", "selection.first_frame=own")
+CLIP = ("selection.windows=clip",)
+"""As the recipe was before it scored windows by motion."""
+EACH = (*CLIP, "selection.frames=each", "selection.first_frame=own")
 """As the recipe was before it had segments."""
-DEVIATION = ("selection.scorer=deviation",)
+DEVIATION = (*CLIP, "selection.scorer=deviation")
 HALF = (
     *EACH,
     "optim.parts.selectors.lr_scale=1.0",
@@ -99,6 +101,7 @@ METHODS = (
         "recipe, scorer=deviation, sigma 0.2", (*DEVIATION, "selection.sigma=0.2"), recipe="learn_selection", axes=("t", "ts")
     ),
     Method("recipe, frames=each", EACH, recipe="learn_selection", axes=("t", "ts")),
+    Method("recipe, windows=clip", CLIP, recipe="learn_selection", axes=("s", "ts")),
     Method("recipe=learn_selection", recipe="learn_selection", main=True),
 )
 """Rows of the main tables."""
@@ -121,6 +124,7 @@ OPTIONS = (
     Method("frames=segment", (*WIDE, "selection.frames=segment")),
     Method("windows=clip", (*WIDE, "selection.windows=clip")),
     Method("windows=smooth", (*WIDE, "selection.windows=smooth")),
+    Method("windows=motion", (*WIDE, "selection.windows=motion")),
     Method("forward=hard", (*WIDE, "selection.forward=hard")),
     Method("sigma of spread", ("selection.sigma=1.0", "selection.sigma_of=spread")),
     Method("sigma until 0.6", (*WIDE, "callbacks.sigma.until=0.6")),

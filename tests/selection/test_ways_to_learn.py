@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stts_lightning import create_model
+from stts_lightning.selection.baselines import AnchorFeatures, DifferenceWindow
 from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.scorer import SCORERS, ContextScorer, DeviationScorer, PaperScorer
 from stts_lightning.selection.selector import SlotContext
@@ -62,6 +63,55 @@ def test_windows_of_a_clip_are_one_and_smooth_ones_move_less(grid: Tensor) -> No
     assert torch.equal(trained.indicator, trained.indicator[:, :1].expand_as(trained.indicator)), "in training too"
     three = spatial().window_scores(grid)[:, :3].mean(1)
     assert torch.allclose(windows["smooth"].scores[:, 1], three, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [SpatialSelector, AnchorFeatures])
+def test_motion_tells_windows_apart_and_what_stands_still_does_not(kind: type[SpatialSelector], grid: Tensor) -> None:
+    torch.manual_seed(0)
+    slot, of = SlotSpec("s0", side=4), SelectionSpec(windows="motion", scorer="official")
+    selector = kind(SlotContext(slot, SIZE, 6, of)).eval()
+    kept, chosen = selector(grid, SIGMA, Noise())
+    assert chosen.scores.shape == (2, 4, 9) and chosen.windows.shape == (2, 4, 4)
+    assert all(len(row.unique(dim=0)) == 1 for row in chosen.windows), "one window for the clip"
+    scene = 5 * torch.randn(1, 1, *SIZE[1:], 6, generator=torch.Generator().manual_seed(2))
+    before_it, again = selector(grid + scene, SIGMA, Noise())
+    torch.testing.assert_close(again.scores, chosen.scores, atol=1e-4, rtol=0)
+    windows = (chosen.scores, chosen.windows, chosen.indices)
+    torch.testing.assert_close(before_it, kept + selector.take(scene.expand_as(grid), *windows)[0])
+    backwards = selector(grid.flip(1), SIGMA, Noise())[1]
+    torch.testing.assert_close(backwards.scores, chosen.scores, atol=1e-4, rtol=0)
+    still = grid[:, :1].repeat(1, 4, 1, 1, 1)
+    still[:, :, :2, :2] = grid[:, :, :2, :2]
+    first, *others = selector(still, SIGMA, Noise())[1].scores[:, 0].unbind(-1)
+    assert all(torch.equal(other, others[0]) for other in others), "windows in which nothing moves"
+    assert ((first - others[0]).abs() > 0.9).all(), "and the one in which something does"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [lambda of: SpatialSelector(of).eval(), DifferenceWindow])
+def test_the_first_frame_may_be_left_out_of_motion_where_no_frames_are_chosen(build: Any, grid: Tensor) -> None:
+    odd = torch.cat((20 * torch.rand(2, 1, *SIZE[1:], 6), grid[:, 1:]), 1)
+    slot, frames = SlotSpec("s0", side=4), SlotSpec("t0", keep=2)
+
+    def same(selection: SelectionSpec, slot: SlotSpec = slot) -> bool:
+        torch.manual_seed(0)
+        selector = build(SlotContext(slot, SIZE, 6, selection))
+        return torch.equal(*(selector(given, SIGMA, Noise())[1].scores for given in (grid, odd)))
+
+    assert same(SelectionSpec(windows="motion", first_frame="next", slots=(slot,)))
+    assert not same(SelectionSpec(windows="motion", slots=(slot,)))
+    assert not same(SelectionSpec(windows="motion", first_frame="next", slots=(frames, slot))), "any frame may be the first"
+    assert not same(SelectionSpec(windows="motion", first_frame="next"), SlotSpec("s1", side=4)), "before block 0 alone"
+
+
+def test_motion_of_one_frame_is_refused_and_noise_of_one_seed_gives_one_window(grid: Tensor) -> None:
+    one = SlotContext(SlotSpec("s0", side=4), (1, 8, 8), 6, SelectionSpec(windows="motion"))
+    with pytest.raises(SelectionError, match=r"selection.windows=motion: needs two frames.*slot s0; .*frame and clip"):
+        SpatialSelector(one)
+    kept, chosen = spatial(windows="motion").train()(grid, SIGMA, Noise.of(range(2)))
+    assert torch.equal(chosen.indicator, chosen.indicator[:, :1].expand_as(chosen.indicator))
+    kept.square().sum().backward()
 
 
 def test_a_segment_is_mixed_of_segments_in_their_order(grid: Tensor) -> None:

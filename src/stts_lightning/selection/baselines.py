@@ -220,7 +220,7 @@ class DifferenceWindow(HardWindows):
 
     def scores(self, grid: Tensor, noise: Noise, attention: Tensor | None) -> Tensor:
         """Mean norm of the change of an anchor's tokens."""
-        return self.of_tokens(_change(grid))
+        return self.of_tokens(self.with_first(_change(self.judged(grid))))
 
 
 class AttentionWindow(HardWindows):
@@ -239,6 +239,7 @@ class AnchorFeatures(SpatialSelector):
 
     def window_scores(self, grid: Tensor) -> Tensor:
         """Score of each anchor's features: `(B, T, H, W, C)` -> `(B, T, G)`."""
+        grid = self.scored(grid)
         batch, frames = grid.shape[:2]
         features = self.anchor_means(grid.flatten(0, 1).permute(0, 3, 1, 2)).transpose(1, 2)
         return self.normalized(self.over_time(self.scorer(features).float().view(batch, frames, -1)))

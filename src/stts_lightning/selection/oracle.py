@@ -5,7 +5,7 @@ from torch import Tensor
 
 from stts_lightning.selection.noise import Noise
 from stts_lightning.selection.selector import Selection, Selector, SlotContext
-from stts_lightning.selection.spatial import WindowSelector
+from stts_lightning.selection.spatial import ONE_WINDOW, WindowSelector
 from stts_lightning.selection.temporal import FrameSelector
 from stts_lightning.selection.topk import hard_topk
 from stts_lightning.selection.truth import joined
@@ -42,7 +42,7 @@ class OracleWindow(Told, WindowSelector):
 
     def __init__(self, context: SlotContext) -> None:
         super().__init__(context)
-        self.of_clip = context.selection.windows == "clip"
+        self.of_clip = context.selection.windows in ONE_WINDOW
 
     def forward(self, grid: Tensor, sigma: Tensor, noise: Noise, attention: Tensor | None = None) -> tuple[Tensor, Selection]:
         """Grid `(B, T, H, W, C)` -> `(B, T, h, w, C)`; see `Selector.forward`."""

@@ -9,6 +9,18 @@ import torch
 from torch import Tensor, nn
 
 
+def deviation(grid: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """Standard deviation over dimensions, which keep the length 1; where nothing deviates the gradient is 0, not infinite."""
+    # From the first value, which changes no deviation: squares of large values would hide small ones.
+    first = grid
+    for dim in (dims,) if isinstance(dims, int) else dims:
+        first = first.narrow(dim, 0, 1)
+    wide = grid.float() - first.float()
+    # Several times as fast as torch.std over these dimensions.
+    variance = wide.square().mean(dims, keepdim=True) - wide.mean(dims, keepdim=True).square()
+    return variance.clamp_min(1e-10).sqrt().to(grid.dtype)
+
+
 class Scorer(nn.Module, ABC):
     """A small network from candidates to raw scores, with the way its family describes frames and normalises scores.
 
@@ -143,11 +155,7 @@ class DeviationScorer(OfficialScorer):
     @staticmethod
     def describe_frames(grid: Tensor) -> Tensor:
         """Standard deviation over space: `(B, T, H, W, C)` -> `(B, T, C)`."""
-        # From some token of the frame, which changes no deviation: squares of large values would hide small ones.
-        wide = grid.float() - grid[:, :, :1, :1].float()
-        # Several times as fast as torch.std over these dimensions. Below the least value the gradient is 0, not infinite.
-        variance = wide.square().mean(dim=(2, 3)) - wide.mean(dim=(2, 3)).square()
-        return variance.clamp_min(1e-10).sqrt().to(grid.dtype)
+        return deviation(grid, (2, 3)).flatten(2)
 
 
 SCORERS: dict[str, type[Scorer]] = {

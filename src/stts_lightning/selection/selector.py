@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from stts_lightning.selection.noise import Noise
@@ -71,6 +72,19 @@ class Selector(nn.Module, ABC):
         self.slot = context.slot.name
         self.in_size = context.size
         self.dim = context.dim
+        # Behind other blocks, tokens of all frames have met; behind a temporal slot, the first frame may be any of the clip's.
+        chosen = any(slot.axis == "t" and slot.block == 0 for slot in context.selection.slots) and context.slot.axis != "t"
+        self.first_as_next = (
+            context.selection.first_frame == "next" and context.slot.block == 0 and self.in_size[0] > 1 and not chosen
+        )
+
+    def judged(self, grid: Tensor) -> Tensor:
+        """The frames that are judged by their own tokens: `(B, T, ...)`, or without the first; see `selection.first_frame`."""
+        return grid[:, 1:] if self.first_as_next else grid
+
+    def with_first(self, found: Tensor) -> Tensor:
+        """What was found of the judged frames, of all: where the first was left out, it has what the next has. `(B, T, ...)`."""
+        return torch.cat((found[:, :1], found), 1) if self.first_as_next else found
 
     @property
     @abstractmethod

@@ -7,7 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stts_lightning.selection.noise import Noise
+from stts_lightning.selection.scorer import deviation
 from stts_lightning.selection.selector import GridSize, Selection, Selector, SlotContext, SoftTopK, build_scorer
+from stts_lightning.selection.spec import SelectionError
+
+ONE_WINDOW = ("clip", "motion")
+"""Values of `selection.windows` with which all frames of a clip have the same window."""
 
 
 def anchor_starts(length: int, window: int) -> list[int]:
@@ -77,7 +82,7 @@ class WindowSelector(Selector):
 
     def over_time(self, scores: Tensor) -> Tensor:
         """Scores of windows `(B, T, G)`, averaged over time as `selection.windows` says: `(B, T, G)`, or `(B, 1, G)`."""
-        if self.moving == "clip":
+        if self.moving in ONE_WINDOW:
             return scores.mean(1, keepdim=True)
         if self.moving == "smooth":
             return F.avg_pool2d(scores, (3, 1), (1, 1), (1, 0), count_include_pad=False)
@@ -117,10 +122,22 @@ class SpatialSelector(WindowSelector):
     def __init__(self, context: SlotContext) -> None:
         super().__init__(context)
         selection = context.selection
+        if self.moving == "motion" and self.in_size[0] < 2:
+            raise SelectionError(
+                f"selection.windows=motion: needs two frames or more, and one reaches slot {self.slot}; "
+                "allowed there are frame and clip"
+            )
         self.scorer = build_scorer(selection, context.dim, "s")
         self.soft_topk = SoftTopK(selection)
         self.of_tokens = self.scorer.normalizes_tokens if selection.normalize == "scorer" else selection.normalize == "tokens"
         self.scope = selection.scope
+
+    def scored(self, grid: Tensor) -> Tensor:
+        """What the scorer is given: the grid `(B, T, H, W, C)`, or its motion, `(B, 1, H, W, C)`; see `selection.windows`."""
+        if self.moving != "motion":
+            return grid
+        judged = self.judged(grid)
+        return deviation(judged if judged.shape[1] > 1 else grid, 1)
 
     def normalized(self, scores: Tensor) -> Tensor:
         """Scores `(B, T, N)` in [0, 1]: of each frame, or of all frames of a clip."""
@@ -130,6 +147,7 @@ class SpatialSelector(WindowSelector):
 
     def window_scores(self, grid: Tensor) -> Tensor:
         """Mean score of each anchor: `(B, T, H, W, C)` -> `(B, T, G)`; `(B, 1, G)` where a clip has one window."""
+        grid = self.scored(grid)
         batch, frames, height, width, _ = grid.shape
         tokens = self.scorer(grid.flatten(2, 3).flatten(0, 1)).float().view(batch, frames, -1)
         if self.of_tokens:

@@ -24,21 +24,11 @@ class FrameSelector(Selector):
         self.of_segments = context.selection.frames == "segment"
         self.picks = 1 if self.of_segments else self.keep
         """Candidates that are picked."""
-        # Behind other blocks, tokens of all frames have met, and the first may be another than the clip's.
-        self.first_as_next = context.selection.first_frame == "next" and context.slot.block == 0 and frames > 1
 
     @property
     def out_size(self) -> GridSize:
         """See `Selector.out_size`."""
         return self._out_size
-
-    def judged(self, grid: Tensor) -> Tensor:
-        """The frames that are judged by their own tokens: `(B, T, ...)`, or without the first; see `selection.first_frame`."""
-        return grid[:, 1:] if self.first_as_next else grid
-
-    def with_first(self, found: Tensor) -> Tensor:
-        """What was found of the judged frames, of all: where the first was left out, it has what the next has. `(B, T, ...)`."""
-        return torch.cat((found[:, :1], found), 1) if self.first_as_next else found
 
     def candidates(self, scores: Tensor) -> Tensor:
         """Score of each candidate, of a segment the mean of its frames: `(B, T)` -> `(B, N)`."""
