@@ -123,7 +123,7 @@ def test_random_selection_is_exported_too(name: str, tmp_path: Path) -> None:
 def test_segments_are_exported(selector: str, tmp_path: Path) -> None:
     """As the recipe of the study has them: one segment and one window for the clip, the first frame scored as the next."""
     pytest.importorskip("onnxruntime")
-    together = {"frames": "segment", "first_frame": "next", "windows": "clip", "normalize": "windows", "scorer": "deviation"}
+    together = {"frames": "segment", "first_frame": "next", "windows": "motion", "normalize": "windows", "scorer": "deviation"}
     model = create_model("mvit_tiny", {"slots": {"t0": 0.5, "s0": 0.5}, "selector": selector, **together}, 3, size=64).eval()
     for file in export(model, ["torch", "onnx"], tmp_path / "model"):
         assert file["difference"] < 1e-5
