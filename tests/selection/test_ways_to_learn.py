@@ -103,11 +103,13 @@ def test_the_first_frame_may_be_left_out_of_motion_where_no_frames_are_chosen(bu
     assert not same(SelectionSpec(windows="motion", slots=(slot,)))
     assert not same(SelectionSpec(windows="motion", first_frame="next", slots=(frames, slot))), "any frame may be the first"
     assert not same(SelectionSpec(windows="motion", first_frame="next"), SlotSpec("s1", side=4)), "before block 0 alone"
+    two = build(SlotContext(slot, (2, *SIZE[1:]), 6, SelectionSpec(windows="motion", first_frame="next", slots=(slot,))))
+    assert two(grid[:, :2], SIGMA, Noise())[1].scores.std() > 0.01, "of two frames both are needed"
 
 
 def test_motion_of_one_frame_is_refused_and_noise_of_one_seed_gives_one_window(grid: Tensor) -> None:
     one = SlotContext(SlotSpec("s0", side=4), (1, 8, 8), 6, SelectionSpec(windows="motion"))
-    with pytest.raises(SelectionError, match=r"selection.windows=motion: needs two frames.*slot s0; .*frame and clip"):
+    with pytest.raises(SelectionError, match=r"selection.windows=motion: needs two frames.*slot s0; .*frame or clip"):
         SpatialSelector(one)
     kept, chosen = spatial(windows="motion").train()(grid, SIGMA, Noise.of(range(2)))
     assert torch.equal(chosen.indicator, chosen.indicator[:, :1].expand_as(chosen.indicator))

@@ -73,10 +73,11 @@ class Selector(nn.Module, ABC):
         self.in_size = context.size
         self.dim = context.dim
         # Behind other blocks, tokens of all frames have met; behind a temporal slot, the first frame may be any of the clip's.
-        chosen = any(slot.axis == "t" and slot.block == 0 for slot in context.selection.slots) and context.slot.axis != "t"
-        self.first_as_next = (
-            context.selection.first_frame == "next" and context.slot.block == 0 and self.in_size[0] > 1 and not chosen
-        )
+        of_frames = context.slot.axis == "t"
+        whole = of_frames or not any(slot.axis == "t" and slot.block == 0 for slot in context.selection.slots)
+        # Windows are told apart by changes, and two frames are needed to see one.
+        enough = self.in_size[0] > (1 if of_frames else 2)
+        self.first_as_next = context.selection.first_frame == "next" and context.slot.block == 0 and whole and enough
 
     def judged(self, grid: Tensor) -> Tensor:
         """The frames that are judged by their own tokens: `(B, T, ...)`, or without the first; see `selection.first_frame`."""

@@ -125,7 +125,7 @@ class SpatialSelector(WindowSelector):
         if self.moving == "motion" and self.in_size[0] < 2:
             raise SelectionError(
                 f"selection.windows=motion: needs two frames or more, and one reaches slot {self.slot}; "
-                "allowed there are frame and clip"
+                "with one frame it can be frame or clip"
             )
         self.scorer = build_scorer(selection, context.dim, "s")
         self.soft_topk = SoftTopK(selection)
@@ -134,10 +134,7 @@ class SpatialSelector(WindowSelector):
 
     def scored(self, grid: Tensor) -> Tensor:
         """What the scorer is given: the grid `(B, T, H, W, C)`, or its motion, `(B, 1, H, W, C)`; see `selection.windows`."""
-        if self.moving != "motion":
-            return grid
-        judged = self.judged(grid)
-        return deviation(judged if judged.shape[1] > 1 else grid, 1)
+        return deviation(self.judged(grid), 1) if self.moving == "motion" else grid
 
     def normalized(self, scores: Tensor) -> Tensor:
         """Scores `(B, T, N)` in [0, 1]: of each frame, or of all frames of a clip."""

@@ -184,11 +184,12 @@ class SelectionSpec:
             `random` draws a segment; `uniform` and `centre` do not follow it.
         first_frame: temporal, before block 0: the first frame is scored by its `own` tokens, or as the `next` one. In an
             MViT they have seen the zeros that its patch embedding pads a clip with, and look like no others, whatever is shown.
-            Where no temporal slot stands there, windows by `motion` and by `difference` leave it out as well.
+            Where no temporal slot stands there, windows by `motion` and by `difference` leave it out as well, of more than two.
         windows: spatial: a window of each `frame`, one window of the `clip` (scores are averaged over time), windows that move
             little from frame to frame (`smooth`: averaged over three frames), or one window of the clip of which `motion` is
             scored: the standard deviation over time of the tokens at each place. Then what stands still has no effect: the
-            scene, and the place itself, which position embeddings tell. Selectors that learn nothing take it as `clip`.
+            scene, and the place itself, which position embeddings tell. Selectors that learn nothing take it as `clip`;
+            `tokens` and `random_tokens` keep no windows, and take no notice of any of these.
         forward: what the network sees in training: `soft`, the weighted sum of Eq. 9, or `hard`, the best frames or windows
             as in evaluation, with the gradients of the weighted sum (straight-through).
         reducer: of the slots `r` that name none (see `REDUCERS`).
