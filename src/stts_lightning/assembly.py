@@ -1,5 +1,6 @@
 """From a composed configuration to built objects. Front doors call it; nothing below ever sees a DictConfig."""
 
+import logging
 import os
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 
 from stts_lightning.analysis.flops import count_gflops
-from stts_lightning.backbones.checkpoints import CheckpointError
+from stts_lightning.backbones.checkpoints import CheckpointError, read_checkpoint
 from stts_lightning.classifier import COMPILE, VideoClassifier, create_model, load_model
 from stts_lightning.data.datamodule import VideoDataModule
 from stts_lightning.data.dataset import ClipSpec
@@ -29,6 +30,10 @@ from stts_lightning.training.module import ClassificationModule
 from stts_lightning.training.optim import OptimSpec, PartSpec
 from stts_lightning.training.precision import CAST_WEIGHTS, CastWeights
 from stts_lightning.training.preemption import WholeCheckpointIO
+
+log = logging.getLogger(__name__)
+START = "start"
+"""As `distill.teacher`: the model that training starts from."""
 
 
 def build_windows(cfg: DictConfig, clip_size: tuple[int, int, int]) -> WindowRule:
@@ -55,8 +60,7 @@ def build_windows(cfg: DictConfig, clip_size: tuple[int, int, int]) -> WindowRul
 def build_untrained(cfg: DictConfig, num_classes: int, slots: dict[str, Any] | None = None) -> VideoClassifier:
     """The classifier without weights from a file, with other slots if some are given."""
     values: dict[str, Any] = to_container(cfg.backbone)
-    selection = to_container(cfg.selection) if slots is None else {**to_container(cfg.selection), "slots": slots}
-    return create_model(values.pop("name"), selection, num_classes, kernels=cfg.get("kernels", "auto"), **values)
+    return create_model(values.pop("name"), _selection(cfg, slots), num_classes, kernels=cfg.get("kernels", "auto"), **values)
 
 
 def check_truth(model: VideoClassifier, known: bool) -> None:
@@ -89,11 +93,16 @@ def experiment_cost(name: str) -> ExperimentCost:
     return ExperimentCost(gflops, cfg.clip.test_views * cfg.clip.test_crops, cfg.backbone.name)
 
 
-def build_model(cfg: DictConfig, num_classes: int | None = None) -> VideoClassifier:
-    """The classifier with its weights, for `num_classes`; by default for the classes of its checkpoint."""
+def build_model(cfg: DictConfig, num_classes: int | None = None, slots: dict[str, Any] | None = None) -> VideoClassifier:
+    """The classifier with its weights, for `num_classes`, by default its checkpoint's; with other slots if some are given."""
     values: dict[str, Any] = to_container(cfg.backbone)
-    name, selection, kernels = values.pop("name"), to_container(cfg.selection), cfg.get("kernels", "auto")
-    return create_model(name, selection, num_classes, cfg.pretrained, cfg.head, cfg.trust, kernels=kernels, **values)
+    name, kernels = values.pop("name"), cfg.get("kernels", "auto")
+    return create_model(name, _selection(cfg, slots), num_classes, cfg.pretrained, cfg.head, cfg.trust, kernels=kernels, **values)
+
+
+def _selection(cfg: DictConfig, slots: dict[str, Any] | None) -> dict[str, Any]:
+    """The selection of a configuration, with other slots if some are given."""
+    return to_container(cfg.selection) if slots is None else {**to_container(cfg.selection), "slots": slots}
 
 
 def build_body(cfg: DictConfig) -> VideoClassifier:
@@ -197,6 +206,9 @@ def build_module(cfg: DictConfig, model: VideoClassifier, labels: NDArray[np.int
 def build_teacher(cfg: DictConfig, model: VideoClassifier) -> Teacher | None:
     """The model that `distill.teacher` names, for a model with its head; None without one.
 
+    "start" is the model that training starts from, without new selectors; none where its weights or head are new, or where it was
+    pruned already: there is nothing to learn from it.
+
     Raises:
         ConfigError: if it is for other classes or clips.
     """
@@ -204,6 +216,11 @@ def build_teacher(cfg: DictConfig, model: VideoClassifier) -> Teacher | None:
     path = values.pop("teacher", None)
     if path is None:
         return None
+    if path == START:
+        if why := _teaches_nothing(cfg):
+            log.warning("distill.teacher=start: not distilled, as %s", why)
+            return None
+        return Teacher(build_model(cfg, model.num_classes, slots={}), **values)
     teacher = load_model(path, trust=cfg.trust, kernels=cfg.get("kernels", "auto"))
     for what, found, wanted in (
         ("classes", teacher.num_classes, model.num_classes),
@@ -212,6 +229,17 @@ def build_teacher(cfg: DictConfig, model: VideoClassifier) -> Teacher | None:
         if found != wanted:
             raise ConfigError(f"distill.teacher={path}: is for {found} {what}, this model for {wanted}")
     return Teacher(teacher, **values)
+
+
+def _teaches_nothing(cfg: DictConfig) -> str:
+    """Why nothing is to be learned from the model that training starts from; empty if something is."""
+    if not cfg.pretrained:
+        return "it starts with new weights"
+    if cfg.head == "reset":
+        return "its head is new"
+    if read_checkpoint(cfg.pretrained, cfg.trust).selector_keys:
+        return "pretrained is a pruned model; distill.teacher=FILE names an unpruned one"
+    return ""
 
 
 def class_weights(asked: Any, labels: NDArray[np.int64] | None, classes: int) -> list[float] | None:

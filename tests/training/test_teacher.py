@@ -1,0 +1,70 @@
+"""Which model `distill.teacher` names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from safetensors.torch import save_file
+
+from stts_lightning import assembly, create_model
+from stts_lightning.backbones.checkpoints import save_weights
+from stts_lightning.classifier import VideoClassifier
+from stts_lightning.configuration import conf_dir
+from stts_lightning.run_config import ConfigError
+from stts_lightning.training.distillation import Teacher
+
+CLIP = torch.randint(0, 256, (2, 3, 16, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def written(folder: Path, selection: str | None = None, classes: int = 4) -> tuple[Path, VideoClassifier]:
+    torch.manual_seed(1)
+    model = create_model("mvit_tiny", selection, classes).eval()
+    save_weights(model, model.recipe, folder / "file.safetensors")
+    return folder / "file.safetensors", model
+
+
+def configured(*overrides: str) -> DictConfig:
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        given = ("backbone=mvit_tiny", "dataset=demo", "selection=t0_0.5_s0_0.5", "run_dir=.")
+        return compose("train", [*given, *overrides])
+
+
+def taught(cfg: DictConfig) -> Teacher | None:
+    return assembly.build_teacher(cfg, assembly.build_model(cfg, 4))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_start_is_the_model_that_training_starts_from_without_its_selection(ours: bool, tmp_path: Path) -> None:
+    file, model = written(tmp_path)
+    if not ours:  # Nothing says how it is built.
+        save_file(model.state_dict(), file)
+    teacher = taught(configured(f"pretrained={file}", "distill.teacher=start", "distill.temperature=2.0"))
+    assert teacher is not None and teacher.temperature == 2.0 and not teacher.model.training
+    assert not teacher.model.slots.selectors
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.model(CLIP), model(CLIP))
+
+
+@pytest.mark.parametrize(
+    ("selection", "overrides", "why"),
+    [
+        (None, ("pretrained=null",), "it starts with new weights"),
+        (None, ("head=reset",), "its head is new"),
+        ("t0_0.5", (), "pretrained is a pruned model"),
+    ],
+)
+def test_a_start_that_knows_nothing_teaches_nothing(
+    selection: str | None, overrides: tuple[str, ...], why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, _ = written(tmp_path, selection)
+    assert taught(configured(f"pretrained={file}", "distill.teacher=start", *overrides)) is None
+    assert f"distill.teacher=start: not distilled, as {why}" in caplog.text
+
+
+def test_a_file_teaches_the_same_classes_alone(tmp_path: Path) -> None:
+    file, _ = written(tmp_path, classes=3)
+    with pytest.raises(ConfigError, match=r"distill.teacher=.*is for 3 classes, this model for 4"):
+        taught(configured(f"distill.teacher={file}"))
+    assert taught(configured()) is None
