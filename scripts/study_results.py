@@ -116,7 +116,7 @@ def read_run(folder: Path, row: Row, seed: int, tested: Path | None) -> Run | No
 
 
 def collect(root: Path, found: dict[str, DataSet], seeds: range) -> list[Run]:
-    """Finished runs of a folder, and the stored ones of seeds that the folder has nothing of."""
+    """Finished runs of a folder, and stored ones: of seeds that it has nothing of, or whose unpruned model is the folder's."""
     runs: list[Run] = []
     for name, data in found.items():
         for seed in seeds:
@@ -124,8 +124,10 @@ def collect(root: Path, found: dict[str, DataSet], seeds: range) -> list[Run]:
             every = {row.folder(root, seed): row for row in rows(name, data, small=False)}
             runs += filter(None, [read_run(folder, row, seed, data.tested) for folder, row in every.items()])
     stored = [Run(**json.loads(line)) for line in RUNS.read_text().splitlines()] if RUNS.is_file() else []
-    here = {(run.data, run.seed) for run in runs}
-    runs += [run for run in stored if (run.data, run.seed) not in here]
+    done = {run.key for run in runs}
+    here, before = ({(run.data, run.seed): run.right for run in of if run.method == PLAIN} for of in (runs, stored))
+    others = {(run.data, run.seed) for run in runs} - {one for one, right in here.items() if before.get(one) == right}
+    runs += [run for run in stored if run.key not in done and (run.data, run.seed) not in others]
     return sorted(runs, key=lambda run: run.key)
 
 

@@ -138,6 +138,19 @@ def test_a_seed_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [run.key for run in found] == sorted([stored[0].key, stored[2].key, ("demo_both", row.kept, "oracle", 1)])
     assert next(run for run in found if run.method == "oracle").right == [1, 0]
 
+    # Unless they do start from the same one.
+    first = plan.plain_folder(tmp_path, "demo_both", 1)
+    (folder / "test").rename(first.with_name("test"))
+    first.mkdir()
+    (first.with_name("test")).rename(first / "test")
+    (first / "result.json").touch()
+    (folder / "result.json").unlink()
+    for right, stays in (([1.0, 0.0], True), ([1.0, 1.0], False)):
+        unpruned = made(1, results.PLAIN, right, kept="none")
+        results.RUNS.write_text("".join(json.dumps(asdict(run)) + "\n" for run in (*stored, unpruned)))
+        found = results.collect(tmp_path, sets, range(2))
+        assert (stored[1] in found) == stays and [run.right for run in found if run.method == results.PLAIN] == [[1.0, 0.0]]
+
 
 def test_a_probe_sees_what_the_description_of_a_frame_holds() -> None:
     """Something bright and something dark beside it: nothing in the mean of the frame, much in its maximum."""
