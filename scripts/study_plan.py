@@ -52,7 +52,10 @@ PAPER = ("selection.sigma=0.1",)
 WIDE = ("selection.sigma=0.5",)
 SLOW = ("optim.parts.backbone.lr_scale=0.01", "optim.parts.head.lr_scale=0.01")
 """The network's rate as a share of the selectors' (paper Sec. 4.1); of other methods it is 0.2, as 300 steps are few."""
-CLIP = ("selection.windows=clip",)
+DISTILLED = ("distill.teacher=start",)
+BEFORE = ("distill.teacher=null", "optim.parts.backbone.lr_scale=0.2", "optim.parts.head.lr_scale=0.2")
+"""As the recipe was before the unpruned model taught it; all that stand below were run so."""
+CLIP = (*BEFORE, "selection.windows=clip")
 """As the recipe was before it scored windows by motion."""
 EACH = (*CLIP, "selection.frames=each", "selection.first_frame=own")
 """As the recipe was before it had segments."""
@@ -83,6 +86,9 @@ METHODS = (
     Method("random segment, one window", (*chosen("random"), *TOGETHER), main=True),
     Method("fixed (uniform, centre)", slots=FIXED, main=True),
     Method("fixed (middle, centre)", chosen("centre"), axes=("t", "ts"), main=True),
+    Method("oracle, distilled", (*chosen("oracle"), *DISTILLED)),
+    Method("random segment, one window, distilled", (*chosen("random"), *TOGETHER, *DISTILLED)),
+    Method("fixed (middle, centre), distilled", (*chosen("centre"), *DISTILLED), main=True),
     Method("difference to the frame before", chosen("difference")),
     Method("difference, segment, one window", (*chosen("difference"), *TOGETHER, "selection.first_frame=next")),
     Method("Gumbel-Softmax", slots={"t": "gumbel"}, axes=("t",)),
@@ -102,6 +108,7 @@ METHODS = (
     ),
     Method("recipe, frames=each", EACH, recipe="learn_selection", axes=("t", "ts")),
     Method("recipe, windows=clip", CLIP, recipe="learn_selection", axes=("s", "ts")),
+    Method("recipe, not distilled", BEFORE, recipe="learn_selection"),
     Method("recipe=learn_selection", recipe="learn_selection", main=True),
 )
 """Rows of the main tables."""
@@ -109,7 +116,9 @@ METHODS = (
 REDUCERS = (
     Method("random tokens", ("selection.reducer=random", "+selection.slots.r0.place=before"), axes=("r",), main=True),
     Method("tokens that changed most (RLT)", ("selection.reducer=rlt",), axes=("r",), main=True),
-    Method("recipe=learn_selection, tokens", ("selection.reducer=topk",), recipe="learn_selection", axes=("r",), main=True),
+    Method(
+        "recipe, not distilled, tokens", (*BEFORE, "selection.reducer=topk"), recipe="learn_selection", axes=("r",), main=True
+    ),
 )
 """Rows of reducers, on a ViT."""
 REDUCED = "r0_0.28125"
@@ -139,9 +148,9 @@ ON_REAL_VIDEOS = ("all tokens, tuned as the others", "difference, segment, one w
 ATTENTION = Method("attention of the class token", chosen("attention"))
 """Chooses what the block before attended to; needs a block before it."""
 
-RANDOM_CHOICES = ("random", "random segment, one window")
-FIXED_CHOICES = ("fixed (uniform, centre)", "fixed (middle, centre)")
-"""What needs no learning. A difference is one to the better of two."""
+RANDOM_CHOICES = ("random", "random segment, one window", "random segment, one window, distilled")
+FIXED_CHOICES = ("fixed (uniform, centre)", "fixed (middle, centre)", "fixed (middle, centre), distilled")
+"""What needs no learning. A difference is one to the best of them."""
 BASES = (*RANDOM_CHOICES, *FIXED_CHOICES, "STTS, sigma 0.5", "recipe=learn_selection")
 """Rows that each option alone is compared with."""
 BESIDE_ATTENTION = ("oracle", *RANDOM_CHOICES, *FIXED_CHOICES, "STTS, sigma 0.1", "recipe=learn_selection")
