@@ -148,9 +148,9 @@ ON_REAL_VIDEOS = ("all tokens, tuned as the others", "difference, segment, one w
 ATTENTION = Method("attention of the class token", chosen("attention"))
 """Chooses what the block before attended to; needs a block before it."""
 
-RANDOM_CHOICES = ("random", "random segment, one window", "random segment, one window, distilled")
-FIXED_CHOICES = ("fixed (uniform, centre)", "fixed (middle, centre)", "fixed (middle, centre), distilled")
-"""What needs no learning. A difference is one to the best of them."""
+RANDOM_CHOICES = ("random", "random segment, one window")
+FIXED_CHOICES = ("fixed (uniform, centre)", "fixed (middle, centre)")
+"""What needs no learning. A difference is one to the better of two."""
 BASES = (*RANDOM_CHOICES, *FIXED_CHOICES, "STTS, sigma 0.5", "recipe=learn_selection")
 """Rows that each option alone is compared with."""
 BESIDE_ATTENTION = ("oracle", *RANDOM_CHOICES, *FIXED_CHOICES, "STTS, sigma 0.1", "recipe=learn_selection")

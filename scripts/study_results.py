@@ -206,7 +206,9 @@ def summary(runs: Sequence[Run]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     real: list[tuple[Outcome, ...]] = []
     sources: list[str] = []
-    found = {(run.data, run.kept) for run in runs if run.method == RECIPE}
+    beside = {ORACLE, *RANDOM_CHOICES, *FIXED_CHOICES}
+    compared = {(run.data, run.kept) for run in runs if run.method in beside}
+    found = {(run.data, run.kept) for run in runs if run.method == RECIPE} & compared
     for data, kept in sorted(found, key=lambda one: (one[0][:5] != "demo_", one)):
         recipe, plain = Outcome(runs, data, kept, RECIPE), Outcome(runs, data, "none", PLAIN)
         against = tuple(better(runs, data, kept, labels, recipe.runs) for labels in ([ORACLE], RANDOM_CHOICES, FIXED_CHOICES))

@@ -140,9 +140,8 @@ def test_a_seed_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     # Unless they do start from the same one.
     first = plan.plain_folder(tmp_path, "demo_both", 1)
-    (folder / "test").rename(first.with_name("test"))
     first.mkdir()
-    (first.with_name("test")).rename(first / "test")
+    (folder / "test").rename(first / "test")
     (first / "result.json").touch()
     (folder / "result.json").unlink()
     for right, stays in (([1.0, 0.0], True), ([1.0, 1.0], False)):
