@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from stts_lightning import assembly
 from stts_lightning.analysis.paper import FIGURE_3, TABLES, Row, figure_curves, measured, published_curves
+from stts_lightning.configuration import conf_dir  # Which also teaches Hydra the paper's notation.
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "conf/experiment/paper").glob("*.yaml"))
@@ -20,7 +21,7 @@ ROWS = [(name, row) for name, table in SHOWN.items() for row in table.rows if ro
 
 
 def composed(name: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
         return compose("train", [f"experiment={name}"])
 
 
@@ -35,7 +36,7 @@ def test_an_experiment_is_what_its_header_says(file: Path) -> None:
     text = file.read_text()
     name = f"paper/{file.stem}"
     cfg = composed(name)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
         cost = assembly.experiment_cost(name)
     found = re.search(r"Here: ([\d.]+) GFLOPs a view, ([\d.]+) TFLOPs a test of (\d) clips? x (\d) crops?\.", text)
     assert found, text
