@@ -3,6 +3,7 @@
 import logging
 import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -210,7 +211,7 @@ def build_teacher(cfg: DictConfig, model: VideoClassifier) -> Teacher | None:
     pruned already: there is nothing to learn from it.
 
     Raises:
-        ConfigError: if it is for other classes or clips.
+        ConfigError: if there is no such model, or it is for other classes or clips.
     """
     values = to_container(cfg.distill) if cfg.get("distill") else {}  # A test, or a run of an earlier version.
     path = values.pop("teacher", None)
@@ -221,6 +222,8 @@ def build_teacher(cfg: DictConfig, model: VideoClassifier) -> Teacher | None:
             log.warning("distill.teacher=start: not distilled, as %s", why)
             return None
         return Teacher(build_model(cfg, model.num_classes, slots={}), **values)
+    if not Path(path).is_file():
+        raise ConfigError(f"distill.teacher={path}: no such file; allowed are the checkpoint of a model, {START} and null")
     teacher = load_model(path, trust=cfg.trust, kernels=cfg.get("kernels", "auto"))
     for what, found, wanted in (
         ("classes", teacher.num_classes, model.num_classes),

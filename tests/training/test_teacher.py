@@ -68,3 +68,8 @@ def test_a_file_teaches_the_same_classes_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"distill.teacher=.*is for 3 classes, this model for 4"):
         taught(configured(f"distill.teacher={file}"))
     assert taught(configured()) is None
+
+
+def test_what_is_neither_a_file_nor_the_start_is_named() -> None:
+    with pytest.raises(ConfigError, match="distill.teacher=strat: no such file; allowed are the checkpoint of a model"):
+        taught(configured("distill.teacher=strat"))
