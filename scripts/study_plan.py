@@ -193,7 +193,8 @@ DEMOS = {
 
 
 OWN_BUDGETS = ("t0_0.5", "s0_0.5", "t0_0.5_s0_0.5")
-"""Of other folders than the demo's."""
+OWN_ATTENDED = "t1_0.5_s1_0.5"
+"""Of other folders than the demo's, and where attention is compared."""
 
 
 def data_sets(
@@ -240,7 +241,9 @@ def data_sets(
             )
         reduced = REDUCED if (backbone or "").startswith("vit") else ""
         listed = root / "val.csv"
-        found[name] = DataSet(data, unpruned, tuple(budgets), epochs=16, reduced=reduced, also=ON_REAL_VIDEOS, tested=listed)
+        found[name] = DataSet(
+            data, unpruned, tuple(budgets), OWN_ATTENDED, epochs=16, reduced=reduced, also=ON_REAL_VIDEOS, tested=listed
+        )
     return found
 
 

@@ -105,6 +105,7 @@ def test_the_summary_averages_videos_of_one_source_over_their_data_sets() -> Non
         for data, rows in right.items()
         for label, of in zip(labels, rows, strict=True)
     ]
+    runs += [made(0, label, [0.0] * 4, data="ut_a", kept="t1_0.5_s0_0.5") for label in labels]  # Not before block 0.
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.summary(runs).splitlines()]
     head, by_name = lines[0], {line[0]: line for line in lines[2:]}
     assert list(by_name) == ["ut_a", "ut_b", "wei", "all real videos"] and all(len(line) == len(head) for line in lines)
