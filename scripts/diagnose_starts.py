@@ -21,16 +21,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from pages import fill
-from study_plan import COMMON, DETAILS, METHODS, Method, Row, data_sets, job
+from study_plan import DETAILS, METHODS, Method, Row, composed, data_sets, job
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from stts_lightning import assembly
 from stts_lightning.classifier import VideoClassifier
-from stts_lightning.configuration import conf_dir
 from stts_lightning.data.dataset import Batch
 from stts_lightning.selection.truth import found
 from stts_lightning.training.callbacks import annealed_sigma
@@ -65,23 +63,25 @@ class Case(NamedTuple):
     share: float
 
 
-def composed(case: Case) -> DictConfig:
+def configured(case: Case) -> DictConfig:
     """The configuration of the study's run."""
     name = f"demo_{case.setting}"
     data = data_sets([])[name]
-    run = job(case.root, Row(name, data.budgets[-1], case.way), data, case.seed)
-    with initialize_config_dir(conf_dir(), version_base="1.3"):
-        return compose("train", [*COMMON, *run.overrides, "run_dir=."])
+    return composed(job(case.root, Row(name, data.budgets[-1], case.way), data, case.seed))
 
 
 def tuned(model: VideoClassifier, cfg: DictConfig, batches: list[Batch], steps: int) -> None:
     """The first steps of `steps`, one a batch."""
     optimizer, schedule = build_optimizer(model, assembly.build_optim(cfg), steps)
+    teacher = assembly.build_teacher(cfg, model)
     model.train()
     for step, batch in enumerate(batches):
         model.slots.sigma.fill_(annealed_sigma(cfg.selection.sigma, step, steps, cfg.callbacks.sigma.until))
         model.slots.seed_noise(batch.draws)
-        loss = cross_entropy(model(batch.clip[:, 0]), batch.label)
+        logits = model(batch.clip[:, 0])
+        loss = cross_entropy(logits, batch.label)
+        if teacher:
+            loss = loss + teacher.loss(batch.clip[:, 0], logits)
         optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(model.parameters(), cfg.trainer.gradient_clip_val)
@@ -102,10 +102,10 @@ def kept(model: VideoClassifier, batches: list[Batch]) -> dict[str, float]:
     return {name: 100 * float(torch.cat(of).nanmean()) for name, of in shares.items()}
 
 
-def looked_at(case: Case) -> list[dict[str, float]]:
-    """What each of the new selectors keeps."""
+def looked_at(case: Case) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """What a random choice keeps, and each of the new selectors."""
     torch.set_num_threads(1)
-    cfg = composed(case)
+    cfg = configured(case)
     data = assembly.build_data(cfg, assembly.build_body(cfg).backbone.clip_size)
     data.prepare_data()
     data.setup("fit")
@@ -113,6 +113,9 @@ def looked_at(case: Case) -> list[dict[str, float]]:
     steps = len(epoch) * cfg.trainer.max_epochs
     training = list(islice(epoch, int(case.share * steps)))
     testing = list(islice(data.val_dataloader(), TESTED))
+    by_chance = configured(case)
+    by_chance.selection.selector = "random"
+    chance = kept(assembly.build_body(by_chance), testing)
     outcomes: list[dict[str, float]] = []
     for start in range(case.starts):
         torch.manual_seed(1000 + start)
@@ -122,12 +125,11 @@ def looked_at(case: Case) -> list[dict[str, float]]:
         outcomes.append(kept(model, testing))
         shares = ", ".join(f"{name} {share:.0f} %" for name, share in outcomes[-1].items())
         print(f"{case.way.label}, {case.setting}, start {start}: {shares}", flush=True)
-    return outcomes
+    return chance, outcomes
 
 
-def told(case: Case, outcomes: list[dict[str, float]]) -> str:
+def told(chance: dict[str, float], outcomes: list[dict[str, float]]) -> str:
     """A cell: how many starts lost the action, and what is kept."""
-    chance = {name: 100 * float(slot.ratio) for name, slot in composed(case).selection.slots.items()}
     lost = sum(any(share < chance[name] for name, share in outcome.items()) for outcome in outcomes)
     shares = ", ".join(f"{name} {statistics.median(outcome[name] for outcome in outcomes):.0f} %" for name in outcomes[0])
     return f"{lost} of {len(outcomes)} ({shares})"
@@ -154,7 +156,7 @@ def main() -> None:
         "|---" * (len(options.settings) + 1) + "|",
     ]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        cells = zip(cases, pool.map(looked_at, cases), strict=True)
+        cells = pool.map(looked_at, cases)
         for way in picked:
             row = [told(*cell) for cell in islice(cells, len(options.settings))]
             lines.append("| " + " | ".join([way.label, *row]) + " |")

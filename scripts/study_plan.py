@@ -1,10 +1,17 @@
 """What the study compares: data sets, budgets and ways of choosing, and the run of each."""
 
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from stts_lightning.analysis.results import read_configuration
+from stts_lightning.configuration import conf_dir
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "study.md"
 DETAILS = PAGE.with_name("study_details.md")
@@ -53,6 +60,8 @@ WIDE = ("selection.sigma=0.5",)
 SLOW = ("optim.parts.backbone.lr_scale=0.01", "optim.parts.head.lr_scale=0.01")
 """The network's rate as a share of the selectors' (paper Sec. 4.1); of other methods it is 0.2, as 300 steps are few."""
 DISTILLED = ("distill.teacher=start",)
+TRAINED = (*DISTILLED, "optim.parts.backbone.lr_scale=0.4", "optim.parts.head.lr_scale=0.4")
+"""What the recipe gives the network, for a choice that has nothing to learn: the unpruned model teaches it, at twice the rate."""
 BEFORE = ("distill.teacher=null", "optim.parts.backbone.lr_scale=0.2", "optim.parts.head.lr_scale=0.2")
 """As the recipe was before the unpruned model taught it; all that stand below were run so."""
 CLIP = (*BEFORE, "selection.windows=clip")
@@ -88,7 +97,11 @@ METHODS = (
     Method("fixed (middle, centre)", chosen("centre"), axes=("t", "ts"), main=True),
     Method("oracle, distilled", (*chosen("oracle"), *DISTILLED)),
     Method("random segment, one window, distilled", (*chosen("random"), *TOGETHER, *DISTILLED)),
-    Method("fixed (middle, centre), distilled", (*chosen("centre"), *DISTILLED), main=True),
+    Method("fixed (middle, centre), distilled", (*chosen("centre"), *DISTILLED)),
+    Method("oracle, trained as the recipe", (*chosen("oracle"), *TRAINED)),
+    Method("oracle, twice the network's rate", (*chosen("oracle"), *TRAINED[1:])),
+    Method("random segment, one window, trained as the recipe", (*chosen("random"), *TOGETHER, *TRAINED), main=True),
+    Method("fixed (middle, centre), trained as the recipe", (*chosen("centre"), *TRAINED), main=True),
     Method("difference to the frame before", chosen("difference")),
     Method("difference, segment, one window", (*chosen("difference"), *TOGETHER, "selection.first_frame=next")),
     Method("Gumbel-Softmax", slots={"t": "gumbel"}, axes=("t",)),
@@ -109,6 +122,9 @@ METHODS = (
     Method("recipe, frames=each", EACH, recipe="learn_selection", axes=("t", "ts")),
     Method("recipe, windows=clip", CLIP, recipe="learn_selection", axes=("s", "ts")),
     Method("recipe, not distilled", BEFORE, recipe="learn_selection"),
+    Method("recipe, the teacher alone", BEFORE[1:], recipe="learn_selection"),
+    Method("recipe, twice the network's rate alone", BEFORE[:1], recipe="learn_selection"),
+    Method("recipe, not distilled, sigma until 0.7", (*BEFORE, "callbacks.sigma.until=0.7"), recipe="learn_selection"),
     Method("recipe=learn_selection", recipe="learn_selection", main=True),
 )
 """Rows of the main tables."""
@@ -148,9 +164,10 @@ ON_REAL_VIDEOS = ("all tokens, tuned as the others", "difference, segment, one w
 ATTENTION = Method("attention of the class token", chosen("attention"))
 """Chooses what the block before attended to; needs a block before it."""
 
-RANDOM_CHOICES = ("random", "random segment, one window")
-FIXED_CHOICES = ("fixed (uniform, centre)", "fixed (middle, centre)")
-"""What needs no learning. A difference is one to the better of two."""
+ORACLES = ("oracle", "oracle, one window a clip", "oracle, trained as the recipe")
+RANDOM_CHOICES = ("random", "random segment, one window", "random segment, one window, trained as the recipe")
+FIXED_CHOICES = ("fixed (uniform, centre)", "fixed (middle, centre)", "fixed (middle, centre), trained as the recipe")
+"""What needs no learning. A difference is one to the best of those that have the same seeds."""
 BASES = (*RANDOM_CHOICES, *FIXED_CHOICES, "STTS, sigma 0.5", "recipe=learn_selection")
 """Rows that each option alone is compared with."""
 BESIDE_ATTENTION = ("oracle", *RANDOM_CHOICES, *FIXED_CHOICES, "STTS, sigma 0.1", "recipe=learn_selection")
@@ -332,3 +349,32 @@ def job(root: Path, row: Row, data: DataSet, seed: int) -> Job:
             f"seed={seed}",
         ],
     )
+
+
+LEARNING_KEYS = re.compile(
+    r"(backbone|clip|distill|head|label_smoothing|loader\.batch_size|optim|selection|callbacks\.sigma)(\..*)?"
+    r"|trainer\.(max_epochs|gradient_clip_val)"
+)
+"""Keys that change what a run learns, whose values are the same on every machine."""
+
+
+def composed(one: Job) -> DictConfig:
+    """The configuration that a run would have now."""
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        return compose("train", [*COMMON, *one.overrides, "run_dir=.", "experiment_name=null"])
+
+
+def changed(one: Job) -> str:
+    """How a finished run was configured otherwise than it would be now, as "key: then, now NOW"; empty if it was not."""
+    with tempfile.TemporaryDirectory() as folder:
+        OmegaConf.save(composed(one), Path(folder) / "config.yaml", resolve=True)
+        now, then = read_configuration(folder), read_configuration(one.folder)
+    assert now is not None
+    if then is None:
+        return "it has no config.yaml"
+    differ = (
+        f"{key}: {then[key]}, now {value}"
+        for key, value in now.items()
+        if LEARNING_KEYS.fullmatch(key) and key in then and then[key] != value and "/" not in value + then[key]
+    )
+    return "; ".join(differ)

@@ -1,11 +1,15 @@
 """What the study's runs say: a line for each in docs/study_runs.jsonl, and the tables that are made of these lines."""
 
 import functools
+import hashlib
 import json
 import math
-from collections.abc import Collection, Sequence
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +20,7 @@ from study_plan import (
     FIXED_CHOICES,
     METHODS,
     OPTIONS,
+    ORACLES,
     PAGE,
     RANDOM_CHOICES,
     REDUCED,
@@ -30,7 +35,7 @@ from study_plan import (
 from torch import Tensor
 
 from stts_lightning.analysis.evaluation import Predictions, bootstrap, probabilities
-from stts_lightning.analysis.results import read_result
+from stts_lightning.analysis.results import read_result, tested_hash
 from stts_lightning.data.annotations import read_list
 from stts_lightning.data.truth import truth_file
 
@@ -54,9 +59,19 @@ def right(folder: Path, tested: Path | None = None) -> Tensor:
 
 @functools.cache
 def sources(tested: Path) -> tuple[str, ...]:
-    """The video that each of a list of embedded videos was made of."""
-    paths = [video.path for video in read_list(tested).videos]
-    return tuple(json.loads(truth_file(path).read_text())["embedding"]["source"] for path in paths)
+    """The video that each of a list was made of, and the folder; a video that was not embedded is its own."""
+    found: list[str] = []
+    for video in read_list(tested).videos:
+        source = json.loads(truth_file(video.path).read_text()).get("embedding", {}).get("source", video.path.name)
+        found.append(f"{source} in {os.path.relpath(video.path.parent, tested.parent)}")
+    return tuple(found)
+
+
+def tested_videos(result: Mapping[str, Any], tested: Path | None) -> str:
+    """Twelve digits that tell the videos that `right` is of from others."""
+    if tested is None:
+        return tested_hash(result["dataset"]) or ""
+    return hashlib.sha256("\n".join(sorted(set(sources(tested)))).encode()).hexdigest()[:12]
 
 
 def interval(values: Tensor) -> tuple[float, float]:
@@ -82,6 +97,8 @@ class Run:
         top1: 0 to 1.
         found: share of the action that each slot kept.
         right: share of the copies of each test video that it has right; 0 or 1 where each is its own.
+        videos: tells these videos from others.
+        calibration: expected calibration error, which also tells models apart that have the same videos right.
     """
 
     data: str
@@ -92,13 +109,22 @@ class Run:
     top1: float
     found: dict[str, float]
     right: list[float]
+    videos: str
+    calibration: float | None = None
 
     @property
     def key(self) -> tuple[str, str, str, int]:
         """What tells runs apart."""
         return self.data, self.kept, self.method, self.seed
 
+    def alike(self, other: "Run") -> bool:
+        """Whether both may be of one model: nothing that is known of both differs."""
+        known = None not in (self.calibration, other.calibration)
+        return self.right == other.right and (not known or self.calibration == other.calibration)
 
+
+FIGURES = (("gflops_per_view", 4), ("top1", 6), ("calibration_error", 6))
+"""What is stored of a result, and its decimals."""
 PLAIN = "the unpruned model, before tuning"
 """Row of the models that the methods start from."""
 
@@ -111,22 +137,31 @@ def read_run(folder: Path, row: Row, seed: int, tested: Path | None) -> Run | No
     keys = {slot: f"last/selection/{slot}/found" for slot in result["slots"] or {}}
     found = {slot: round(float(result[key]), 4) for slot, key in keys.items() if key in result}
     share = [round(value, 4) for value in right(folder, tested).tolist()]
-    cost, top1 = round(float(result["gflops_per_view"]), 4), round(float(result["top1"]), 6)
-    return Run(row.data, row.kept, row.method.label, seed, cost, top1, found, share)
+    cost, top1, error = (round(float(result[key]), digits) for key, digits in FIGURES)
+    return Run(row.data, row.kept, row.method.label, seed, cost, top1, found, share, tested_videos(result, tested), error)
 
 
-def collect(root: Path, found: dict[str, DataSet], seeds: range) -> list[Run]:
-    """Finished runs of a folder, and stored ones: of seeds that it has nothing of, or whose unpruned model is the folder's."""
+def collect(root: Path, found: dict[str, DataSet], seeds: range, without: Collection[Path] = ()) -> list[Run]:
+    """Finished runs of a folder, and stored ones: of seeds that it has nothing of, or whose unpruned model is the folder's.
+
+    Stored runs of a data set of the same name with other test videos are left out, and named; so are folders in `without`.
+    """
     runs: list[Run] = []
     for name, data in found.items():
         for seed in seeds:
-            runs += filter(None, [read_run(plain_folder(root, name, seed), Row(name, "none", Method(PLAIN)), seed, data.tested)])
-            every = {row.folder(root, seed): row for row in rows(name, data, small=False)}
-            runs += filter(None, [read_run(folder, row, seed, data.tested) for folder, row in every.items()])
+            every = {plain_folder(root, name, seed): Row(name, "none", Method(PLAIN))}
+            every |= {row.folder(root, seed): row for row in rows(name, data, small=False)}
+            read = (read_run(folder, row, seed, data.tested) for folder, row in every.items() if folder not in without)
+            runs += filter(None, read)
     stored = [Run(**json.loads(line)) for line in RUNS.read_text().splitlines()] if RUNS.is_file() else []
+    videos = {run.data: run.videos for run in runs}
+    if other := sorted({run.data for run in stored if videos.get(run.data, run.videos) != run.videos}):
+        print(f"{RUNS}: its runs of {', '.join(other)} are of other test videos, and left out", file=sys.stderr)
+        stored = [run for run in stored if run.data not in other]
     done = {run.key for run in runs}
-    here, before = ({(run.data, run.seed): run.right for run in of if run.method == PLAIN} for of in (runs, stored))
-    others = {(run.data, run.seed) for run in runs} - {one for one, right in here.items() if before.get(one) == right}
+    here, before = ({(run.data, run.seed): run for run in of if run.method == PLAIN} for of in (runs, stored))
+    same = {one for one, run in here.items() if one in before and run.alike(before[one])}
+    others = {(run.data, run.seed) for run in runs} - same
     runs += [run for run in stored if run.key not in done and (run.data, run.seed) not in others]
     return sorted(runs, key=lambda run: run.key)
 
@@ -168,9 +203,10 @@ class Outcome:
 
 
 def better(runs: Sequence[Run], data: str, kept: str, labels: Sequence[str], seeds: Collection[int]) -> Outcome:
-    """Of some rows the one with the highest mean over those of these seeds that all have; rows that have none are left out."""
+    """Of some rows the one with the highest mean; only rows that have the most of these seeds are looked at."""
     outcomes = [Outcome(runs, data, kept, label) for label in labels]
-    known = [one for one in outcomes if one.runs.keys() & set(seeds)] or outcomes
+    most = max(len(one.runs.keys() & seeds) for one in outcomes)
+    known = [one for one in outcomes if len(one.runs.keys() & seeds) == most]
     shared = set(seeds).intersection(*(one.runs for one in known)) or set(seeds)
     return max(known, key=lambda one: np.nan_to_num(one.mean(shared)))
 
@@ -183,10 +219,9 @@ def table(runs: Sequence[Run], data: str, kept: str, labels: Sequence[str]) -> l
     head = ["chosen by", "GFLOPs a view", "top-1 (95 % interval)", "each seed", "action found, %", "minus random", "minus fixed"]
     outcomes = {label: Outcome(runs, data, kept, label) for label in labels}
     outcomes = {label: outcome for label, outcome in outcomes.items() if outcome.runs}
-    seeds = {run.seed for run in runs}
-    random, fixed = (better(runs, data, kept, choices, seeds) for choices in (RANDOM_CHOICES, FIXED_CHOICES))
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] if outcomes else []
     for label, outcome in outcomes.items():
+        random, fixed = (better(runs, data, kept, choices, set(outcome.runs)) for choices in (RANDOM_CHOICES, FIXED_CHOICES))
         against = [random, fixed]
         if label in RANDOM_CHOICES:
             against = [None, None]
@@ -201,7 +236,7 @@ def first_block(kept: str) -> bool:
     return all(slot[1:] == "0" for slot in kept.split("_")[::2])
 
 
-RECIPE, ORACLE = "recipe=learn_selection", "oracle"
+RECIPE = "recipe=learn_selection"
 
 
 def summary(runs: Sequence[Run]) -> str:
@@ -210,38 +245,39 @@ def summary(runs: Sequence[Run]) -> str:
             "oracle - recipe")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     real: list[tuple[Outcome, ...]] = []
-    sources: list[str] = []
-    beside = {ORACLE, *RANDOM_CHOICES, *FIXED_CHOICES}
+    videos: list[str] = []
+    beside = {*ORACLES, *RANDOM_CHOICES, *FIXED_CHOICES}
     compared = {(run.data, run.kept) for run in runs if run.method in beside}
     found = {(run.data, run.kept) for run in runs if run.method == RECIPE and first_block(run.kept)} & compared
     for data, kept in sorted(found, key=lambda one: (one[0][:5] != "demo_", one)):
         recipe, plain = Outcome(runs, data, kept, RECIPE), Outcome(runs, data, "none", PLAIN)
-        against = tuple(better(runs, data, kept, labels, recipe.runs) for labels in ([ORACLE], RANDOM_CHOICES, FIXED_CHOICES))
-        means = [one.mean(recipe.runs) for one in (plain, *against)]
+        seeds = set(recipe.runs)
+        against = tuple(better(runs, data, kept, labels, seeds) for labels in (ORACLES, RANDOM_CHOICES, FIXED_CHOICES))
+        means = [one.mean(seeds) for one in (plain, *against)]
         cells = [data, kept, *("" if math.isnan(mean) else f"{mean:.1f}" for mean in means)]
         each = ", ".join(f"{100 * run.top1:.1f}" for run in recipe.runs.values())
         lines.append(f"| {' | '.join([*cells, each, *differences([(*against, recipe)])])} |")
         if not data.startswith("demo_"):
             real.append((*against, recipe))
-            sources.append(data.partition("_")[0])
+            videos.append(next(iter(recipe.runs.values())).videos)
     if len(real) > 1:
-        lines.append(f"| {' | '.join(['all real videos', '', '', '', '', '', '', *differences(real, sources)])} |")
+        lines.append(f"| {' | '.join(['all real videos', '', '', '', '', '', '', *differences(real, videos)])} |")
     return "\n".join(lines)
 
 
-def differences(sets: Sequence[tuple["Outcome", ...]], sources: Sequence[str] = ("",)) -> list[str]:
+def differences(sets: Sequence[tuple["Outcome", ...]], videos: Sequence[str] = ("",)) -> list[str]:
     """Recipe less random, recipe less fixed, and oracle less recipe, over the test videos of one or several data sets.
 
     Args:
         sets: oracle, random, fixed and recipe of each data set.
-        sources: of which videos each set was made; those of the same videos are averaged video by video.
+        videos: what tells the test videos of each from others; sets of the same videos are averaged video by video.
     """
     cells: list[str] = []
     for better, worse in ((3, 1), (3, 2), (0, 3)):
-        of_source: dict[str, list[Tensor]] = {}
-        for outcomes, source in zip(sets, sources, strict=True):
-            of_source.setdefault(source, []).extend(outcomes[better].pairs(outcomes[worse]))
-        pairs = [torch.stack(found).mean(0) for found in of_source.values() if found]
+        alike: dict[str, list[Tensor]] = {}
+        for outcomes, tested in zip(sets, videos, strict=True):
+            alike.setdefault(tested, []).extend(outcomes[better].pairs(outcomes[worse]))
+        pairs = [torch.stack(found).mean(0) for found in alike.values() if found]
         values = torch.cat(pairs) if pairs else None
         cells.append("" if values is None else f"{100 * float(values.mean()):+.1f} ({percent(*interval(values), sign=True)})")
     return cells

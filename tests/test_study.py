@@ -2,13 +2,15 @@
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from stts_lightning import assembly, run_config
 from stts_lightning.analysis.evaluation import Predictions
@@ -67,10 +69,23 @@ def test_copies_of_one_source_count_as_one_video(tmp_path: Path) -> None:
     assert results.right(tmp_path, tmp_path / "val.csv").tolist() == pytest.approx([1, 2 / 3])
 
 
-def made(seed: int, method: str, right: list[float], **changed: object) -> "results.Run":
+def test_videos_of_one_name_in_two_folders_and_videos_that_were_not_embedded_are_apart(tmp_path: Path) -> None:
+    listed = ["walk/1_0.mp4", "walk/1_1.mp4", "run/1_0.mp4", "own.mp4"]
+    for number, path in enumerate(listed):
+        file = tmp_path / path
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        truth = {"embedding": {"source": "1.mp4"}} if number < 3 else {}
+        file.with_suffix(".json").write_text(json.dumps(truth))
+    (tmp_path / "val.csv").write_text("path,label\n" + "".join(f"{path},0\n" for path in listed))
+    assert len(set(results.sources(tmp_path / "val.csv"))) == 3
+
+
+def made(seed: int, method: str, right: list[float], **changed: Any) -> "results.Run":
     """A finished run of demo_both."""
-    return results.Run(**{"data": "demo_both", "kept": "t0_0.5_s0_0.25", "method": method, "seed": seed, "gflops": 0.06,
-                        "top1": float(np.mean(right)), "found": {"t0": 0.5, "s0": 0.25}, "right": right} | changed)  # fmt: skip
+    found, top1, videos = {"t0": 0.5, "s0": 0.25}, float(np.mean(right)), f"{len(right)} videos"
+    run = results.Run("demo_both", "t0_0.5_s0_0.25", method, seed, 0.06, top1, found, right, videos)
+    return replace(run, **changed)
 
 
 def test_tables_are_of_runs_that_are_paired_by_seed() -> None:
@@ -93,12 +108,23 @@ def test_a_choice_is_compared_with_the_better_of_two() -> None:
     assert all(cell.startswith("+3") for cell in lines["oracle"][5:])
     assert [cell.strip(" |") for cell in lines["random"][5:]] == ["", ""]
     assert lines["fixed (uniform, centre)"][5] != "" and lines["fixed (uniform, centre)"][6].strip(" |") == ""
-    found = [results.better(runs, "demo_both", "t0_0.5_s0_0.25", plan.RANDOM_CHOICES, seeds) for seeds in ([0, 1], [7])]
+    found = [results.better(runs, "demo_both", "t0_0.5_s0_0.25", plan.RANDOM_CHOICES, seeds) for seeds in ({0, 1}, {7})]
     assert found[0].mean([0, 1]) == 50.0 and found[1].runs
+
+
+def test_a_row_with_more_seeds_is_compared_with_before_a_better_one() -> None:
+    runs = [made(seed, results.RECIPE, [1.0] * 50) for seed in (0, 1)]
+    runs += [made(seed, plan.FIXED_CHOICES[0], [0.0] * 50) for seed in (0, 1)]
+    runs += [made(1, plan.FIXED_CHOICES[1], [1.0, 0.0] * 25)]
+    fixed = [results.better(runs, "demo_both", "t0_0.5_s0_0.25", plan.FIXED_CHOICES, seeds) for seeds in ({0, 1}, {1})]
+    assert [one.mean({1}) for one in fixed] == [0.0, 50.0]
+    line = next(line for line in results.summary(runs).splitlines() if "demo_both" in line)
+    assert "+100.0 (" in line
 
 
 def test_the_summary_averages_videos_of_one_source_over_their_data_sets() -> None:
     labels = (results.RECIPE, "random", plan.FIXED_CHOICES[0], "oracle")
+    # ut_a and ut_b are made of the same four videos.
     right = {"ut_a": ([1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]), "ut_b": ([1, 0, 0, 0],) * 4, "wei": ([1, 1],) * 4}
     runs = [
         made(0, label, [float(value) for value in of], data=data, kept="t0_0.5")
@@ -131,7 +157,10 @@ def test_a_seed_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (folder / "test").mkdir(parents=True)
     logits = np.eye(2, dtype=np.float32)[[0, 1]][:, None]
     Predictions(logits, np.array([0, 0]), np.array([0, 1]), np.ones(2, bool)).save(folder / "test" / "predictions.npz")
-    result = {"top1": 0.5, "gflops_per_view": 0.06, "slots": {"t0": {}}, "last/selection/t0/found": 0.25}
+    result = {
+        "top1": 0.5, "gflops_per_view": 0.06, "slots": {"t0": {}}, "last/selection/t0/found": 0.25,
+        "calibration_error": 0.125, "dataset": {"val_hash": "1 videos"},
+    }  # fmt: skip
     monkeypatch.setattr(results, "read_result", lambda _: result)
     assert not any(run.method == "oracle" for run in results.collect(tmp_path, sets, range(2)))  # Not finished.
     (folder / "result.json").touch()
@@ -145,11 +174,51 @@ def test_a_seed_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (folder / "test").rename(first / "test")
     (first / "result.json").touch()
     (folder / "result.json").unlink()
-    for right, stays in (([1.0, 0.0], True), ([1.0, 1.0], False)):
-        unpruned = made(1, results.PLAIN, right, kept="none")
+    for right, error, stays in (([1.0, 0.0], None, True), ([1.0, 0.0], 0.1, False), ([1.0, 1.0], None, False)):
+        unpruned = made(1, results.PLAIN, right, kept="none", videos="1 videos", calibration=error)
         results.RUNS.write_text("".join(json.dumps(asdict(run)) + "\n" for run in (*stored, unpruned)))
         found = results.collect(tmp_path, sets, range(2))
         assert (stored[1] in found) == stays and [run.right for run in found if run.method == results.PLAIN] == [[1.0, 0.0]]
+
+    # Other test videos.
+    result["dataset"] = {"val_hash": "2 videos"}
+    assert {run.data for run in results.collect(tmp_path, sets, range(2)) if run.videos != "2 videos"} == {"other"}
+    assert all(run.videos != "2 videos" for run in results.collect(tmp_path, sets, range(2), without={first}))
+
+
+def test_a_run_that_was_configured_otherwise_is_noticed(tmp_path: Path) -> None:
+    """As the recipe changes between versions, and a finished folder with its name would count as the new one."""
+    data = plan.data_sets(())["demo_both"]
+    one = plan.job(tmp_path, plan.Row("demo_both", "t0_0.5_s0_0.25", plan.Method("recipe", recipe="learn_selection")), data, 0)
+    one.folder.mkdir(parents=True)
+    assert plan.changed(one) == "it has no config.yaml"
+    cfg = plan.composed(one)
+    OmegaConf.save(cfg, one.folder / "config.yaml", resolve=True)
+    assert plan.changed(one) == ""
+    cfg.optim.parts.backbone.lr_scale, cfg.run_dir, cfg.seed = 0.1, "/elsewhere", 1
+    OmegaConf.save(cfg, one.folder / "config.yaml", resolve=True)
+    assert plan.changed(one) == "optim.parts.backbone.lr_scale: 0.1, now 0.4"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--only demo_bth", "no data set is called demo_bth"),
+        ("--data somewhere", "give a name and a folder"),
+        ("--data own=nowhere", "nowhere has no train.csv"),
+        ("--budgets half", "give slots and ratios"),
+        ("--seeds 0", "1 or more"),
+        ("--rows nothing", "no row is called nothing"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    given: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = pytest.importorskip("study")
+    monkeypatch.setattr(sys, "argv", ["study.py", "runs", *given.split()])
+    with pytest.raises(SystemExit):
+        study.parsed()
+    assert said in capsys.readouterr().err
 
 
 def test_a_probe_sees_what_the_description_of_a_frame_holds() -> None:

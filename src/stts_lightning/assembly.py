@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -211,7 +212,7 @@ def build_teacher(cfg: DictConfig, model: VideoClassifier) -> Teacher | None:
     pruned already: there is nothing to learn from it.
 
     Raises:
-        ConfigError: if there is no such model, or it is for other classes or clips.
+        ConfigError: if there is no such model, it is pruned, or for other classes or clips.
     """
     values = to_container(cfg.distill) if cfg.get("distill") else {}  # A test, or a run of an earlier version.
     path = values.pop("teacher", None)
@@ -222,16 +223,35 @@ def build_teacher(cfg: DictConfig, model: VideoClassifier) -> Teacher | None:
             log.warning("distill.teacher=start: not distilled, as %s", why)
             return None
         return Teacher(build_model(cfg, model.num_classes, slots={}), **values)
-    if not Path(path).is_file():
+    if not Path(str(path)).exists():
         raise ConfigError(f"distill.teacher={path}: no such file; allowed are the checkpoint of a model, {START} and null")
-    teacher = load_model(path, trust=cfg.trust, kernels=cfg.get("kernels", "auto"))
+    teacher = load_model(str(path), trust=cfg.trust, kernels=cfg.get("kernels", "auto"))
+    if not teacher.slots.empty:
+        raise ConfigError(f"distill.teacher={path}: is a pruned model ({', '.join(teacher.slots.sizes)}); give an unpruned one")
     for what, found, wanted in (
         ("classes", teacher.num_classes, model.num_classes),
         ("clips of (frames, height, width)", teacher.backbone.clip_size, model.backbone.clip_size),
     ):
         if found != wanted:
             raise ConfigError(f"distill.teacher={path}: is for {found} {what}, this model for {wanted}")
+    if other := _other_class(teacher.classes, model.classes):
+        raise ConfigError(f"distill.teacher={path}: was trained with other classes, or in another order: {other}")
     return Teacher(teacher, **values)
+
+
+def _other_class(taught: Sequence[str], ours: Sequence[str]) -> str:
+    """The first class whose name differs, in words; empty if none does, or one model knows numbers alone."""
+    numbers = tuple(map(str, range(len(ours))))
+    if numbers in (tuple(taught), tuple(ours)):
+        return ""
+    pairs = enumerate(zip(taught, ours, strict=True))
+    plain = str.maketrans("_-", "  ")
+    differ = (
+        f"its class {number} is {one!r}, this model's {other!r}"
+        for number, (one, other) in pairs
+        if one.casefold().translate(plain) != other.casefold().translate(plain)
+    )
+    return next(differ, "")
 
 
 def _teaches_nothing(cfg: DictConfig) -> str:
@@ -240,7 +260,7 @@ def _teaches_nothing(cfg: DictConfig) -> str:
         return "it starts with new weights"
     if cfg.head == "reset":
         return "its head is new"
-    if read_checkpoint(cfg.pretrained, cfg.trust).selector_keys:
+    if read_checkpoint(cfg.pretrained, cfg.trust).pruned:
         return "pretrained is a pruned model; distill.teacher=FILE names an unpruned one"
     return ""
 

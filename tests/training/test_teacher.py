@@ -1,6 +1,7 @@
 """Which model `distill.teacher` names."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from stts_lightning.training.distillation import Teacher
 CLIP = torch.randint(0, 256, (2, 3, 16, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def written(folder: Path, selection: str | None = None, classes: int = 4) -> tuple[Path, VideoClassifier]:
+def written(folder: Path, selection: Any = None, classes: int = 4) -> tuple[Path, VideoClassifier]:
     torch.manual_seed(1)
     model = create_model("mvit_tiny", selection, classes).eval()
     save_weights(model, model.recipe, folder / "file.safetensors")
@@ -63,6 +64,15 @@ def test_a_start_that_knows_nothing_teaches_nothing(
     assert f"distill.teacher=start: not distilled, as {why}" in caplog.text
 
 
+@pytest.mark.parametrize("selector", ["learned", "random"])
+def test_a_pruned_model_teaches_nobody(selector: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, _ = written(tmp_path, {"slots": {"t0": {"ratio": 0.5}}, "selector": selector})
+    with pytest.raises(ConfigError, match=r"is a pruned model \(t0\); give an unpruned one"):
+        taught(configured(f"distill.teacher={file}"))
+    assert taught(configured(f"pretrained={file}", "distill.teacher=start")) is None
+    assert "pretrained is a pruned model" in caplog.text
+
+
 def test_a_file_teaches_the_same_classes_alone(tmp_path: Path) -> None:
     file, _ = written(tmp_path, classes=3)
     with pytest.raises(ConfigError, match=r"distill.teacher=.*is for 3 classes, this model for 4"):
@@ -70,6 +80,22 @@ def test_a_file_teaches_the_same_classes_alone(tmp_path: Path) -> None:
     assert taught(configured()) is None
 
 
+def test_a_teacher_of_as_many_other_classes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    file, _ = written(tmp_path / "checkpoints")
+    cfg = configured(f"distill.teacher={file}")
+    learns = assembly.build_model(cfg, 4)
+    learns.classes = ("Air drumming", "bowling", "hug", "kick")
+    assert assembly.build_teacher(cfg, learns) is not None, "nothing says which classes the file is for"
+    (tmp_path / "classes.txt").write_text("air_drumming\nbowling\nhug\nkick\n")
+    assert assembly.build_teacher(cfg, learns) is not None, "the same names, written otherwise"
+    (tmp_path / "classes.txt").write_text("air_drumming\nbowling\nkick\nhug\n")
+    with pytest.raises(ConfigError, match="its class 2 is 'kick', this model's 'hug'"):
+        assembly.build_teacher(cfg, learns)
+
+
 def test_what_is_neither_a_file_nor_the_start_is_named() -> None:
     with pytest.raises(ConfigError, match="distill.teacher=strat: no such file; allowed are the checkpoint of a model"):
         taught(configured("distill.teacher=strat"))
+    with pytest.raises(ConfigError, match="distill.teacher=1: no such file"):
+        taught(configured("distill.teacher=1"))

@@ -57,6 +57,12 @@ class Checkpoint:
         return [key for key in self.state if re.match(r"(backbone\.)?((time|space)_score_predictor|slots)\.", key)]
 
     @property
+    def pruned(self) -> bool:
+        """Whether tokens were left out of its model, by selectors with weights or others, as far as the file says."""
+        stated = (self.model or {}).get("selection")
+        return bool(self.selector_keys or (isinstance(stated, Mapping) and stated.get("slots")))
+
+    @property
     def num_classes(self) -> int | None:
         """Rows of the classifier's head; None where the file has none."""
         heads = (value.shape[0] for key, value in self.state.items() if _our_key(key, self.layout, _NO_SLOTS) == "head.weight")
