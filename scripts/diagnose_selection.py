@@ -28,7 +28,7 @@ from stts_lightning.training.optim import part_parameters
 MARKS = ("<!-- diagnosis: written by scripts/diagnose_selection.py -->", "<!-- end of diagnosis -->")
 SLOTS = ("+selection.slots.t0.ratio=0.5", "+selection.slots.s0.ratio=0.25")
 PAPER = tuple(Method(f"the paper's way, sigma {sigma}", (f"selection.sigma={sigma}",)) for sigma in (0.1, 0.5))
-LATER = ("network frozen for the first half", "sigma until 0.6", "distilled")
+LATER = ("network frozen for the first half", "the network's rate rises over the first half", "sigma until 0.6", "distilled")
 """Options that change nothing before the first step."""
 RECIPE = next(method for method in METHODS if method.label == "recipe=learn_selection")
 

@@ -86,6 +86,8 @@ EVEN_MEAN = (*EVEN, "selection.scorer=paper")
 """The same, and frames are described by their mean alone."""
 FROZEN = ("+optim.parts.backbone.frozen_share=0.5", "+optim.parts.head.frozen_share=0.5")
 """Backbone and head learn in the second half alone."""
+RISING = ("+optim.parts.backbone.warmup_share=0.5", "+optim.parts.head.warmup_share=0.5")
+"""Their rate rises over the first half."""
 TOGETHER = ("selection.frames=segment", "selection.windows=clip")
 """Frames that follow one another, and one window for the clip."""
 METHODS = (
@@ -144,8 +146,10 @@ OPTIONS = (
     Method("start=even", (*WIDE, "selection.start=even")),
     Method("start=small", (*WIDE, "selection.start=small")),
     Method("network frozen for the first half", (*WIDE, *FROZEN)),
+    Method("the network's rate rises over the first half", (*WIDE, *RISING)),
     Method("normalize=windows", (*WIDE, "selection.normalize=windows")),
     Method("scope=clip", (*WIDE, "selection.scope=clip")),
+    Method("first_frame=next", (*WIDE, "selection.first_frame=next")),
     Method("frames=segment", (*WIDE, "selection.frames=segment")),
     Method("windows=clip", (*WIDE, "selection.windows=clip")),
     Method("windows=smooth", (*WIDE, "selection.windows=smooth")),
@@ -154,6 +158,7 @@ OPTIONS = (
     Method("sigma of spread", ("selection.sigma=1.0", "selection.sigma_of=spread")),
     Method("sigma until 0.6", (*WIDE, "callbacks.sigma.until=0.6")),
     Method("scorer=context", (*WIDE, "selection.scorer=context")),
+    Method("scorer=deviation", (*WIDE, "selection.scorer=deviation")),
     Method("distilled", (*WIDE, "distill.teacher={plain}")),
 )
 """Each option alone, on top of "STTS, sigma 0.5", where both time and place matter."""
