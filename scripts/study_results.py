@@ -203,10 +203,13 @@ class Outcome:
 
 
 def better(runs: Sequence[Run], data: str, kept: str, labels: Sequence[str], seeds: Collection[int]) -> Outcome:
-    """Of some rows the one with the highest mean; only rows that have the most of these seeds are looked at."""
+    """Of some rows the one with the highest mean over the seeds that all have, of those asked for.
+
+    A row with half as many of these seeds as another, or fewer, is left out: it would say little of the others.
+    """
     outcomes = [Outcome(runs, data, kept, label) for label in labels]
     most = max(len(one.runs.keys() & seeds) for one in outcomes)
-    known = [one for one in outcomes if len(one.runs.keys() & seeds) == most]
+    known = [one for one in outcomes if 2 * len(one.runs.keys() & seeds) > most] or outcomes
     shared = set(seeds).intersection(*(one.runs for one in known)) or set(seeds)
     return max(known, key=lambda one: np.nan_to_num(one.mean(shared)))
 
