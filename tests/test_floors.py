@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "overrides": {"run_folders"},
     "configuration": {"selection"},
     "doctor": set(),
-    "run_config": {"containers", "errors", "files", "ranges", "run_folders", "trusted", "backbones"},
+    "run_config": {"containers", "errors", "files", "ranges", "run_folders", "trusted", "backbones", "selection"},
     "command_line": {"configuration", "containers", "ranges", "run_folders"},
     "console": {"errors", "run_config", "run_folders"},
     "sweeps": {"errors", "analysis", "overrides", "run_folders"},

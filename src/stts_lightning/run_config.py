@@ -28,6 +28,7 @@ from stts_lightning.run_folders import (
     run_checkpoint,
     run_classes,
 )
+from stts_lightning.selection.spec import SelectionSpec
 from stts_lightning.trusted import REFERENCE, check_stored
 
 NEEDED = ("backbone", "selection", "dataset", "clip", "loader")
@@ -78,7 +79,8 @@ def resumed_config(run: str | Path, overrides: Sequence[str], typed: DictConfig 
     cfg = _load(file, trust, typed)
     OmegaConf.set_struct(cfg, True)
     for key, value in _changes(run, overrides).items():
-        was = OmegaConf.select(cfg, key)
+        # A key that the run's version did not know yet has the value that a selection takes for it.
+        was = OmegaConf.select(cfg, key, default=getattr(SelectionSpec, key.removeprefix("selection."), None))
         if key.startswith(FIXED) and was != value:
             raise ConfigError(
                 f"resume={run}: {key} was {was} and would be {value}; a run keeps its model. "
@@ -115,7 +117,7 @@ FIXED = (
 
 
 def _changes(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Values that overrides change in the configuration of a run, by full key; those that follow from others as well."""
+    """Values that overrides name or change in the configuration of a run, by full key; those that follow from others as well."""
     if not overrides:
         return {}
     name = HydraConfig.get().job.config_name or "train"
@@ -124,7 +126,9 @@ def _changes(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
         old, new = (dict(leaves(to_container(compose(name, given)), lists=False)) for given in (before, [*before, *overrides]))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"resume={run}: {str(error).splitlines()[0]}") from error
-    return {key: value for key, value in new.items() if key not in old or old[key] != value}
+    # What is named may be what the run's recipe says today, and yet not what the run has.
+    named = {override.partition("=")[0].lstrip("+") for override in overrides}
+    return {key: value for key, value in new.items() if key in named or key not in old or old[key] != value}
 
 
 def trained_config(cfg: DictConfig, overrides: list[str], door: str) -> tuple[DictConfig, Path]:

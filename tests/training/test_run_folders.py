@@ -115,6 +115,21 @@ def test_what_a_resumed_run_cannot_change_is_refused(place: Path, copy: Path, ov
     assert json.loads((copy / "job.json").read_text())["resumed_with"] == [], "an override that was refused is asked again"
 
 
+def test_a_key_that_is_newer_than_the_run_may_be_spelled_out_at_its_default_alone(place: Path, copy: Path) -> None:
+    """As in a run of a recipe that has `frames=segment` now, and did not when the run was begun."""
+    cfg = yaml.safe_load((copy / "config.yaml").read_text())
+    for key in ("frames", "first_frame"):
+        del cfg["selection"][key]
+    (copy / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
+    job = json.loads((copy / "job.json").read_text())
+    (copy / "job.json").write_text(json.dumps({**job, "overrides": [*job["overrides"], "selection.frames=segment"]}))
+    command(place, f"resume={copy}", "selection.frames=each", "trainer.max_epochs=2", base=[])
+    assert state(copy)["epoch"] == 1
+    done = command(place, f"resume={copy}", "selection.first_frame=next", base=[], check=False)
+    assert done.returncode == 2
+    assert "selection.first_frame was own and would be next; a run keeps its model" in done.stderr
+
+
 def test_renamed_classes_are_refused_on_resume_and_in_a_test(place: Path, copy: Path) -> None:
     names = (copy / "classes.txt").read_text().split()
     (copy / "classes.txt").write_text("\n".join(["other", *names[1:]]) + "\n")
