@@ -3,7 +3,8 @@
     python scripts/study.py runs/study                            # the demo's three settings
     python scripts/study.py runs/study --data NAME=FOLDER --start FILE
                                                                   # also a data set made by prepare_data task=embed, whose
-                                                                  # unpruned models begin with the weights of a file
+                                                                  # unpruned models begin with the weights of a file; NAME_fold2
+                                                                  # is the same with other videos to test with
     python scripts/study.py runs/study --small                    # one seed and what matters: an hour on two cores
 
 Each seed trains one unpruned model a data set; every method starts from it and is tuned for the same number of steps. A run is a

@@ -92,7 +92,7 @@ TOGETHER = ("selection.frames=segment", "selection.windows=clip")
 """Frames that follow one another, and one window for the clip."""
 METHODS = (
     Method("oracle", chosen("oracle"), main=True),
-    Method("oracle, one window a clip", (*chosen("oracle"), "selection.windows=clip"), axes=("s", "ts"), main=True),
+    Method("oracle, one window a clip", (*chosen("oracle"), "selection.windows=clip"), axes=("s", "ts")),
     Method("random", chosen("random"), main=True),
     Method("random segment, one window", (*chosen("random"), *TOGETHER), main=True),
     Method("fixed (uniform, centre)", slots=FIXED, main=True),
@@ -102,7 +102,7 @@ METHODS = (
     Method("fixed (middle, centre), distilled", (*chosen("centre"), *DISTILLED)),
     Method("oracle, trained as the recipe", (*chosen("oracle"), *TRAINED)),
     Method("oracle, twice the network's rate", (*chosen("oracle"), *TRAINED[1:])),
-    Method("random segment, one window, trained as the recipe", (*chosen("random"), *TOGETHER, *TRAINED), main=True),
+    Method("random segment, one window, trained as the recipe", (*chosen("random"), *TOGETHER, *TRAINED)),
     Method("fixed (middle, centre), trained as the recipe", (*chosen("centre"), *TRAINED), main=True),
     Method("difference to the frame before", chosen("difference")),
     Method("difference, segment, one window", (*chosen("difference"), *TOGETHER, "selection.first_frame=next")),

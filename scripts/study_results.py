@@ -5,11 +5,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -242,44 +243,82 @@ def first_block(kept: str) -> bool:
 RECIPE = "recipe=learn_selection"
 
 
+FOLD = re.compile(r"_fold\d+$")
+"""Ends the name of a data set that has the videos of another, with other people or recordings to test with."""
+
+
+class Compared(NamedTuple):
+    """The recipe at a budget on a data set, and the best of what it must beat; `videos` tells the test videos from others."""
+
+    plain: Outcome
+    oracle: Outcome
+    random: Outcome
+    fixed: Outcome
+    recipe: Outcome
+    videos: str
+
+
+def compare(runs: Sequence[Run], data: str, kept: str) -> Compared:
+    """What the summary says of a data set and budget; of rows that the recipe's seeds have."""
+    recipe = Outcome(runs, data, kept, RECIPE)
+
+    def best(labels: Sequence[str]) -> Outcome:
+        return better(runs, data, kept, labels, recipe.runs.keys())
+
+    videos = next(iter(recipe.runs.values())).videos
+    return Compared(Outcome(runs, data, "none", PLAIN), best(ORACLES), best(RANDOM_CHOICES), best(FIXED_CHOICES), recipe, videos)
+
+
 def summary(runs: Sequence[Run]) -> str:
-    """The recipe beside what it must beat: a line a data set and budget before block 0, one for all real videos; in Markdown."""
+    """The recipe beside what it must beat, in Markdown.
+
+    A line a data set and budget before block 0; one for all folds of a data set below them; one for all real videos.
+    """
     head = ("data", "kept", "unpruned", "oracle", "random", "fixed", "recipe, each seed", "recipe - random", "recipe - fixed",
             "oracle - recipe")  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    real: list[tuple[Outcome, ...]] = []
-    videos: list[str] = []
+    lines = [line(*head), "|" + "---|" * len(head)]
     beside = {*ORACLES, *RANDOM_CHOICES, *FIXED_CHOICES}
     compared = {(run.data, run.kept) for run in runs if run.method in beside}
     found = {(run.data, run.kept) for run in runs if run.method == RECIPE and first_block(run.kept)} & compared
+    folds: dict[tuple[str, str], dict[str, Compared]] = {}
     for data, kept in sorted(found, key=lambda one: (one[0][:5] != "demo_", one)):
-        recipe, plain = Outcome(runs, data, kept, RECIPE), Outcome(runs, data, "none", PLAIN)
-        seeds = set(recipe.runs)
-        against = tuple(better(runs, data, kept, labels, seeds) for labels in (ORACLES, RANDOM_CHOICES, FIXED_CHOICES))
-        means = [one.mean(seeds) for one in (plain, *against)]
-        cells = [data, kept, *("" if math.isnan(mean) else f"{mean:.1f}" for mean in means)]
-        each = ", ".join(f"{100 * run.top1:.1f}" for run in recipe.runs.values())
-        lines.append(f"| {' | '.join([*cells, each, *differences([(*against, recipe)])])} |")
-        if not data.startswith("demo_"):
-            real.append((*against, recipe))
-            videos.append(next(iter(recipe.runs.values())).videos)
+        folds.setdefault((FOLD.sub("", data), kept), {})[data] = compare(runs, data, kept)
+    for (name, kept), of in folds.items():
+        for data, one in of.items():
+            each = ", ".join(f"{100 * run.top1:.1f}" for run in one.recipe.runs.values())
+            lines.append(line(data, kept, *means([one])[:-1], each, *differences([one])))
+        if len(of) > 1:
+            every = list(of.values())
+            lines.append(line(f"{name}, {len(of)} folds", kept, *means(every), *differences(every)))
+    real = [one for (name, _), of in folds.items() if not name.startswith("demo_") for one in of.values()]
     if len(real) > 1:
-        lines.append(f"| {' | '.join(['all real videos', '', '', '', '', '', '', *differences(real, videos)])} |")
+        lines.append(line("all real videos", "", "", "", "", "", "", *differences(real)))
     return "\n".join(lines)
 
 
-def differences(sets: Sequence[tuple["Outcome", ...]], videos: Sequence[str] = ("",)) -> list[str]:
+def line(*cells: str) -> str:
+    """Of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def means(sets: Sequence[Compared]) -> list[str]:
+    """Mean accuracy of each row over all test videos, with the seeds that the recipe has; empty where one has none of them."""
+    count = [len(next(iter(one.recipe.right.values()))) for one in sets]
+    rows = ((one.plain, one.oracle, one.random, one.fixed, one.recipe) for one in sets)
+    each = [[row.mean(row_of[-1].runs.keys()) for row in row_of] for row_of in rows]
+    return ["" if math.isnan(mean) else f"{mean:.1f}" for mean in np.average(each, axis=0, weights=count)]
+
+
+def differences(sets: Sequence[Compared]) -> list[str]:
     """Recipe less random, recipe less fixed, and oracle less recipe, over the test videos of one or several data sets.
 
-    Args:
-        sets: oracle, random, fixed and recipe of each data set.
-        videos: what tells the test videos of each from others; sets of the same videos are averaged video by video.
+    Data sets with the same test videos are averaged video by video.
     """
     cells: list[str] = []
-    for better, worse in ((3, 1), (3, 2), (0, 3)):
+    for better, worse in (("recipe", "random"), ("recipe", "fixed"), ("oracle", "recipe")):
         alike: dict[str, list[Tensor]] = {}
-        for outcomes, tested in zip(sets, videos, strict=True):
-            alike.setdefault(tested, []).extend(outcomes[better].pairs(outcomes[worse]))
+        for one in sets:
+            alike.setdefault(one.videos, []).extend(getattr(one, better).pairs(getattr(one, worse)))
         pairs = [torch.stack(found).mean(0) for found in alike.values() if found]
         values = torch.cat(pairs) if pairs else None
         cells.append("" if values is None else f"{100 * float(values.mean()):+.1f} ({percent(*interval(values), sign=True)})")

@@ -48,7 +48,7 @@ def test_every_row_is_a_run_of_its_own_that_can_be_built(backbone: str | None) -
 def test_the_small_study_has_the_rows_that_the_others_are_compared_with() -> None:
     for name, data in plan.data_sets(()).items():
         small = {row.method.label for row in plan.rows(name, data, small=True)}
-        against = {*plan.RANDOM_CHOICES, plan.FIXED_CHOICES[0], "oracle"}
+        against = {*plan.RANDOM_CHOICES[:2], plan.FIXED_CHOICES[0], plan.FIXED_CHOICES[2], "oracle"}
         assert {*against, "recipe=learn_selection"} < small
         assert (plan.FIXED_CHOICES[1] in small) == ("t" in plan.axes(data.budgets[-1])), "the middle is a choice of frames"
         everything = {row.folder(Path(), 0) for row in plan.rows(name, data, small=False)}
@@ -142,6 +142,23 @@ def test_the_summary_averages_videos_of_one_source_over_their_data_sets() -> Non
     assert dict(zip(head, by_name["all real videos"], strict=True))["recipe - random"].startswith(
         f"+{100 * (0.5 + 0.5) / 6:.1f} ("
     )
+
+
+def test_the_summary_has_a_line_for_all_folds_of_a_data_set() -> None:
+    labels = (results.RECIPE, "random", plan.FIXED_CHOICES[0], "oracle")
+    right = {"wei": ([1, 1, 0], [0, 0, 0], [1, 0, 0], [1, 1, 0]), "wei_fold2": ([1], [1], [0], [1]), "weights": ([1],) * 4}
+    runs = [
+        made(0, label, [float(value) for value in of], data=data, videos=f"those of {data}")
+        for data, rows in right.items()
+        for label, of in zip(labels, rows, strict=True)
+    ]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.summary(runs).splitlines()]
+    assert [line[0] for line in lines[2:]] == ["wei", "wei_fold2", "wei, 2 folds", "weights", "all real videos"]
+    folds = dict(zip(lines[0], lines[4], strict=True))
+    # Over four videos, three of them in the first fold.
+    assert (folds["unpruned"], folds["oracle"], folds["random"], folds["fixed"]) == ("", "75.0", "25.0", "25.0")
+    assert folds["recipe, each seed"] == "75.0"
+    assert folds["recipe - random"].startswith("+50.0 (") and folds["oracle - recipe"].startswith("+0.0 (")
 
 
 def test_a_seed_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
