@@ -9,7 +9,9 @@ Of a run of the study and of the oracle's with the same seed, all tables are of 
    kept, and the share of clips in which the kept frames follow one another.
 2. For each place of a frame in the clip: how often it is kept where it shows the action and where it does not, and the mean norm
    of the tokens that reach the selector, by which it can be told apart.
-3. How often each window is kept, by either: a choice that hardly depends on the clip has learned a place.
+3. Where frames are kept in a segment: how often it is the one with most of the action, or its neighbour, what share of the action
+   it holds, and the mean raw scores of frames of which all, a part or nothing is action.
+4. How often each window is kept, by either: a choice that hardly depends on the clip has learned a place.
 """
 
 import argparse
@@ -114,6 +116,44 @@ def place_table(model: VideoClassifier, batches: Sequence[Batch]) -> list[str]:
 
 
 @torch.inference_mode()
+def segment_table(model: VideoClassifier, batches: Sequence[Batch]) -> list[str]:
+    """Where the kept segments lie, in Markdown; empty if nothing is learned or frames are kept one by one."""
+    slot = next((name for name in model.slots.selectors if name.startswith("t")), "")
+    scorer = getattr(model.slots.selectors[slot], "scorer", None) if slot else None
+    if scorer is None or model.recipe["selection"]["frames"] != "segment":
+        return []
+    frames, scores = model.slots.sizes[slot][0], list[torch.Tensor]()
+    hook = scorer.register_forward_hook(lambda _, inputs, output: scores.append(output))  # pyright: ignore[reportUnknownLambdaType]
+    starts: list[torch.Tensor] = []
+    shares: list[torch.Tensor] = []
+    kept = 0
+    for batch in batches:
+        assert batch.truth is not None
+        indices = model(batch.clip[:, 0], return_selection=True)[1][slot].indices
+        starts.append(indices[:, 0])
+        kept = indices.shape[1]
+        shown = ~batch.truth[:, 0, :, 0].isnan()
+        shares.append(shown.float().unflatten(1, (frames, -1)).mean(-1))
+    hook.remove()
+    score, share, start = torch.cat(scores)[:, 1:], torch.cat(shares), torch.cat(starts)
+    held = share.unfold(1, kept, 1).sum(-1) / share.sum(1, keepdim=True)
+    best = held == held.amax(1, keepdim=True)
+    there = torch.nn.functional.one_hot(start, held.shape[1]).bool()
+    beside = torch.zeros_like(there)
+    beside[:, 1:] |= there[:, :-1]
+    beside[:, :-1] |= there[:, 1:]
+    right = (best & there).any(1)
+    near = (best & beside).any(1) & ~right
+    found = {"best segment": right, "its neighbour": near, "another": ~right & ~near, "action held": held[there]}
+    found |= {"at best": held.amax(1)}
+    cells = {f"{name}, %": f"{100 * float(of.double().mean()):.1f}" for name, of in found.items()}
+    parts = {"all": share == 1, "a part": (share > 0) & (share < 1), "nothing": share == 0}
+    # Without the first frame, which may be scored as the second.
+    cells |= {f"score where {name} is action": f"{float(score[of[:, 1:]].mean()):.1f}" for name, of in parts.items()}
+    return [f"| {' | '.join(cells)} |", "|" + "---|" * len(cells), f"| {' | '.join(cells.values())} |"]
+
+
+@torch.inference_mode()
 def window_table(models: dict[str, VideoClassifier], batches: Sequence[Batch]) -> list[str]:
     """How often each window is kept by each model, in Markdown; empty without a choice of windows."""
     slot = next((name for name in next(iter(models.values())).slots.selectors if name.startswith("s")), None)
@@ -159,7 +199,7 @@ def main() -> None:
         models[label] = load_model(folder / "checkpoints" / "last.ckpt").eval()
     batches = test_batches(of)
     print("\n".join([*exchange_table(models, batches), "", *place_table(models[options.row], batches)]))
-    print("\n".join(["", *window_table(models, batches)]))
+    print("\n".join(["", *segment_table(models[options.row], batches), "", *window_table(models, batches)]))
 
 
 if __name__ == "__main__":
