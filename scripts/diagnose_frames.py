@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from pages import header, line
 from study_plan import COMMON, METHODS, DataSet, Row, data_sets
 
 from stts_lightning import assembly, load_model
@@ -75,14 +76,14 @@ def exchange_table(models: dict[str, VideoClassifier], batches: Sequence[Batch])
     """Each network with each choice, in Markdown."""
     slots = list(next(iter(models.values())).slots.selectors)
     head = ["network", *(f"{slot} by" for slot in slots), "top-1", *(f"{slot} found, %" for slot in slots), "frames in a row, %"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = header(*head)
     choices: list[tuple[str, ...]] = [()]
     for _ in slots:
         choices = [(*before, name) for before in choices for name in models]
     for network in models:
         for choice in choices:
             model = exchanged(models[network], {slot: models[name] for slot, name in zip(slots, choice, strict=True)})
-            lines.append("| " + " | ".join([network, *choice, *outcome(model, batches)]) + " |")
+            lines.append(line(network, *choice, *outcome(model, batches)))
     return lines
 
 
@@ -111,8 +112,8 @@ def place_table(model: VideoClassifier, batches: Sequence[Batch]) -> list[str]:
     }
     cells = {name: [f"{value:.0f}" for value in values] for name, values in rows.items()}
     cells["norm of its tokens"] = [f"{value:.1f}" for value in norms.mean(0).tolist()]
-    lines = [f"| frame | {' | '.join(str(at) for at in range(chosen.shape[1]))} |", "|" + "---|" * (chosen.shape[1] + 1)]
-    return [*lines, *(f"| {name} | {' | '.join(values)} |" for name, values in cells.items())]
+    lines = header("frame", *(str(at) for at in range(chosen.shape[1])))
+    return [*lines, *(line(name, *values) for name, values in cells.items())]
 
 
 @torch.inference_mode()
@@ -150,7 +151,7 @@ def segment_table(model: VideoClassifier, batches: Sequence[Batch]) -> list[str]
     parts = {"all": share == 1, "a part": (share > 0) & (share < 1), "nothing": share == 0}
     # Without the first frame, which may be scored as the second.
     cells |= {f"score where {name} is action": f"{float(score[of[:, 1:]].mean()):.1f}" for name, of in parts.items()}
-    return [f"| {' | '.join(cells)} |", "|" + "---|" * len(cells), f"| {' | '.join(cells.values())} |"]
+    return [*header(*cells), line(*cells.values())]
 
 
 @torch.inference_mode()
@@ -169,10 +170,10 @@ def window_table(models: dict[str, VideoClassifier], batches: Sequence[Batch]) -
             kept[name].update((top, left) for top, left, *_ in windows.flatten(0, 1).tolist())
     places = sorted({place for counts in kept.values() for place in counts})
     head = ["first row, column of the window", *(f"{top}, {left}" for top, left in places)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = header(*head)
     for name, counts in kept.items():
         shares = (f"{100 * counts[place] / counts.total():.0f}" for place in places)
-        lines.append("| " + " | ".join([f"{name}, %", *shares]) + " |")
+        lines.append(line(f"{name}, %", *shares))
     return lines
 
 

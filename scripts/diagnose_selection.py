@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from pages import fill
+from pages import fill, header, line
 from study_plan import DETAILS, METHODS, OPTIONS, Method
 from torch.nn.functional import cross_entropy
 
@@ -92,13 +92,13 @@ def main() -> None:
         for method in (*PAPER, *(option for option in OPTIONS if option.label not in LATER), RECIPE):
             runs = [looked_at(method, plain, seed) for seed in range(options.seeds)]
             if not lines:
-                lines = ["| " + " | ".join(["way", *runs[0]]) + " |", "|" + "---|" * (len(runs[0]) + 1)]
+                lines = header("way", *runs[0])
             cells = []
             for key in runs[0]:
                 values = [run[key] for run in runs]
                 text = f"{statistics.mean(values):.3g}"
                 cells.append(f"{text} (least {min(values):.3g})" if key.endswith("found") else text)
-            lines.append("| " + " | ".join([method.label, *cells]) + " |")
+            lines.append(line(method.label, *cells))
             print(lines[-1], flush=True)
     fill(DETAILS, MARKS, "\n".join(lines))
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
-from pages import fill
+from pages import fill, header, line
 from study_plan import DETAILS, METHODS, Method, Row, composed, data_sets, job
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
@@ -151,15 +151,12 @@ def main() -> None:
         for way in picked
         for setting in options.settings
     ]
-    lines = [
-        "| way | " + " | ".join(f"`{setting}`" for setting in options.settings) + " |",
-        "|---" * (len(options.settings) + 1) + "|",
-    ]
+    lines = header("way", *(f"`{setting}`" for setting in options.settings))
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         cells = pool.map(looked_at, cases)
         for way in picked:
             row = [told(*cell) for cell in islice(cells, len(options.settings))]
-            lines.append("| " + " | ".join([way.label, *row]) + " |")
+            lines.append(line(way.label, *row))
             print(lines[-1], flush=True)
     if tuple(options.ways) != WAYS or options.share != SHARE or tuple(options.settings) != SETTINGS:
         return

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from pages import header, line
 from study_plan import COMMON, data_sets, plain_folder
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -97,14 +98,14 @@ def table(root: Path, name: str, own: Sequence[str], seed: int) -> list[str]:
     data = assembly.build_data(cfg, model.backbone.clip_size)
     data.setup("fit")
     train, test = (grids(model, data, split) for split in ("train", "val"))
-    lines = ["| scorer | " + " | ".join(f"block {block}" for block in BLOCKS) + " |", "|" + "---|" * (len(BLOCKS) + 1)]
+    lines = header("scorer", *(f"block {block}" for block in BLOCKS))
     of_tokens = ("paper", "official")  # Which deviation scores as official does.
     for axis, what, scorers in (("t", "frames", (*of_tokens, "deviation")), ("s", "tokens of a frame", of_tokens)):
         for scorer in scorers:
             results = [probed(train, test, block, scorer, axis) for block in BLOCKS]
-            lines.append(f"| {what}, {scorer} | " + " | ".join(f"{100 * area:.0f}" for area, _ in results) + " |")
+            lines.append(line(f"{what}, {scorer}", *(f"{100 * area:.0f}" for area, _ in results)))
             if axis == "t":
-                lines.append("| found in a segment, % | " + " | ".join(f"{100 * found:.0f}" for _, found in results) + " |")
+                lines.append(line("found in a segment, %", *(f"{100 * found:.0f}" for _, found in results)))
     return lines
 
 

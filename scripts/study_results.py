@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pages import header, line
 from study_plan import (
     ALL,
     ATTENTION,
@@ -223,7 +224,7 @@ def table(runs: Sequence[Run], data: str, kept: str, labels: Sequence[str]) -> l
     head = ["chosen by", "GFLOPs a view", "top-1 (95 % interval)", "each seed", "action found, %", "minus random", "minus fixed"]
     outcomes = {label: Outcome(runs, data, kept, label) for label in labels}
     outcomes = {label: outcome for label, outcome in outcomes.items() if outcome.runs}
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] if outcomes else []
+    lines = header(*head) if outcomes else []
     for label, outcome in outcomes.items():
         random, fixed = (better(runs, data, kept, choices, set(outcome.runs)) for choices in (RANDOM_CHOICES, FIXED_CHOICES))
         against = [random, fixed]
@@ -231,7 +232,7 @@ def table(runs: Sequence[Run], data: str, kept: str, labels: Sequence[str]) -> l
             against = [None, None]
         elif label in FIXED_CHOICES:
             against = [random, None]
-        lines.append("| " + " | ".join([label, *outcome.cells(against)]) + " |")
+        lines.append(line(label, *outcome.cells(against)))
     return lines
 
 
@@ -276,7 +277,7 @@ def summary(runs: Sequence[Run]) -> str:
     """
     head = ("data", "kept", "unpruned", "oracle", "random", "fixed", "recipe, each seed", "recipe - random", "recipe - fixed",
             "oracle - recipe")  # fmt: skip
-    lines = [line(*head), "|" + "---|" * len(head)]
+    lines = header(*head)
     beside = {*ORACLES, *RANDOM_CHOICES, *FIXED_CHOICES}
     compared = {(run.data, run.kept) for run in runs if run.method in beside}
     found = {(run.data, run.kept) for run in runs if run.method == RECIPE and first_block(run.kept)} & compared
@@ -296,16 +297,10 @@ def summary(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def line(*cells: str) -> str:
-    """Of a table in Markdown."""
-    return f"| {' | '.join(cells)} |"
-
-
 def means(sets: Sequence[Compared]) -> list[str]:
     """Mean accuracy of each row over all test videos, with the seeds that the recipe has; empty where one has none of them."""
     count = [len(next(iter(one.recipe.right.values()))) for one in sets]
-    rows = ((one.plain, one.oracle, one.random, one.fixed, one.recipe) for one in sets)
-    each = [[row.mean(row_of[-1].runs.keys()) for row in row_of] for row_of in rows]
+    each = [[row.mean(one.recipe.runs.keys()) for row in one[:5]] for one in sets]
     return ["" if math.isnan(mean) else f"{mean:.1f}" for mean in np.average(each, axis=0, weights=count)]
 
 
