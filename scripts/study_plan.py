@@ -127,6 +127,9 @@ METHODS = (
     Method("recipe, the teacher alone", BEFORE[1:], recipe="learn_selection"),
     Method("recipe, twice the network's rate alone", BEFORE[:1], recipe="learn_selection"),
     Method("recipe, not distilled, sigma until 0.7", (*BEFORE, "callbacks.sigma.until=0.7"), recipe="learn_selection"),
+    Method("recipe, samples=2", ("selection.samples=2",), recipe="learn_selection"),
+    Method("recipe, samples=4", ("selection.samples=4",), recipe="learn_selection"),
+    Method("recipe, start=small_frames", ("selection.start=small_frames",), recipe="learn_selection", axes=("s", "ts")),
     Method("recipe=learn_selection", recipe="learn_selection", main=True),
 )
 """Rows of the main tables."""

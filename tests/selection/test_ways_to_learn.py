@@ -10,7 +10,7 @@ from torch import Tensor
 from stts_lightning import create_model
 from stts_lightning.selection.baselines import AnchorFeatures, DifferenceWindow
 from stts_lightning.selection.noise import Noise
-from stts_lightning.selection.scorer import SCORERS, ContextScorer, DeviationScorer, PaperScorer
+from stts_lightning.selection.scorer import SCORERS, ContextScorer, DeviationScorer, PaperScorer, Scorer
 from stts_lightning.selection.selector import SlotContext
 from stts_lightning.selection.spatial import SpatialSelector
 from stts_lightning.selection.spec import CHOICES, SelectionError, SelectionSpec, SlotSpec
@@ -265,6 +265,22 @@ def test_a_small_start_prefers_little_and_all_layers_learn_at_once(make: Any, sc
     small.train()(grid, SIGMA, Noise.of(range(2)))[0].square().sum().backward()
     *layers, bias = (parameter.grad for parameter in small.parameters())
     assert all(float(gradient.abs().max()) > 0 for gradient in layers), "an even start holds back all layers but the last"
+
+
+def test_small_frames_start_small_but_for_windows() -> None:
+    clip = torch.randint(0, 256, (2, 3, 16, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    ranges: dict[str, dict[str, float]] = {}
+    for start in ("random", "small", "small_frames"):
+        torch.manual_seed(6)
+        asked = {"slots": {"t0": 0.5, "s0": 0.25}, "scorer": "official", "start": start}
+        kept = create_model("mvit_tiny", asked, 3, size=64).eval()(clip, return_selection=True)[1]
+        scores = {name: selection.scores.detach() for name, selection in kept.items()}
+        ranges[start] = {name: float((one.amax(-1) - one.amin(-1)).min()) for name, one in scores.items()}
+    assert ranges["random"]["t0"] > 0.9 and ranges["small"]["s0"] < 0.5, "what is told apart below"
+    assert ranges["small_frames"] == {"t0": ranges["small"]["t0"], "s0": ranges["random"]["s0"]}
+    asked = {"slots": {"r0": 0.5}, "reducer": "topk", "start": "small_frames"}
+    (scorer,) = (module for module in create_model("vit_tiny", asked, 3, size=64).modules() if isinstance(module, Scorer))
+    assert scorer.least_range == 1.0, "reducers are not windows"
 
 
 @pytest.mark.parametrize("scorer", list(SCORERS))

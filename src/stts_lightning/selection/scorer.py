@@ -33,6 +33,8 @@ class Scorer(nn.Module, ABC):
     """Spatial selection: normalise the scores of tokens before averaging them in an anchor, or the anchors' after."""
     least_range: float = 1e-5
     """Scores of a row are divided by their range, or by this where the range is smaller."""
+    begins: str = "random"
+    """How a new one starts: "random", "small" or "even"; see `start`."""
 
     @staticmethod
     @abstractmethod
@@ -48,20 +50,19 @@ class Scorer(nn.Module, ABC):
     def forward(self, candidates: Tensor) -> Tensor:
         """Candidates `(B, N, E)` -> raw scores `(B, N)`."""
 
-    def start(self, how: str) -> None:
-        """Begin with little or no preference, and let it grow as it is learned.
+    def start(self) -> None:
+        """Begin as `begins` says: with a random, a small or no preference; it grows as it is learned.
+
+        "random" changes nothing; with "small" and "even" small ranges stay small; with "even" all scores are equal (the last
+        layer is 0), so that the layers before it learn nothing at first.
 
         Ranges below 1 are not stretched to 1: otherwise random weights would decide as firmly as learned ones, and from equal
         scores the first step, however small, would decide all, with a gradient 1e5 times too large, which float16 cannot hold.
-
-        Args:
-            how: "random" changes nothing; with "small" and "even" small ranges stay small; with "even" all scores are equal
-                (the last layer is 0), so that the layers before it learn nothing at first.
         """
-        if how == "random":
+        if self.begins == "random":
             return
         self.least_range = 1.0
-        if how == "even":
+        if self.begins == "even":
             *_, last = (module for module in self.modules() if isinstance(module, nn.Linear))
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)

@@ -114,7 +114,7 @@ class SlotBank(nn.Module):
         """Let new scorers start as the selection says, once more: a backbone that initialises all its layers has reset them."""
         for module in self.modules():
             if isinstance(module, Scorer):
-                module.start(self.selection.start)
+                module.start()
 
     def seed_noise(self, seeds: Sequence[int] | None) -> None:
         """Draw the next forward passes' noise from these seeds, one for each clip; None is torch's default generator."""

@@ -33,7 +33,7 @@ CHOICES = {
     "windows": ("frame", "clip", "smooth", "motion"),
     "forward": ("soft", "hard"),
     "sigma_of": ("scores", "spread"),
-    "start": ("random", "small", "even"),
+    "start": ("random", "small", "small_frames", "even"),
 }
 """Ways to learn a selection, each apart from the others. The first of each is the paper's, or torch's where it says nothing."""
 
@@ -196,8 +196,9 @@ class SelectionSpec:
         proportional_attention: reducers that merge: a token that stands for n others receives as much attention as n would.
         proportional_pooling: reducers that merge: in the mean of all tokens it counts n times.
         start: new scorers begin with `random` weights, as any layer, whose scores are stretched to [0, 1] and may avoid the
-            action; `small`: with random weights, but ranges below 1 are not stretched; or `even`: the same, and all scores are
-            equal (the last layer is 0).
+            action; `small`: with random weights, but ranges below 1 are not stretched, so that nearly all candidates are mixed at
+            first; `small_frames`: the same of temporal slots and reducers, while those of windows are stretched and mix few; or
+            `even`: as `small`, and all scores are equal (the last layer is 0).
         sigma_of: sigma is given on `scores` in [0, 1], or as a multiple of their `spread`, the standard deviation of a row.
     """
 

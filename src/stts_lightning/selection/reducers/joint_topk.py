@@ -16,7 +16,7 @@ class JointTopK(Reducer):
 
     def __init__(self, context: ReducerContext) -> None:
         super().__init__(context)
-        self.scorer = build_scorer(context.selection, context.dim, "s")
+        self.scorer = build_scorer(context.selection, context.dim, "r")
         self.soft_topk = SoftTopK(context.selection)
 
     def forward(self, tokens: Tokens, given: Given, sigma: Tensor, noise: Noise) -> tuple[Tokens, Tensor]:
