@@ -137,13 +137,14 @@ def told(chance: dict[str, float], outcomes: list[dict[str, float]]) -> str:
 
 def main() -> None:
     """Print the table, and write it into docs/study_details.md."""
+    every = [method.label for method in METHODS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder of the study's runs")
     parser.add_argument("--seed", type=int, default=0, help="whose unpruned models")
     parser.add_argument("--starts", type=int, default=10, help="new selectors for each way")
     parser.add_argument("--settings", nargs="*", default=SETTINGS, choices=SETTINGS, help="of the demo")
     parser.add_argument("--share", type=float, default=SHARE, help="of a tuning's steps")
-    parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS, metavar="WAY", help="these alone")
+    parser.add_argument("--ways", nargs="*", default=WAYS, choices=every, metavar="WAY", help="of the study's methods")
     options = parser.parse_args()
     picked = [method for method in METHODS if method.label in options.ways]
     cases = [

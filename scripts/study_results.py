@@ -242,6 +242,8 @@ def first_block(kept: str) -> bool:
 
 
 RECIPE = "recipe=learn_selection"
+SMALL_FRAMES = "recipe, start=small_frames"
+"""The recipe with an option that the summary shows beside it."""
 
 
 FOLD = re.compile(r"_fold\d+$")
@@ -259,9 +261,9 @@ class Compared(NamedTuple):
     videos: str
 
 
-def compare(runs: Sequence[Run], data: str, kept: str) -> Compared:
-    """What the summary says of a data set and budget; of rows that the recipe's seeds have."""
-    recipe = Outcome(runs, data, kept, RECIPE)
+def compare(runs: Sequence[Run], data: str, kept: str, label: str = RECIPE) -> Compared:
+    """What the summary says of a data set and budget, of the recipe or another row; of rows that its seeds have."""
+    recipe = Outcome(runs, data, kept, label)
 
     def best(labels: Sequence[str]) -> Outcome:
         return better(runs, data, kept, labels, recipe.runs.keys())
@@ -273,7 +275,8 @@ def compare(runs: Sequence[Run], data: str, kept: str) -> Compared:
 def summary(runs: Sequence[Run]) -> str:
     """The recipe beside what it must beat, in Markdown.
 
-    A line a data set and budget before block 0; one for all folds of a data set below them; one for all real videos.
+    A line a data set and budget before block 0, and one for `start=small_frames` where that was run; one for all folds of a data
+    set below them; one for all real videos.
     """
     head = ("data", "kept", "unpruned", "oracle", "random", "fixed", "recipe, each seed", "recipe - random", "recipe - fixed",
             "oracle - recipe")  # fmt: skip
@@ -286,8 +289,9 @@ def summary(runs: Sequence[Run]) -> str:
         folds.setdefault((FOLD.sub("", data), kept), {})[data] = compare(runs, data, kept)
     for (name, kept), of in folds.items():
         for data, one in of.items():
-            each = ", ".join(f"{100 * run.top1:.1f}" for run in one.recipe.runs.values())
-            lines.append(line(data, kept, *means([one])[:-1], each, *differences([one])))
+            lines.append(compared_line(data, kept, one))
+            if any(run.key[:3] == (data, kept, SMALL_FRAMES) for run in runs):
+                lines.append(compared_line(f"{data}, `start=small_frames`", kept, compare(runs, data, kept, SMALL_FRAMES)))
         if len(of) > 1:
             every = list(of.values())
             lines.append(line(f"{name}, {len(of)} folds", kept, *means(every), *differences(every)))
@@ -295,6 +299,12 @@ def summary(runs: Sequence[Run]) -> str:
     if len(real) > 1:
         lines.append(line("all real videos", "", "", "", "", "", "", *differences(real)))
     return "\n".join(lines)
+
+
+def compared_line(name: str, kept: str, one: Compared) -> str:
+    """A line of the summary."""
+    each = ", ".join(f"{100 * run.top1:.1f}" for run in one.recipe.runs.values())
+    return line(name, kept, *means([one])[:-1], each, *differences([one]))
 
 
 def means(sets: Sequence[Compared]) -> list[str]:
