@@ -132,15 +132,16 @@ def build_scorer(selection: SelectionSpec, dim: int, axis: str) -> Scorer:
     Args:
         selection: its name, and how it starts.
         dim: channels of the grid.
-        axis: "t" scores descriptors of frames, "s" tokens for a window of each frame, "r" those of a reducer.
+        axis: "t" scores descriptors of frames, "s" tokens of a spatial slot, "r" those of a reducer.
 
     Raises:
         SelectionError: for an unknown name.
     """
     kind = _named(SCORERS, "scorer", selection.scorer)
     scorer = kind(kind.frame_width * dim if axis == "t" else dim)
-    small = "random" if axis == "s" else "small"
-    scorer.begins = small if selection.start == "small_frames" else selection.start
+    scorer.begins = selection.start
+    if selection.start == "small_frames":
+        scorer.begins = "random" if axis == "s" else "small"
     scorer.start()
     return scorer
 

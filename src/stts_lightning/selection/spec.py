@@ -197,7 +197,7 @@ class SelectionSpec:
         proportional_pooling: reducers that merge: in the mean of all tokens it counts n times.
         start: new scorers begin with `random` weights, as any layer, whose scores are stretched to [0, 1] and may avoid the
             action; `small`: with random weights, but ranges below 1 are not stretched, so that nearly all candidates are mixed at
-            first; `small_frames`: the same of temporal slots and reducers, while those of windows are stretched and mix few; or
+            first; `small_frames`: the same of temporal slots and reducers, while spatial slots begin as with `random`; or
             `even`: as `small`, and all scores are equal (the last layer is 0).
         sigma_of: sigma is given on `scores` in [0, 1], or as a multiple of their `spread`, the standard deviation of a row.
     """
