@@ -72,8 +72,8 @@ def run_stamp() -> str:
         return f"slurm_{job}"
     if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ:
         return f"run_{hashlib.sha256(' '.join(sys.argv[1:]).encode()).hexdigest()[:8]}"
-    # Two runs may start in the same second.
-    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:4]}"
+    # Many runs may start in the same second: of 50, two would share four digits in one case of 50.
+    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:8]}"
 
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
