@@ -360,7 +360,7 @@ def job(root: Path, row: Row, data: DataSet, seed: int) -> Job:
 
 
 LEARNING_KEYS = re.compile(
-    r"(backbone|clip|distill|head|label_smoothing|loader\.batch_size|optim|selection|callbacks\.sigma)(\..*)?"
+    r"(backbone|clip|distill|head|label_smoothing|loader\.batch_size|optim|selection|callbacks\.(sigma|starts))(\..*)?"
     r"|trainer\.(max_epochs|gradient_clip_val)"
 )
 """Keys that change what a run learns, whose values are the same on every machine."""

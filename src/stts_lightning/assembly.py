@@ -219,7 +219,7 @@ def build_teacher(cfg: DictConfig, model: VideoClassifier) -> Teacher | None:
     if path is None:
         return None
     if path == START:
-        if why := _teaches_nothing(cfg):
+        if why := _teaches_nothing(cfg, model):
             log.warning("distill.teacher=start: not distilled, as %s", why)
             return None
         return Teacher(build_model(cfg, model.num_classes, slots={}), **values)
@@ -254,12 +254,10 @@ def _other_class(taught: Sequence[str], ours: Sequence[str]) -> str:
     return next(differ, "")
 
 
-def _teaches_nothing(cfg: DictConfig) -> str:
+def _teaches_nothing(cfg: DictConfig, model: VideoClassifier) -> str:
     """Why nothing is to be learned from the model that training starts from; empty if something is."""
-    if not cfg.pretrained:
-        return "it starts with new weights"
-    if cfg.head == "reset":
-        return "its head is new"
+    if why := model.tells_nothing:
+        return why
     if read_checkpoint(cfg.pretrained, cfg.trust).pruned:
         return "pretrained is a pruned model; distill.teacher=FILE names an unpruned one"
     return ""

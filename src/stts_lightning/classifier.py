@@ -53,6 +53,8 @@ class VideoClassifier(nn.Module):
     Attributes:
         recipe: plain arguments of `create_model` that build it again, weights aside; empty where it was built by hand.
         weights: where its weights come from, in words.
+        fresh: names of the weights that its checkpoint did not give; None where it has none.
+        new_head: whether its last layer has learned nothing.
         clips: which clips of a video it is tested on.
     """
 
@@ -60,6 +62,8 @@ class VideoClassifier(nn.Module):
     shift: Tensor
     recipe: Mapping[str, Any]
     weights: str
+    fresh: tuple[str, ...] | None
+    new_head: bool
     clips: ClipRule
 
     def __init__(self, backbone: Backbone, num_classes: int, dropout: float = 0.0, kernels: str = "auto") -> None:
@@ -68,6 +72,7 @@ class VideoClassifier(nn.Module):
         backbone.slots.start_scorers()
         self.recipe = {}
         self.weights = "random"
+        self.fresh = None
         self.clips = ClipRule(**backbone.reading)
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
@@ -89,6 +94,7 @@ class VideoClassifier(nn.Module):
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=HEAD_SPREAD)
             nn.init.zeros_(self.head.bias)
+        self.new_head = True
         self._classes: tuple[str, ...] | None = None
         if self.recipe:
             self.recipe = {**self.recipe, "num_classes": num_classes}
@@ -103,6 +109,13 @@ class VideoClassifier(nn.Module):
         if len(names) != self.num_classes:
             raise ValueError(f"{len(names)} names for {self.num_classes} classes")
         self._classes = tuple(names)
+
+    @property
+    def tells_nothing(self) -> str:
+        """Why its answers say nothing of a clip before it is trained, in words; empty if they do."""
+        if self.fresh is None:
+            return "it starts with new weights"
+        return "its head is new" if self.new_head else ""
 
     @property
     def slots(self) -> SlotBank:
@@ -253,7 +266,8 @@ def create_model(
     model.recipe = {"backbone": backbone, **settled, **backbone_kwargs}
     if checkpoint:
         report = load_checkpoint(model, checkpoint, spec, head if num_classes else "reset")
-        model.weights = f"{checkpoint.path} ({report})"
+        model.weights, model.fresh = f"{checkpoint.path} ({report})", report.fresh
+        model.new_head = not any(key.startswith("head.") for key in report.loaded)
         log.info("checkpoint %s: %s", checkpoint.path, report)
         if classes is None and head == "keep":
             classes = _names(checkpoint, model.num_classes)

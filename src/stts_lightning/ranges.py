@@ -87,6 +87,8 @@ RANGES: dict[str, Range] = {
     "callbacks.sigma.sigma": NOT_NEGATIVE,
     "callbacks.sigma.until": PORTION,
     "callbacks.ratio.until": SHARE,
+    "callbacks.starts.draws": COUNT,
+    "callbacks.starts.clips": COUNT,
     "class_weights*": Range(0, above=True, words=True),
     "clip.decode_timeout": POSITIVE,
     "clip.short_side": Range(1, whole=True, words=True),

@@ -20,6 +20,7 @@ ALLOWED = frozenset(
         f"{_OURS}.training.callbacks.FailureLog",
         f"{_OURS}.training.callbacks.RatioAnnealing",
         f"{_OURS}.training.callbacks.SigmaAnnealing",
+        f"{_OURS}.training.starts.StartSearch",
         f"{_OURS}.training.loading.LoadingWatch",
         f"{_OURS}.training.loggers.wandb_logger",
         f"{_OURS}.training.panels.SelectionPanels",

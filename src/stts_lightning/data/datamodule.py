@@ -3,10 +3,12 @@
 import csv
 import hashlib
 import io
+import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -191,6 +193,16 @@ class VideoDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Random clips of the training videos."""
+        self._train_loader = self._first_epoch()
+        if self._resumed:
+            self._train_loader.load_state_dict(self._resumed)
+        return self._train_loader
+
+    def first_batches(self, clips: int) -> Iterator[Batch]:
+        """Batches that a training begins with, until all processes have this many clips; it is not moved on by them."""
+        return islice(self._first_epoch(), math.ceil(clips / self.loader.batch_size))
+
+    def _first_epoch(self) -> TrainLoader:
         transform = self._train_transform
         boxes = transform.with_boxes if self.source.truth else None
         dataset = ClipDataset(self.splits["train"], self._clip, transform, train=True, reading=self._reading, boxes=boxes)
@@ -198,10 +210,7 @@ class VideoDataModule(pl.LightningDataModule):
         self.per_device(self.loader.batch_size)
         labels = self.splits["train"].labels if self.loader.balanced else None
         order = EpochOrder(len(dataset), self.loader.batch_size, self.seed, labels)
-        self._train_loader = TrainLoader(dataset, order, **self._workers())
-        if self._resumed:
-            self._train_loader.load_state_dict(self._resumed)
-        return self._train_loader
+        return TrainLoader(dataset, order, **self._workers())
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training stands in its epoch, and which lists it is about."""

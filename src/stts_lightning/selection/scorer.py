@@ -50,6 +50,14 @@ class Scorer(nn.Module, ABC):
     def forward(self, candidates: Tensor) -> Tensor:
         """Candidates `(B, N, E)` -> raw scores `(B, N)`."""
 
+    @torch.no_grad()
+    def redraw(self, generator: torch.Generator) -> None:
+        """Draw the weights of all layers anew, with the spread that they have; the generator is the CPU's."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                spread = layer.weight.square().mean().sqrt().cpu()
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * spread)
+
     def start(self) -> None:
         """Begin as `begins` says: with a random, a small or no preference; it grows as it is learned.
 
