@@ -2,7 +2,7 @@
 
     python scripts/diagnose_selection.py runs/study
 
-For the demo's setting `both`, the unpruned model of the study's first seed, and five new scorers for each way: how many
+For the demo's setting `both`, the unpruned model of a seed, and five new scorers for each way: how many
 candidates a kept one is mixed of in training (the exponential of the entropy of its weights), the largest of these weights, how
 far the scores of a row lie apart, the share of the action that is kept at first (mean, and the least of the scorers), the loss,
 and the gradients that reach scorers and the rest. Written into docs/study_details.md.
@@ -24,6 +24,7 @@ from stts_lightning.configuration import conf_dir
 from stts_lightning.selection.selector import Selection
 from stts_lightning.selection.truth import found
 from stts_lightning.training.optim import part_parameters
+from stts_lightning.training.starts import Starts
 
 MARKS = ("<!-- diagnosis: written by scripts/diagnose_selection.py -->", "<!-- end of diagnosis -->")
 SLOTS = ("+selection.slots.t0.ratio=0.5", "+selection.slots.s0.ratio=0.25")
@@ -59,6 +60,7 @@ def looked_at(method: Method, plain: Path, seed: int) -> dict[str, float]:
     data = assembly.build_data(cfg, model.backbone.clip_size)
     data.prepare_data()
     data.setup("fit")
+    Starts(model, seed).keep_best(cfg.callbacks.starts.draws, data.first_batches(cfg.callbacks.starts.clips))
     batch = next(iter(data.val_dataloader()))
     model.eval().slots.train()
     model.slots.seed_noise(range(len(batch.label)))
@@ -85,8 +87,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder of the study's runs")
     parser.add_argument("--seeds", type=int, default=5, help="new scorers for each way")
+    parser.add_argument("--seed", type=int, default=0, help="whose unpruned model")
     options = parser.parse_args()
-    plain = options.root.resolve() / "demo_both" / "plain_seed0" / "checkpoints" / "last.ckpt"
+    plain = options.root.resolve() / "demo_both" / f"plain_seed{options.seed}" / "checkpoints" / "last.ckpt"
     lines: list[str] = []
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         for method in (*PAPER, *(option for option in OPTIONS if option.label not in LATER), RECIPE):

@@ -12,6 +12,7 @@ does so at the end of the tuning, and for some ways alone; other settings than t
 """
 
 import argparse
+import math
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +34,7 @@ from stts_lightning.data.dataset import Batch
 from stts_lightning.selection.truth import found
 from stts_lightning.training.callbacks import annealed_sigma
 from stts_lightning.training.optim import build_optimizer
+from stts_lightning.training.starts import Starts
 
 MARKS = ("<!-- starts: written by scripts/diagnose_starts.py -->", "<!-- end of starts -->")
 TESTED = 8
@@ -121,6 +123,9 @@ def looked_at(case: Case) -> tuple[dict[str, float], list[dict[str, float]]]:
         torch.manual_seed(1000 + start)
         model = assembly.build_body(cfg)
         order = [training[at % len(training)] for at in torch.randperm(int(case.share * steps))]
+        search = cfg.callbacks.starts
+        drawn = Starts(model, 1000 + start)
+        drawn.keep_best(search.draws, training[: math.ceil(search.clips / cfg.loader.batch_size)])
         tuned(model, cfg, order, steps)
         outcomes.append(kept(model, testing))
         shares = ", ".join(f"{name} {share:.0f} %" for name, share in outcomes[-1].items())

@@ -62,8 +62,12 @@ SLOW = ("optim.parts.backbone.lr_scale=0.01", "optim.parts.head.lr_scale=0.01")
 DISTILLED = ("distill.teacher=start",)
 TRAINED = (*DISTILLED, "optim.parts.backbone.lr_scale=0.4", "optim.parts.head.lr_scale=0.4")
 """What the recipe gives the network, for a choice that has nothing to learn: the unpruned model teaches it, at twice the rate."""
-BEFORE = ("distill.teacher=null", "optim.parts.backbone.lr_scale=0.2", "optim.parts.head.lr_scale=0.2")
-"""As the recipe was before the unpruned model taught it; all that stand below were run so."""
+SMALL = ("selection.start=small",)
+"""As the recipe was before windows started at random; all that stand below were run so."""
+UNTAUGHT = ("distill.teacher=null",)
+SLOWER = ("optim.parts.backbone.lr_scale=0.2", "optim.parts.head.lr_scale=0.2")
+BEFORE = (*SMALL, *UNTAUGHT, *SLOWER)
+"""As the recipe was before the unpruned model taught it, and all that stand below."""
 CLIP = (*BEFORE, "selection.windows=clip")
 """As the recipe was before it scored windows by motion."""
 EACH = (*CLIP, "selection.frames=each", "selection.first_frame=own")
@@ -124,12 +128,13 @@ METHODS = (
     Method("recipe, frames=each", EACH, recipe="learn_selection", axes=("t", "ts")),
     Method("recipe, windows=clip", CLIP, recipe="learn_selection", axes=("s", "ts")),
     Method("recipe, not distilled", BEFORE, recipe="learn_selection"),
-    Method("recipe, the teacher alone", BEFORE[1:], recipe="learn_selection"),
-    Method("recipe, twice the network's rate alone", BEFORE[:1], recipe="learn_selection"),
+    Method("recipe, the teacher alone", (*SMALL, *SLOWER), recipe="learn_selection"),
+    Method("recipe, twice the network's rate alone", (*SMALL, *UNTAUGHT), recipe="learn_selection"),
     Method("recipe, not distilled, sigma until 0.7", (*BEFORE, "callbacks.sigma.until=0.7"), recipe="learn_selection"),
-    Method("recipe, samples=2", ("selection.samples=2",), recipe="learn_selection"),
-    Method("recipe, samples=4", ("selection.samples=4",), recipe="learn_selection"),
-    Method("recipe, start=small_frames", ("selection.start=small_frames",), recipe="learn_selection", axes=("s", "ts")),
+    Method("recipe, samples=2", (*SMALL, "selection.samples=2"), recipe="learn_selection"),
+    Method("recipe, samples=4", (*SMALL, "selection.samples=4"), recipe="learn_selection"),
+    Method("recipe, start=random, 48 starts", ("selection.start=random", "callbacks.starts.draws=48"), recipe="learn_selection"),
+    Method("recipe, start=small", SMALL, recipe="learn_selection", axes=("s", "ts")),
     Method("recipe=learn_selection", recipe="learn_selection", main=True),
 )
 """Rows of the main tables."""
@@ -148,6 +153,8 @@ REDUCED = "r0_0.28125"
 OPTIONS = (
     Method("start=even", (*WIDE, "selection.start=even")),
     Method("start=small", (*WIDE, "selection.start=small")),
+    Method("start=small_frames", (*WIDE, "selection.start=small_frames")),
+    Method("48 random starts", (*WIDE, "callbacks.starts.draws=48")),
     Method("network frozen for the first half", (*WIDE, *FROZEN)),
     Method("the network's rate rises over the first half", (*WIDE, *RISING)),
     Method("normalize=windows", (*WIDE, "selection.normalize=windows")),
@@ -360,8 +367,8 @@ def job(root: Path, row: Row, data: DataSet, seed: int) -> Job:
 
 
 LEARNING_KEYS = re.compile(
-    r"(backbone|clip|distill|head|label_smoothing|loader\.batch_size|optim|selection|callbacks\.(sigma|starts))(\..*)?"
-    r"|trainer\.(max_epochs|gradient_clip_val)"
+    r"(backbone|clip|distill|head|label_smoothing|loader\.batch_size|optim|selection|callbacks\.sigma)(\..*)?"
+    r"|callbacks\.starts\.(draws|clips)|trainer\.(max_epochs|gradient_clip_val)"
 )
 """Keys that change what a run learns, whose values are the same on every machine."""
 

@@ -30,6 +30,7 @@ from study_plan import (
     DataSet,
     Method,
     Row,
+    axes,
     data_sets,
     plain_folder,
     rows,
@@ -242,8 +243,8 @@ def first_block(kept: str) -> bool:
 
 
 RECIPE = "recipe=learn_selection"
-SMALL_FRAMES = "recipe, start=small_frames"
-"""The recipe with an option that the summary shows beside it."""
+STARTS = {RECIPE: "", "recipe, start=small": ", `start=small`"}
+"""Rows of the summary, the recipe as it is and with its earlier start, and what is put behind a data set's name there."""
 
 
 FOLD = re.compile(r"_fold\d+$")
@@ -275,29 +276,36 @@ def compare(runs: Sequence[Run], data: str, kept: str, label: str = RECIPE) -> C
 def summary(runs: Sequence[Run]) -> str:
     """The recipe beside what it must beat, in Markdown.
 
-    A line a data set and budget before block 0, and one for `start=small_frames` where that was run; one for all folds of a data
-    set below them; one for all real videos.
+    A line for each data set, budget before block 0 and start; below them one for all folds; one for all real videos.
     """
     head = ("data", "kept", "unpruned", "oracle", "random", "fixed", "recipe, each seed", "recipe - random", "recipe - fixed",
             "oracle - recipe")  # fmt: skip
     lines = header(*head)
     beside = {*ORACLES, *RANDOM_CHOICES, *FIXED_CHOICES}
     compared = {(run.data, run.kept) for run in runs if run.method in beside}
-    found = {(run.data, run.kept) for run in runs if run.method == RECIPE and first_block(run.kept)} & compared
-    folds: dict[tuple[str, str], dict[str, Compared]] = {}
+    found = {(run.data, run.kept) for run in runs if run.method in STARTS and first_block(run.kept)} & compared
+    done = {run.key[:3] for run in runs}
+    folds: dict[tuple[str, str], list[str]] = {}
     for data, kept in sorted(found, key=lambda one: (one[0][:5] != "demo_", one)):
-        folds.setdefault((FOLD.sub("", data), kept), {})[data] = compare(runs, data, kept)
-    for (name, kept), of in folds.items():
-        for data, one in of.items():
-            lines.append(compared_line(data, kept, one))
-            if any(run.key[:3] == (data, kept, SMALL_FRAMES) for run in runs):
-                lines.append(compared_line(f"{data}, `start=small_frames`", kept, compare(runs, data, kept, SMALL_FRAMES)))
-        if len(of) > 1:
-            every = list(of.values())
-            lines.append(line(f"{name}, {len(of)} folds", kept, *means(every), *differences(every)))
-    real = [one for (name, _), of in folds.items() if not name.startswith("demo_") for one in of.values()]
-    if len(real) > 1:
-        lines.append(line("all real videos", "", "", "", "", "", "", *differences(real)))
+        folds.setdefault((FOLD.sub("", data), kept), []).append(data)
+    real: dict[str, list[Compared]] = {}
+    for (name, kept), sets in folds.items():
+        every: dict[str, list[Compared]] = {}
+        for data in sets:
+            for start, words in STARTS.items():
+                if (data, kept, start) in done:
+                    every.setdefault(start, []).append(one := compare(runs, data, kept, start))
+                    lines.append(compared_line(f"{data}{words}", kept, one))
+        for start, of in every.items():
+            if len(of) > 1:
+                lines.append(line(f"{name}{STARTS[start]}, {len(of)} folds", kept, *means(of), *differences(of)))
+            # Where frames alone are chosen, both starts are the same.
+            for same in [start] if "s" in axes(kept) else STARTS:
+                real.setdefault(same, []).extend([] if name.startswith("demo_") else of)
+    of_real = {run.method for run in runs if not run.data.startswith("demo_")}
+    for start, of in real.items():
+        if len(of) > 1 and start in of_real:
+            lines.append(line(f"all real videos{STARTS[start]}", "", "", "", "", "", "", *differences(of)))
     return "\n".join(lines)
 
 

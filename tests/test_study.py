@@ -161,15 +161,19 @@ def test_the_summary_has_a_line_for_all_folds_of_a_data_set() -> None:
     assert folds["recipe - random"].startswith("+50.0 (") and folds["oracle - recipe"].startswith("+0.0 (")
 
 
-def test_the_summary_shows_the_safer_start_with_its_own_seeds_beside_the_recipe() -> None:
-    rows = {results.RECIPE: ([1.0, 1.0], [0.0, 0.0]), "random": ([0.0, 1.0], [0.0, 0.0]), results.SMALL_FRAMES: ([1.0, 0.0],)}
+def test_the_summary_shows_the_earlier_start_with_its_own_seeds_beside_the_recipe() -> None:
+    rows = {
+        results.RECIPE: ([1.0, 1.0], [0.0, 0.0]),
+        "random": ([0.0, 1.0], [0.0, 0.0]),
+        "recipe, start=small": ([1.0, 0.0],),
+    }
     runs = [made(seed, label, right) for label, seeds in rows.items() for seed, right in enumerate(seeds)]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.summary(runs).splitlines()]
-    recipe, safer = (dict(zip(lines[0], line, strict=True)) for line in lines[2:])
-    assert safer["data"] == f"{recipe['data']}, `start=small_frames`"
-    assert (recipe["recipe, each seed"], safer["recipe, each seed"]) == ("100.0, 0.0", "50.0")
-    assert (recipe["random"], safer["random"]) == ("25.0", "50.0"), "of the seeds that each has"
-    assert safer["recipe - random"].startswith("+0.0 (")
+    recipe, earlier = (dict(zip(lines[0], line, strict=True)) for line in lines[2:])
+    assert earlier["data"] == f"{recipe['data']}, `start=small`"
+    assert (recipe["recipe, each seed"], earlier["recipe, each seed"]) == ("100.0, 0.0", "50.0")
+    assert (recipe["random"], earlier["random"]) == ("25.0", "50.0"), "of the seeds that each has"
+    assert earlier["recipe - random"].startswith("+0.0 (")
 
 
 def test_a_seed_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

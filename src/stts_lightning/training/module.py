@@ -130,7 +130,7 @@ class ClassificationModule(pl.LightningModule):
         """Cross-entropy of the clips of a batch, `(B, copies, 3, T, H, W)`; all that is random follows from its draws."""
         copies = batch.clip.shape[1]
         self.model.slots.seed_noise([draw + copy for draw in batch.draws for copy in range(copies)] or None)
-        self.tell_truth(batch)
+        self._tell_truth(batch)
         if batch.draws:
             torch.manual_seed(batch.draws[0])  # Dropout and drop path: apart on each process and step, repeated by a resumed run.
         clip, label = batch.clip.flatten(0, 1), batch.label.repeat_interleave(copies)
@@ -265,7 +265,7 @@ class ClassificationModule(pl.LightningModule):
         if any(gathered(self.trainer, bool(numbers))):
             self._end_naming("logits are NaN or infinite", split, numbers)
 
-    def tell_truth(self, batch: Batch, views: int | None = None) -> None:
+    def _tell_truth(self, batch: Batch, views: int | None = None) -> None:
         """Tell the selectors where the action is in the first views of a batch, or in all of them, if it says so."""
         self.model.slots.tell_truth(None if batch.truth is None else batch.truth[:, :views].flatten(0, 1))
 
@@ -275,7 +275,7 @@ class ClassificationModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Record]:
         """Accuracies of the centre clip; what each slot kept of it, for callbacks."""
-        self.tell_truth(batch, 1)
+        self._tell_truth(batch, 1)
         logits, kept = self.run(batch.clip[:, 0], return_selection=True)
         self._check_logits(logits, batch)
         self.val_metrics.update(logits.float(), batch.label, batch.valid)
@@ -284,7 +284,7 @@ class ClassificationModule(pl.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Logits of each view, for `training.testing`."""
-        self.tell_truth(batch)
+        self._tell_truth(batch)
         logits = self.view_logits(batch.clip)
         self._check_logits(logits, batch)
         return logits
