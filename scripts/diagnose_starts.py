@@ -12,7 +12,6 @@ does so at the end of the tuning, and for some ways alone; other settings than t
 """
 
 import argparse
-import math
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -123,9 +122,7 @@ def looked_at(case: Case) -> tuple[dict[str, float], list[dict[str, float]]]:
         torch.manual_seed(1000 + start)
         model = assembly.build_body(cfg)
         order = [training[at % len(training)] for at in torch.randperm(int(case.share * steps))]
-        search = cfg.callbacks.starts
-        drawn = Starts(model, 1000 + start)
-        drawn.keep_best(search.draws, training[: math.ceil(search.clips / cfg.loader.batch_size)])
+        Starts(model, 1000 + start).keep_best(cfg.callbacks.starts.draws, data.first_batches(cfg.callbacks.starts.clips))
         tuned(model, cfg, order, steps)
         outcomes.append(kept(model, testing))
         shares = ", ".join(f"{name} {share:.0f} %" for name, share in outcomes[-1].items())

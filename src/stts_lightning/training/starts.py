@@ -98,8 +98,10 @@ class StartSearch(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Search, unless the run was resumed: its scorers have begun."""
         assert isinstance(pl_module, ClassificationModule)
+        if self.draws == 1 or trainer.global_step:
+            return
         starts = Starts(pl_module.model, self.seed)
-        if self.draws == 1 or trainer.global_step or not starts.scorers:
+        if not starts.scorers:
             return
         if why := pl_module.model.tells_nothing:
             log.info("callbacks.starts: the model cannot tell %d starts apart, as %s; the first is kept", self.draws, why)
