@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from hydra import compose
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ProgressBar
 from numpy.typing import NDArray
@@ -322,7 +323,13 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
         raise ConfigError("trainer.enable_progress_bar: follows from callbacks.progress; callbacks.progress=null shows nothing")
     # Lightning would put a bar of its own in the place of one that was left out.
     values["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
-    return instantiate(values, callbacks=callbacks, logger=loggers or False, plugins=plugins)
+    trainer = instantiate(values, callbacks=callbacks, logger=loggers or False, plugins=plugins)
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.world_size > 1 and trainer.is_global_zero and environment and environment.creates_processes_externally:
+        # A LOCAL_RANK that something left in the environment would otherwise be half an hour of silence.
+        by = "LOCAL_RANK is set" if isinstance(environment, LightningEnvironment) else type(environment).__name__
+        log.info("process 0 of %d waits for the others, which a launcher starts (%s)", trainer.world_size, by)
+    return trainer
 
 
 def check_devices(accelerator: str, devices: Any) -> None:

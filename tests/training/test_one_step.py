@@ -136,3 +136,16 @@ def test_gpu_options_are_alike_and_a_machine_without_one_says_so(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"trainer.devices=4: torch sees 2 GPU\(s\) here"):
         assembly.build_trainer(compose("train", ["trainer=ddp", "trainer.devices=4", "run_dir=x"]))
+
+
+@pytest.mark.parametrize(("rank", "said"), [("", ""), ("0", "process 0 of 2 waits for the others"), ("1", "")])
+def test_processes_that_somebody_else_starts_are_waited_for_aloud(
+    rank: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true", f"run_dir={tmp_path}"]
+    assembly.build_trainer(compose("train", two))
+    assert (said in caplog.text) and bool(said) == ("LOCAL_RANK is set" in caplog.text)
