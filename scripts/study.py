@@ -10,8 +10,8 @@
 Each seed trains one unpruned model a data set; every method starts from it and is tuned for the same number of steps. A run is a
 `stts_lightning.train` in a process and a folder of its own; what is finished is not run again, and what fails, or was finished
 with other settings, is named while the rest goes on. At the end docs/study_runs.jsonl has a line for each run (what it cost, and
-which test videos it has right), and the summary in docs/study.md and the tables in docs/study_details.md are written anew from
-these lines. Lines of a seed that was run elsewhere stay until it is run here.
+which test videos it has right), and the summary and its picture in docs/study.md and the tables in docs/study_details.md are
+made anew from these lines. Lines of a seed that was run elsewhere stay until it is run here.
 """
 
 import argparse
@@ -27,8 +27,9 @@ from pathlib import Path
 import torch
 from pages import fill
 from rich.progress import Progress
+from study_chart import CHART, chart
 from study_plan import COMMON, DETAILS, LABELS, OWN_BUDGETS, PAGE, DataSet, Job, changed, data_sets, job, plain, rows
-from study_results import RUNS, collect, summary, tables
+from study_results import RUNS, collect, settings, summary, tables
 
 SUMMARY = ("<!-- summary: written by scripts/study.py -->", "<!-- end of summary -->")
 MARKS = ("<!-- tables: written by scripts/study.py -->", "<!-- end of tables -->")
@@ -153,6 +154,7 @@ def main() -> None:
     runs = collect(options.root, found, seeds, set(old))
     RUNS.write_text("".join(json.dumps(asdict(run), separators=(",", ":")) + "\n" for run in runs))
     fill(PAGE, SUMMARY, summary(runs))
+    chart(settings(runs)).savefig(CHART, dpi=120)
     fill(DETAILS, MARKS, tables(runs))
     if failed:
         sys.exit(1)

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -273,6 +274,29 @@ def compare(runs: Sequence[Run], data: str, kept: str, label: str = RECIPE) -> C
     return Compared(Outcome(runs, data, "none", PLAIN), best(ORACLES), best(RANDOM_CHOICES), best(FIXED_CHOICES), recipe, videos)
 
 
+class Setting(NamedTuple):
+    """A line of the summary: what is kept of a data set, and the start of the recipe; `name` is the same for all folds."""
+
+    name: str
+    data: str
+    kept: str
+    start: str
+    compared: Compared
+
+
+def settings(runs: Sequence[Run]) -> list[Setting]:
+    """All data sets, budgets before block 0 and starts of which there are runs, the demo first, a data set's folds together."""
+    beside = {*ORACLES, *RANDOM_CHOICES, *FIXED_CHOICES}
+    compared = {(run.data, run.kept) for run in runs if run.method in beside and first_block(run.kept)}
+    done = {run.key[:3] for run in runs}
+    return [
+        Setting(FOLD.sub("", data), data, kept, start, compare(runs, data, kept, start))
+        for data, kept in sorted(compared, key=lambda one: (not one[0].startswith("demo_"), FOLD.sub("", one[0]), one[1], one[0]))
+        for start in STARTS
+        if (data, kept, start) in done
+    ]
+
+
 def summary(runs: Sequence[Run]) -> str:
     """The recipe beside what it must beat, in Markdown.
 
@@ -281,21 +305,12 @@ def summary(runs: Sequence[Run]) -> str:
     head = ("data", "kept", "unpruned", "oracle", "random", "fixed", "recipe, each seed", "recipe - random", "recipe - fixed",
             "oracle - recipe")  # fmt: skip
     lines = header(*head)
-    beside = {*ORACLES, *RANDOM_CHOICES, *FIXED_CHOICES}
-    compared = {(run.data, run.kept) for run in runs if run.method in beside}
-    found = {(run.data, run.kept) for run in runs if run.method in STARTS and first_block(run.kept)} & compared
-    done = {run.key[:3] for run in runs}
-    folds: dict[tuple[str, str], list[str]] = {}
-    for data, kept in sorted(found, key=lambda one: (one[0][:5] != "demo_", one)):
-        folds.setdefault((FOLD.sub("", data), kept), []).append(data)
     real: dict[str, list[Compared]] = {}
-    for (name, kept), sets in folds.items():
+    for (name, kept), group in groupby(settings(runs), lambda one: (one.name, one.kept)):
         every: dict[str, list[Compared]] = {}
-        for data in sets:
-            for start, words in STARTS.items():
-                if (data, kept, start) in done:
-                    every.setdefault(start, []).append(one := compare(runs, data, kept, start))
-                    lines.append(compared_line(f"{data}{words}", kept, one))
+        for one in group:
+            every.setdefault(one.start, []).append(one.compared)
+            lines.append(compared_line(f"{one.data}{STARTS[one.start]}", kept, one.compared))
         for start, of in every.items():
             if len(of) > 1:
                 lines.append(line(f"{name}{STARTS[start]}, {len(of)} folds", kept, *means(of), *differences(of)))

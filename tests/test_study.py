@@ -176,6 +176,22 @@ def test_the_summary_shows_the_earlier_start_with_its_own_seeds_beside_the_recip
     assert earlier["recipe - random"].startswith("+0.0 (")
 
 
+def test_the_chart_has_a_line_for_each_setting_with_the_start_that_the_recipe_has() -> None:
+    chart = pytest.importorskip("study_chart")
+    labels = (results.RECIPE, "random", plan.FIXED_CHOICES[0], "oracle")
+    runs = [made(seed, label, [1.0, 0.0]) for label in (*labels, "recipe, start=small") for seed in (0, 1)]
+    runs += [made(0, label, [1.0, 1.0], data="wei") for label in ("recipe, start=small", *labels[1:])]
+    figure = chart.chart(results.settings(runs))
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == [
+        "demo_both, t0_0.5_s0_0.25 (2 seeds)",
+        "wei, t0_0.5_s0_0.25, start=small (1 seed)",
+    ]
+    places = {(float(x), float(y)) for mark in axes.lines if mark.get_marker() != "None" for x, y in mark.get_xydata()}
+    assert {place for place in places if place[0] == place[0]} == {(50.0, 0.0), (100.0, 1.0)}, "the unpruned model is not there"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(chart.MARKS)
+
+
 def test_a_seed_comes_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was stored stays until the seed is run here: runs of two places do not start from the same model."""
     stored = [made(0, "random", [1.0]), made(1, "random", [1.0]), made(0, "random", [1.0], data="other")]
