@@ -21,11 +21,13 @@ MARKS = {
 
 
 def drawn(settings: Sequence[Setting]) -> list[Setting]:
-    """Of each data set and budget the recipe as it is, or its earlier start where it was run with that alone."""
-    first: dict[tuple[str, str], Setting] = {}
+    """Of each data set and budget the recipe as it is, or its earlier start where that has more than twice as many seeds."""
+    chosen: dict[tuple[str, str], Setting] = {}
     for one in settings:
-        first.setdefault((one.data, one.kept), one)
-    return list(first.values())
+        first = chosen.setdefault((one.data, one.kept), one)
+        if len(one.compared.recipe.runs) > 2 * len(first.compared.recipe.runs):
+            chosen[one.data, one.kept] = one
+    return list(chosen.values())
 
 
 def chart(settings: Sequence[Setting]) -> Figure:

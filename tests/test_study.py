@@ -180,12 +180,13 @@ def test_the_chart_has_a_line_for_each_setting_with_the_start_that_the_recipe_ha
     chart = pytest.importorskip("study_chart")
     labels = (results.RECIPE, "random", plan.FIXED_CHOICES[0], "oracle")
     runs = [made(seed, label, [1.0, 0.0]) for label in (*labels, "recipe, start=small") for seed in (0, 1)]
-    runs += [made(0, label, [1.0, 1.0], data="wei") for label in ("recipe, start=small", *labels[1:])]
+    runs += [made(seed, label, [1.0, 1.0], data="wei") for label in ("recipe, start=small", *labels[1:]) for seed in range(3)]
+    runs += [made(0, results.RECIPE, [0.0, 0.0], data="wei")]  # One seed beside three.
     figure = chart.chart(results.settings(runs))
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.get_yticklabels()] == [
         "demo_both, t0_0.5_s0_0.25 (2 seeds)",
-        "wei, t0_0.5_s0_0.25, start=small (1 seed)",
+        "wei, t0_0.5_s0_0.25, start=small (3 seeds)",
     ]
     places = {(float(x), float(y)) for mark in axes.lines if mark.get_marker() != "None" for x, y in mark.get_xydata()}
     assert {place for place in places if place[0] == place[0]} == {(50.0, 0.0), (100.0, 1.0)}, "the unpruned model is not there"
