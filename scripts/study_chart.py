@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from study_plan import PAGE
-from study_results import STARTS, Outcome, Setting
+from study_results import STARTS, Setting
 
 from stts_lightning.analysis.charts import COLOURS
 
 CHART = PAGE.parent / "pictures" / "study.png"
 MARKS = {
     "unpruned": ("|", "#212529", 13.0),
+    "oracle": ("D", COLOURS[2], 7.0),
     "random": ("X", "#868e96", 7.0),
     "fixed": ("s", COLOURS[1], 6.0),
-    "oracle": ("D", COLOURS[2], 7.0),
     "recipe": ("o", COLOURS[0], 8.0),
 }
-"""Marker, colour and size of each."""
+"""Marker, colour and size of each row of a `Compared`, in its order."""
 
 
 def drawn(settings: Sequence[Setting]) -> list[Setting]:
@@ -37,17 +37,9 @@ def chart(settings: Sequence[Setting]) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for height, one in enumerate(lines):
-        rows: dict[str, Outcome] = {
-            "unpruned": one.compared.plain,
-            "random": one.compared.random,
-            "fixed": one.compared.fixed,
-            "oracle": one.compared.oracle,
-            "recipe": one.compared.recipe,
-        }
         seeds = one.compared.recipe.runs
         axes.axhline(height, color="#e9ecef", lw=1, zorder=0)
-        for name, row in rows.items():
-            marker, colour, size = MARKS[name]
+        for (name, (marker, colour, size)), row in zip(MARKS.items(), one.compared[:5], strict=True):
             filled = "none" if name == "oracle" else colour
             axes.plot(
                 [row.mean(seeds.keys())], [height], marker, ms=size, color=colour, mfc=filled, mew=1.8 if marker in "|D" else 1.0,
