@@ -340,7 +340,7 @@ def main(cfg: DictConfig) -> None:
     from stts_lightning import console, run_config
 
     with console.one_line_errors():
-        console.quiet_libraries()
+        console.quiet()
         if cfg.run:
             from stts_lightning.analysis.entrants import texts_of_run
 

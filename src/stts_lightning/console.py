@@ -1,4 +1,4 @@
-"""What every command does around its work: errors in one line, and libraries kept quiet."""
+"""What every command does around its work: errors in one line, and a screen without what helps nobody."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from stts_lightning.errors import UserError
 from stts_lightning.run_config import ConfigError
-from stts_lightning.run_folders import EXIT_INTERRUPTED, EXIT_REFUSED, remove_unused
+from stts_lightning.run_folders import EXIT_INTERRUPTED, EXIT_REFUSED, is_first_process, remove_unused
 
 
 @contextmanager
@@ -70,8 +70,13 @@ def _remove_unused_folder() -> None:
         remove_unused(Path(HydraConfig.get().runtime.output_dir))
 
 
-def quiet_libraries() -> None:
-    """Keep what is not the user's to fix off the screen: tips, device inventories, libraries' own deprecations."""
+def quiet() -> None:
+    """Keep off the screen what is not the user's to fix: tips, device inventories, libraries' own deprecations.
+
+    Of several processes the first one speaks; of the others only warnings are shown and logged.
+    """
+    if not is_first_process():
+        logging.getLogger().setLevel(logging.WARNING)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

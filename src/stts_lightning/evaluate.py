@@ -77,7 +77,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> float:
     from stts_lightning.analysis.evaluation import FILE, Predictions, score
     from stts_lightning.analysis.results import commit, versions, write_result
 
-    console.quiet_libraries()
+    console.quiet()
     folder = Path(cfg.run_dir)
     lock(folder)
     if cfg.predictions:

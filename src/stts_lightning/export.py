@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     from stts_lightning.analysis.exporting import export
 
     with console.one_line_errors():
-        console.quiet_libraries()
+        console.quiet()
         with console.as_user_errors():
             cfg, checkpoint = run_config.trained_config(cfg, list(HydraConfig.get().overrides.task), "export")
             run_config.check_numbers(cfg)

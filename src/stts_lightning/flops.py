@@ -176,7 +176,7 @@ def main(cfg: DictConfig) -> float:
     from stts_lightning.training.summary import show
 
     with console.one_line_errors():
-        console.quiet_libraries()
+        console.quiet()
         if cfg.run or cfg.checkpoint:
             cfg, checkpoint = run_config.trained_config(cfg, list(HydraConfig.get().overrides.task), "flops")
             cfg.num_classes = read_checkpoint(checkpoint, cfg.trust).num_classes or cfg.num_classes

@@ -29,7 +29,7 @@ def predict(cfg: DictConfig, overrides: list[str]) -> list[dict[str, Any]]:
     from stts_lightning.training.partial import question
     from stts_lightning.training.predicting import Predictor, WindowData, run_predict
 
-    console.quiet_libraries()
+    console.quiet()
     folder = Path(cfg.run_dir)
     lock(folder)
     with console.as_user_errors():

@@ -194,7 +194,7 @@ def main(cfg: DictConfig) -> None:
     from stts_lightning import console, run_config
 
     with console.one_line_errors():
-        console.quiet_libraries()
+        console.quiet()
         with console.as_user_errors():
             values = run_config.to_container(cfg)
         roots = folders(values["runs"])

@@ -43,7 +43,6 @@ def run(cfg: DictConfig, resume: Path | None, changes: Sequence[str] = ()) -> fl
     from stts_lightning.training.summary import StartTable, facts, rows
     from stts_lightning.training.testing import run_test
 
-    console.quiet_libraries()
     with console.as_user_errors():
         run_config.check_numbers(cfg)
         assembly.check_trainable(cfg)
@@ -125,6 +124,7 @@ def main(cfg: DictConfig) -> Any:
     # Imported late: --help and a misspelt key are answered without waiting for torch.
     from stts_lightning import console, run_config
 
+    console.quiet()
     checkpoint, changes = None, []
     with console.one_line_errors():
         overrides, folder = list(HydraConfig.get().overrides.task), Path(cfg.run_dir)

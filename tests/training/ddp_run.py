@@ -53,7 +53,7 @@ def batches(rank: int, count: int) -> DataLoader[Batch]:
 def main(out: str, steps: str, *overrides: str) -> None:
     """Train so many batches with a configuration; leave counts and weights in files of each process."""
     torch.set_num_threads(1)
-    console.quiet_libraries()
+    console.quiet()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("train", [*SMALL, "trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true", *overrides])
     OmegaConf.set_struct(cfg, False)

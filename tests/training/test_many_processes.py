@@ -43,6 +43,7 @@ def test_two_processes_are_the_same_run_as_one(place: Path, sigma: str) -> None:
     for name, trainer in (("one", []), ("two", TWO)):
         done = train(place, *trainer, f"selection.sigma={sigma}", f"hydra.run.dir=runs/{name}_{sigma}")
         assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("train.csv: videos: 24, ") == 1, "the first process alone speaks"
         runs.append(place / "runs" / f"{name}_{sigma}")
     one, two = (read_metrics(run, "train/loss") for run in runs)
     assert len(one) == 3

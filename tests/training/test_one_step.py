@@ -64,7 +64,7 @@ def batches(copies: int) -> DataLoader[Batch]:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", None])  # None: what the trainer option itself says.
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_each_combination_takes_real_steps(tmp_path: Path, trainer: str, precision: str | None) -> None:
-    console.quiet_libraries()
+    console.quiet()
     for recipe in RECIPES:
         for clipping in CLIPPING:
             cfg = composed(recipe, trainer).copy()
