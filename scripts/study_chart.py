@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from study_plan import PAGE
-from study_results import STARTS, Setting
+from study_results import Setting
 
 from stts_lightning.analysis.charts import COLOURS
 
@@ -20,19 +20,8 @@ MARKS = {
 """Marker, colour and size of each row of a `Compared`, in its order."""
 
 
-def drawn(settings: Sequence[Setting]) -> list[Setting]:
-    """Of each data set and budget the recipe as it is, or its earlier start where that has more than twice as many seeds."""
-    chosen: dict[tuple[str, str], Setting] = {}
-    for one in settings:
-        first = chosen.setdefault((one.data, one.kept), one)
-        if len(one.compared.recipe.runs) > 2 * len(first.compared.recipe.runs):
-            chosen[one.data, one.kept] = one
-    return list(chosen.values())
-
-
-def chart(settings: Sequence[Setting]) -> Figure:
+def chart(lines: Sequence[Setting]) -> Figure:
     """A line for each setting: top-1 of the recipe, a small dot for each seed, beside what it must beat and what it can reach."""
-    lines = drawn(settings)
     figure = Figure((8.4, 1.1 + 0.36 * len(lines)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -61,5 +50,4 @@ def chart(settings: Sequence[Setting]) -> Figure:
 def label(one: Setting) -> str:
     """What is written beside a line: data set, what is kept, and how many seeds."""
     count = len(one.compared.recipe.runs)
-    start = STARTS[one.start].replace("`", "")
-    return f"{one.data}, {one.kept}{start} ({count} seed{'s' * (count > 1)})"
+    return f"{one.data}, {one.kept} ({count} seed{'s' * (count > 1)})"

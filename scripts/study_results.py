@@ -31,7 +31,6 @@ from study_plan import (
     DataSet,
     Method,
     Row,
-    axes,
     data_sets,
     plain_folder,
     rows,
@@ -244,10 +243,6 @@ def first_block(kept: str) -> bool:
 
 
 RECIPE = "recipe=learn_selection"
-STARTS = {RECIPE: "", "recipe, start=small": ", `start=small`"}
-"""Rows of the summary, the recipe as it is and with its earlier start, and what is put behind a data set's name there."""
-
-
 FOLD = re.compile(r"_fold\d+$")
 """Ends the name of a data set that has the videos of another, with other people or recordings to test with."""
 
@@ -263,9 +258,9 @@ class Compared(NamedTuple):
     videos: str
 
 
-def compare(runs: Sequence[Run], data: str, kept: str, label: str = RECIPE) -> Compared:
-    """What the summary says of a data set and budget, of the recipe or another row; of rows that its seeds have."""
-    recipe = Outcome(runs, data, kept, label)
+def compare(runs: Sequence[Run], data: str, kept: str) -> Compared:
+    """What the summary says of a data set and budget; of rows that the recipe's seeds have."""
+    recipe = Outcome(runs, data, kept, RECIPE)
 
     def best(labels: Sequence[str]) -> Outcome:
         return better(runs, data, kept, labels, recipe.runs.keys())
@@ -275,52 +270,43 @@ def compare(runs: Sequence[Run], data: str, kept: str, label: str = RECIPE) -> C
 
 
 class Setting(NamedTuple):
-    """A line of the summary: what is kept of a data set, and the start of the recipe; `name` is the same for all folds."""
+    """A line of the summary: what is kept of a data set; `name` is the same for all folds."""
 
     name: str
     data: str
     kept: str
-    start: str
     compared: Compared
 
 
 def settings(runs: Sequence[Run]) -> list[Setting]:
-    """All data sets, budgets before block 0 and starts of which there are runs, the demo first, a data set's folds together."""
+    """All data sets and budgets before block 0 that the recipe has a run of, the demo first, a data set's folds together."""
     beside = {*ORACLES, *RANDOM_CHOICES, *FIXED_CHOICES}
-    compared = {(run.data, run.kept) for run in runs if run.method in beside and first_block(run.kept)}
-    done = {run.key[:3] for run in runs}
+    learned, compared = ({(run.data, run.kept) for run in runs if run.method in labels} for labels in ({RECIPE}, beside))
+    found = (one for one in learned & compared if first_block(one[1]))
     return [
-        Setting(FOLD.sub("", data), data, kept, start, compare(runs, data, kept, start))
-        for data, kept in sorted(compared, key=lambda one: (not one[0].startswith("demo_"), FOLD.sub("", one[0]), one[1], one[0]))
-        for start in STARTS
-        if (data, kept, start) in done
+        Setting(FOLD.sub("", data), data, kept, compare(runs, data, kept))
+        for data, kept in sorted(found, key=lambda one: (not one[0].startswith("demo_"), FOLD.sub("", one[0]), one[1], one[0]))
     ]
 
 
 def summary(runs: Sequence[Run]) -> str:
     """The recipe beside what it must beat, in Markdown.
 
-    A line for each data set, budget before block 0 and start; below them one for all folds; one for all real videos.
+    A line for each data set and budget before block 0; below them one for all folds; one for all real videos.
     """
     head = ("data", "kept", "unpruned", "oracle", "random", "fixed", "recipe, each seed", "recipe - random", "recipe - fixed",
             "oracle - recipe")  # fmt: skip
     lines = header(*head)
-    real: dict[str, list[Compared]] = {}
+    real: list[Compared] = []
     for (name, kept), group in groupby(settings(runs), lambda one: (one.name, one.kept)):
-        every: dict[str, list[Compared]] = {}
-        for one in group:
-            every.setdefault(one.start, []).append(one.compared)
-            lines.append(compared_line(f"{one.data}{STARTS[one.start]}", kept, one.compared))
-        for start, of in every.items():
-            if len(of) > 1:
-                lines.append(line(f"{name}{STARTS[start]}, {len(of)} folds", kept, *means(of), *differences(of)))
-            # Where frames alone are chosen, both starts are the same.
-            for same in [start] if "s" in axes(kept) else STARTS:
-                real.setdefault(same, []).extend([] if name.startswith("demo_") else of)
-    of_real = {run.method for run in runs if not run.data.startswith("demo_")}
-    for start, of in real.items():
-        if len(of) > 1 and start in of_real:
-            lines.append(line(f"all real videos{STARTS[start]}", "", "", "", "", "", "", *differences(of)))
+        folds = list(group)
+        of = [one.compared for one in folds]
+        lines += [compared_line(one.data, kept, one.compared) for one in folds]
+        if len(folds) > 1:
+            lines.append(line(f"{name}, {len(folds)} folds", kept, *means(of), *differences(of)))
+        real += [] if name.startswith("demo_") else of
+    if len(real) > 1:
+        lines.append(line("all real videos", "", "", "", "", "", "", *differences(real)))
     return "\n".join(lines)
 
 

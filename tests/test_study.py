@@ -161,32 +161,18 @@ def test_the_summary_has_a_line_for_all_folds_of_a_data_set() -> None:
     assert folds["recipe - random"].startswith("+50.0 (") and folds["oracle - recipe"].startswith("+0.0 (")
 
 
-def test_the_summary_shows_the_earlier_start_with_its_own_seeds_beside_the_recipe() -> None:
-    rows = {
-        results.RECIPE: ([1.0, 1.0], [0.0, 0.0]),
-        "random": ([0.0, 1.0], [0.0, 0.0]),
-        "recipe, start=small": ([1.0, 0.0],),
-    }
-    runs = [made(seed, label, right) for label, seeds in rows.items() for seed, right in enumerate(seeds)]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.summary(runs).splitlines()]
-    recipe, earlier = (dict(zip(lines[0], line, strict=True)) for line in lines[2:])
-    assert earlier["data"] == f"{recipe['data']}, `start=small`"
-    assert (recipe["recipe, each seed"], earlier["recipe, each seed"]) == ("100.0, 0.0", "50.0")
-    assert (recipe["random"], earlier["random"]) == ("25.0", "50.0"), "of the seeds that each has"
-    assert earlier["recipe - random"].startswith("+0.0 (")
-
-
-def test_the_chart_has_a_line_for_each_setting_with_the_start_that_the_recipe_has() -> None:
+def test_the_chart_has_a_line_for_each_setting_of_the_recipe() -> None:
     chart = pytest.importorskip("study_chart")
     labels = (results.RECIPE, "random", plan.FIXED_CHOICES[0], "oracle")
     runs = [made(seed, label, [1.0, 0.0]) for label in (*labels, "recipe, start=small") for seed in (0, 1)]
-    runs += [made(seed, label, [1.0, 1.0], data="wei") for label in ("recipe, start=small", *labels[1:]) for seed in range(3)]
-    runs += [made(0, results.RECIPE, [0.0, 0.0], data="wei")]  # One seed beside three.
+    runs += [made(0, label, [1.0, 1.0], data="wei") for label in labels]
+    runs += [made(0, label, [1.0, 1.0], data="without") for label in ("recipe, start=small", *labels[1:])]
+    runs += [made(0, results.RECIPE, [1.0, 1.0], data="alone")]  # Nothing to compare it with.
     figure = chart.chart(results.settings(runs))
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.get_yticklabels()] == [
         "demo_both, t0_0.5_s0_0.25 (2 seeds)",
-        "wei, t0_0.5_s0_0.25, start=small (3 seeds)",
+        "wei, t0_0.5_s0_0.25 (1 seed)",
     ]
     places = {(float(x), float(y)) for mark in axes.lines if mark.get_marker() != "None" for x, y in mark.get_xydata()}
     assert {place for place in places if place[0] == place[0]} == {(50.0, 0.0), (100.0, 1.0)}, "the unpruned model is not there"
