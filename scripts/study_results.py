@@ -279,14 +279,14 @@ class Setting(NamedTuple):
 
 
 def settings(runs: Sequence[Run]) -> list[Setting]:
-    """All data sets and budgets before block 0 that the recipe has a run of, the demo first, a data set's folds together."""
-    beside = {*ORACLES, *RANDOM_CHOICES, *FIXED_CHOICES}
-    learned, compared = ({(run.data, run.kept) for run in runs if run.method in labels} for labels in ({RECIPE}, beside))
-    found = (one for one in learned & compared if first_block(one[1]))
-    return [
-        Setting(FOLD.sub("", data), data, kept, compare(runs, data, kept))
-        for data, kept in sorted(found, key=lambda one: (not one[0].startswith("demo_"), FOLD.sub("", one[0]), one[1], one[0]))
-    ]
+    """All data sets and budgets before block 0 that have the recipe and a row beside it.
+
+    The demo comes first, and a data set's folds stand together.
+    """
+    learned = {(run.data, run.kept) for run in runs if run.method == RECIPE and first_block(run.kept)}
+    beside = {(run.data, run.kept) for run in runs if run.method in (*ORACLES, *RANDOM_CHOICES, *FIXED_CHOICES)}
+    found = [Setting(FOLD.sub("", data), data, kept, compare(runs, data, kept)) for data, kept in learned & beside]
+    return sorted(found, key=lambda one: (not one.data.startswith("demo_"), one.name, one.kept, one.data))
 
 
 def summary(runs: Sequence[Run]) -> str:
@@ -304,7 +304,8 @@ def summary(runs: Sequence[Run]) -> str:
         lines += [compared_line(one.data, kept, one.compared) for one in folds]
         if len(folds) > 1:
             lines.append(line(f"{name}, {len(folds)} folds", kept, *means(of), *differences(of)))
-        real += [] if name.startswith("demo_") else of
+        if not name.startswith("demo_"):
+            real += of
     if len(real) > 1:
         lines.append(line("all real videos", "", "", "", "", "", "", *differences(real)))
     return "\n".join(lines)
