@@ -1,6 +1,7 @@
 """Whole runs of a tiny model on clips in memory: what stops them, what a resumed one repeats, how classes are weighed."""
 
 import csv
+import logging
 import math
 import os
 import signal
@@ -29,6 +30,7 @@ from stts_lightning.selection.reducer import Tokens
 from stts_lightning.training import callbacks
 from stts_lightning.training import module as training_module
 from stts_lightning.training.callbacks import FailureLog, RatioAnnealing, SigmaAnnealing
+from stts_lightning.training.chance import LEAST, ChanceWatch
 from stts_lightning.training.distillation import Teacher
 from stts_lightning.training.metrics import MeanClassAccuracy
 from stts_lightning.training.module import ClassificationModule, TrainingError
@@ -222,6 +224,44 @@ def test_a_ratio_that_nothing_follows_is_refused() -> None:
     with pytest.raises(UserError, match=r"callbacks.ratio.until=0.5: no reducer of this model falls to its ratio"):
         trainer(RatioAnnealing(0.5), limit_val_batches=0).fit(module(), Data())
     trainer(RatioAnnealing(0.0), limit_val_batches=0, max_steps=1).fit(module(), Data())
+
+
+def test_a_fine_tuned_model_that_answers_all_videos_alike_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    trained, data = module(), Data()
+    data.splits["val"] = listed("val", LEAST, 4)
+    trained.model.fresh, trained.model.new_head = frozenset(), False  # As if a checkpoint had given all weights.
+    with torch.no_grad():
+        trained.model.head.weight.zero_()
+        trained.model.head.bias.copy_(torch.tensor([1.0, 0, 0, 0]))
+    trained.optim = OptimSpec(lr=1e-9, weight_decay=0.0, epochs=2)
+    with caplog.at_level(logging.WARNING, "stts_lightning"):
+        trainer(ChanceWatch()).fit(trained, data)
+    (line,) = [record.getMessage() for record in caplog.records if "same answer" in record.getMessage()]
+    assert "val/top1 is 26.0%, and 26.0% for the same answer to every video" in line and "selectors may drop" in line
+
+
+@pytest.mark.parametrize(
+    ("top1", "labels", "known", "batches", "told"),
+    [
+        (0.33, [0] * 25 + [1, 2, 3] * 25, True, 1.0, True),  # 0.25, and two standard deviations of 0.0433.
+        (0.34, [0] * 25 + [1, 2, 3] * 25, True, 1.0, False),
+        (0.25, [0] * 25 + [1, 2, 3] * 25, False, 1.0, False),  # A new head begins there.
+        (0.25, [0] * 25 + [1, 2, 3] * 25, True, 1, False),  # One batch says nothing of all videos.
+        (0.25, [0, 1, 2, 3] * 12, True, 1.0, False),  # Neither do so few.
+        (1.00, [0] * 100, True, 1.0, False),  # Of one class nothing can be better.
+    ],
+)
+def test_what_can_be_told_from_one_answer_for_all(
+    top1: float, labels: list[int], known: bool, batches: float, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = module()
+    trained.model.fresh, trained.model.new_head = frozenset(), not known
+    validated: Any = SimpleNamespace(
+        limit_val_batches=batches, sanity_checking=False, is_global_zero=True, callback_metrics={"val/top1": torch.tensor(top1)},
+        datamodule=SimpleNamespace(splits={"val": SimpleNamespace(labels=np.array(labels))}),
+    )  # fmt: skip
+    ChanceWatch().on_validation_end(validated, trained)
+    assert ("same answer" in caplog.text) is told
 
 
 def test_sigma_of_a_run_that_is_done_is_the_last_one(tmp_path: Path, whole: ClassificationModule) -> None:
